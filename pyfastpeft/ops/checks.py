@@ -1,0 +1,128 @@
+"""Argument checks shared by the ops. Every message names the argument, what was given and what is needed."""
+
+import os
+
+import torch
+
+from .dispatch import FLOATS
+
+
+def _describe(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def need(condition: bool, op: str, argument: str, given, needed: str, error=ValueError) -> None:
+    """Raise `error` unless `condition` holds."""
+    if not condition:
+        given = given if isinstance(given, str) else _describe(given)
+        raise error(f"{op}: {argument} is {given}; it must be {needed}")
+
+
+def floating(op: str, argument: str, tensor) -> None:
+    need(
+        isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS,
+        op,
+        argument,
+        tensor,
+        "a float64, float32, bfloat16 or float16 tensor",
+        TypeError,
+    )
+
+
+def shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...], names: str) -> None:
+    if tuple(tensor.shape) != expected:
+        need(False, op, argument, tensor, f"of shape {names} = {list(expected)}")
+
+
+def like(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor, dtype: bool = True, other: str = "x") -> None:
+    """Same device as x and, where `dtype`, the same dtype."""
+    if tensor.device != x.device:
+        need(False, op, argument, tensor, f"on {x.device}, where {other} is")
+    if dtype and tensor.dtype != x.dtype:
+        need(False, op, argument, tensor, f"of dtype {x.dtype}, as {other} is", TypeError)
+
+
+def adapters(op: str, lora_A: torch.Tensor, lora_B: torch.Tensor, x: torch.Tensor, lead: tuple[str, ...] = ()) -> None:
+    """lora_A [*lead, r, K] and lora_B [*lead, N, r]: dtypes, devices and shapes that fit each other and x."""
+    floating(op, "lora_A", lora_A)
+    floating(op, "lora_B", lora_B)
+    names = ", ".join((*lead, ""))
+    need(lora_A.dim() == 2 + len(lead), op, "lora_A", lora_A, f"of shape [{names}r, K]")
+    need(lora_B.dim() == 2 + len(lead), op, "lora_B", lora_B, f"of shape [{names}N, r]")
+    rank, features = lora_A.shape[-2], x.shape[-1]
+    need(rank > 0, op, "lora_A", lora_A, "of rank r >= 1")
+    shape(op, "lora_A", lora_A, (*lora_A.shape[:-2], rank, features), f"[{names}r, K]")
+    shape(op, "lora_B", lora_B, (*lora_A.shape[:-2], lora_B.shape[-2], rank), f"[{names}N, r]")
+    like(op, "lora_A", lora_A, x, dtype=False)
+    like(op, "lora_B", lora_B, x, dtype=False)
+    like(op, "lora_B", lora_B, lora_A, other="lora_A")
+    no_wider(op, "lora_A", lora_A, x)
+
+
+def no_wider(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+    """float64 adapters go with float64 activations only, since sums are formed in float32 for all others."""
+    if tensor.dtype == torch.float64 != x.dtype:
+        need(False, op, argument, tensor, f"no wider than float32 while x is {x.dtype}", TypeError)
+
+
+def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """x [..., K], weight [N, K] and bias [N] of one floating dtype on one device."""
+    floating(op, "x", x)
+    floating(op, "weight", weight)
+    need(x.dim() >= 1, op, "x", x, "of shape [..., K]")
+    need(weight.dim() == 2, op, "weight", weight, "of shape [N, K]")
+    shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[N, K]")
+    like(op, "weight", weight, x)
+    if bias is not None:
+        floating(op, "bias", bias)
+        shape(op, "bias", bias, (weight.shape[0],), "[N]")
+        like(op, "bias", bias, x)
+
+
+def dropout(op: str, p: float) -> None:
+    need(isinstance(p, (int, float)) and 0 <= p < 1, op, "dropout_p", p, "a probability with 0 <= p < 1")
+
+
+def number(op: str, argument: str, value) -> None:
+    need(isinstance(value, (int, float)), op, argument, value, "a number", TypeError)
+
+
+def in_place(op: str, y: torch.Tensor, **others: torch.Tensor) -> None:
+    """y is written in place: its elements must be distinct and lie apart from every other argument's."""
+    if torch.compiler.is_compiling() or y.numel() == 0:
+        return
+    need(
+        all(stride != 0 or size == 1 for size, stride in zip(y.shape, y.stride())),
+        op,
+        "y",
+        f"a tensor whose elements share memory (shape {list(y.shape)}, strides {list(y.stride())})",
+        "a tensor of distinct elements, since it is written in place (call .contiguous() on it)",
+    )
+    for name, other in others.items():
+        need(not _overlap(y, other), op, "y", f"overlapping {name} in memory", f"apart from {name}: it is written in place")
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two strided tensors may share an element. Exact for columns of one row-major matrix."""
+    if b.numel() == 0 or a.data_ptr() + _extent(a) <= b.data_ptr() or b.data_ptr() + _extent(b) <= a.data_ptr():
+        return False
+    if a.dtype != b.dtype or a.stride() != b.stride() or a.dim() < 2 or a.stride(-1) != 1:
+        return True
+    row = a.stride(-2)
+    gap = (b.data_ptr() - a.data_ptr()) // a.element_size() % row
+    return gap < a.shape[-1] or gap + b.shape[-1] > row
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    return (1 + sum((n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride()))) * tensor.element_size()
+
+
+def values_on(device: torch.device) -> bool:
+    """Whether to look at values of tensors on `device`: always on the CPU; elsewhere, where it would synchronise
+    the device, only under PYFASTPEFT_CHECK=1; never while compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("PYFASTPEFT_CHECK") == "1"

@@ -1,0 +1,73 @@
+"""IA3 on a linear layer: elementwise rescaling of its input or its output (Liu et al. 2022, section 3.3)."""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import checks, dispatch
+from .rows import as_rows, autocast, autocast_off
+
+
+class _IA3(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, ia3_l, feedforward):
+        row = dispatch.select("ia3_forward", x.device.type, x.dtype)
+        _, need_weight, _, need_l, _ = ctx.needs_input_grad
+        rows = as_rows(x)
+        y = rows.new_empty(*x.shape[:-1], weight.shape[0])
+        base = rows.new_empty(len(rows), weight.shape[0]) if need_l and not feedforward else None
+        if rows.numel():
+            row.function(rows, weight, bias, ia3_l, feedforward, y.view(-1, weight.shape[0]), base)
+        keep_x = need_weight or (need_l and feedforward)
+        ctx.save_for_backward(x if keep_x else None, weight, ia3_l, base)
+        ctx.options = row.backend, feedforward, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, ia3_l, base = ctx.saved_tensors
+        backend, feedforward, shape = ctx.options
+        need_x, need_weight, need_bias, need_l, _ = ctx.needs_input_grad
+        dy_rows = as_rows(dy)
+        x_rows = None if x is None else as_rows(x)
+        dx = dy_rows.new_empty(shape) if need_x else None
+        dia3_l = torch.empty_like(ia3_l) if need_l else None
+        if dy.numel() == 0:
+            dia3_l is None or dia3_l.zero_()
+        elif need_x or need_l:
+            row = dispatch.select("ia3_backward", dy.device.type, dy.dtype, backend)
+            dx_rows = None if dx is None else dx.view(-1, shape[-1])
+            row.function(dy_rows, x_rows, weight, ia3_l, feedforward, base, dx_rows, dia3_l)
+        dbase = dy_rows if feedforward else (dy_rows * ia3_l).to(dy.dtype) if need_weight or need_bias else None
+        inner = (x_rows * ia3_l).to(dy.dtype) if need_weight and feedforward else x_rows
+        dweight = dbase.T @ inner if need_weight else None
+        dbias = dbase.sum(0) if need_bias else None
+        return dx, dweight, dbias, dia3_l, None
+
+
+def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, feedforward: bool) -> Tensor:
+    """y = (x * ia3_l) weight^T + bias on feed-forward layers, else y = (x weight^T + bias) * ia3_l  (Liu et al. 2022).
+
+    Args:
+        x: [..., K], float64, float32, bfloat16 or float16, any strides.
+        weight: [N, K]; bias: [N] or None: of x's dtype.
+        ia3_l: [K] if feedforward, else [N]; any float dtype no wider than float32 or x's: products are rounded once.
+        feedforward: whether the scale meets the input (of the feed-forward's down projection) or the output (keys
+            and values).
+
+    Returns y [..., N] in x's dtype. Gradients reach x, ia3_l and, where they require it, weight and bias. Kept for the
+    backward pass: x (feedforward) or the unscaled output. Under autocast x, weight and bias are cast first. Raises
+    ValueError or TypeError naming the argument that does not fit.
+    """
+    op = "ia3_linear"
+    checks.floating(op, "x", x)
+    x, weight, bias = autocast(x, weight, bias)
+    checks.linear(op, x, weight, bias)
+    checks.floating(op, "ia3_l", ia3_l)
+    checks.shape(op, "ia3_l", ia3_l, (weight.shape[1 if feedforward else 0],), "[K]" if feedforward else "[N]")
+    checks.like(op, "ia3_l", ia3_l, x, dtype=False)
+    checks.no_wider(op, "ia3_l", ia3_l, x)
+    with autocast_off(x):
+        return _IA3.apply(x, weight, bias, ia3_l.contiguous(), bool(feedforward))

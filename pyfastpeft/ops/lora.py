@@ -1,0 +1,128 @@
+"""LoRA on a linear layer: y = x W^T + b + scaling * drop(x) A^T B^T (Hu et al. 2021, equation 3)."""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import checks, dispatch, reference
+from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, viewable_as_rows
+
+
+class _LoRA(Function):
+    @staticmethod
+    def forward(ctx, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+        """With weight, y is None and the result is new; without, y is written in place and returned."""
+        row = dispatch.select("lora_forward", x.device.type, x.dtype)
+        rows = as_rows(x)
+        s = rows.new_empty(len(rows), lora_A.shape[0], dtype=reference.accumulation(x.dtype))
+        if weight is None:
+            ctx.mark_dirty(y)
+        else:
+            y = rows.new_empty(*x.shape[:-1], weight.shape[0])
+        if rows.numel():
+            row.function(
+                rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y.view(-1, y.shape[-1]), s
+            )
+        _, _, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_A or need_weight else None, weight, lora_A, lora_B, s if need_B else None, seed
+        )
+        ctx.options = row.backend, scaling, dropout_p, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+        backend, scaling, dropout_p, shape = ctx.options
+        need_y, need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+        dy_rows = as_rows(dy)
+        x_rows = None if x is None else as_rows(x)
+        dx = dy_rows.new_empty(shape) if need_x else None
+        dlora_A = torch.empty_like(lora_A) if need_A else None
+        dlora_B = torch.empty_like(lora_B) if need_B else None
+        if dy.numel() == 0:
+            for gradient in (dlora_A, dlora_B):
+                gradient is None or gradient.zero_()
+        elif need_x or need_A or need_B:
+            row = dispatch.select("lora_backward", dy.device.type, dy.dtype, backend)
+            dx_rows = None if dx is None else dx.view(-1, shape[-1])
+            row.function(
+                dy_rows, x_rows, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx_rows, dlora_A, dlora_B
+            )
+        dweight = dy_rows.T @ x_rows if need_weight else None
+        dbias = dy_rows.sum(0) if need_bias else None
+        return (dy if need_y else None), dx, dweight, dbias, dlora_A, dlora_B, None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """y = x weight^T + bias + scaling * drop(x) lora_A^T lora_B^T  (Hu et al. 2021, equation 3).
+
+    Args:
+        x: [..., K], float64, float32, bfloat16 or float16, any strides.
+        weight: [N, K], of x's dtype; any strides (a transposed Conv1D weight is not copied).
+        bias: [N], of x's dtype, or None.
+        lora_A: [r, K]; lora_B: [N, r]: both of one float dtype, which may differ from x's (PEFT keeps adapters in
+            float32 on a bfloat16 base): the kernels cast, and sum in float32 (float64 for float64).
+        scaling: the factor s, alpha / r in LoRA.
+        dropout_p: in [0, 1): the share of x's elements that the low-rank branch does not see; the others are
+            scaled by 1 / (1 - p). The mask follows from one drawn 64-bit seed (`reference.dropout_factor`).
+
+    Returns y [..., N] in x's dtype. Gradients reach x, lora_A, lora_B and, where they require it, weight and bias.
+    Kept for the backward pass: x, s = drop(x) lora_A^T [M, r] and the seed. Under autocast x, weight and bias are
+    cast first. Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    op = "lora_linear"
+    checks.floating(op, "x", x)
+    x, weight, bias = autocast(x, weight, bias)
+    checks.linear(op, x, weight, bias)
+    checks.adapters(op, lora_A, lora_B, x)
+    checks.shape(op, "lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), "[N, r]")
+    return _apply(op, None, x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+
+
+def lora_delta_(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0
+) -> Tensor:
+    """y += scaling * drop(x) lora_A^T lora_B^T, in place: the low-rank branch on the output of any base layer.
+
+    Args:
+        y: [..., N], the output of the base layer (quantised, sharded, foreign), of the same leading dimensions as x;
+            any strides, but its elements must be distinct and lie apart from x, lora_A and lora_B in memory.
+        x: [..., K], of y's dtype; under autocast it is cast to it.
+        lora_A, lora_B, scaling, dropout_p: as in `lora_linear`.
+
+    Returns y. Gradients reach y, x, lora_A and lora_B. Raises ValueError or TypeError naming the argument that does
+    not fit.
+    """
+    op = "lora_delta_"
+    checks.floating(op, "y", y)
+    checks.floating(op, "x", x)
+    if autocasting(x.device.type):
+        x = x.to(y.dtype)
+    checks.adapters(op, lora_A, lora_B, x)
+    checks.shape(op, "y", y, (*x.shape[:-1], lora_B.shape[0]), "[..., N]")
+    checks.like(op, "y", y, x)
+    checks.in_place(op, y, x=x, lora_A=lora_A, lora_B=lora_B)
+    if not viewable_as_rows(y):
+        return y.copy_(_apply(op, y.contiguous(), x, None, None, lora_A, lora_B, scaling, dropout_p))
+    return _apply(op, y, x, None, None, lora_A, lora_B, scaling, dropout_p)
+
+
+def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
+    checks.number(op, "scaling", scaling)
+    checks.dropout(op, dropout_p)
+    seed = dropout_seed(x, dropout_p)
+    with autocast_off(x):
+        return _LoRA.apply(
+            y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), float(scaling), float(dropout_p), seed
+        )

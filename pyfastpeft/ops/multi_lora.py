@@ -1,0 +1,174 @@
+"""Batched multi-LoRA: every token goes through the adapter in its slot (Chen et al. 2023, Punica, section 4)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import checks, dispatch, host, reference
+from .rows import as_rows, autocast_off, autocasting, viewable_as_rows
+
+
+class Routing(NamedTuple):
+    """Tokens grouped by adapter: made once a step by `route`, used by every layer."""
+
+    order: Tensor  # [T] int64: tokens sorted by slot, stably; base-only tokens first
+    segments: Tensor  # [L + 1] int64: adapter a's tokens are order[segments[a] : segments[a + 1]]
+
+
+def route(slots: Tensor | np.ndarray | Sequence[int], num_adapters: int, device: torch.device | str | None = None) -> Routing:
+    """Group tokens by adapter.
+
+    Args:
+        slots: [T] integers in [-1, num_adapters), in any order; -1 is base only. A tensor is grouped where it lies; a
+            list or NumPy array is grouped on the host and sent to `device` (default: the CPU).
+        num_adapters: L.
+
+    Raises TypeError for slots that are not integers, ValueError for a slot out of range. The values of tensors that
+    are not on the CPU are looked at only under PYFASTPEFT_CHECK=1; out of range there, a token goes to no adapter.
+    """
+    op = "multi_lora"
+    checks.need(num_adapters > 0, op, "num_adapters", num_adapters, "at least 1")
+    if not isinstance(slots, Tensor):
+        slots = np.asarray(slots)
+        if slots.size == 0:
+            slots = slots.astype(np.int64)
+        checks.need(slots.dtype.kind in "iu", op, "slots", f"of dtype {slots.dtype}", "of integers", TypeError)
+        checks.need(slots.ndim == 1, op, "slots", f"of shape {list(slots.shape)}", "of shape [T]")
+        _check_range(op, slots, num_adapters)
+        return Routing(*(torch.from_numpy(a).to(device or "cpu") for a in host.group_tokens(slots, num_adapters)))
+    integer = not (slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool)
+    checks.need(integer, op, "slots", slots, "an integer tensor", TypeError)
+    checks.need(slots.dim() == 1, op, "slots", slots, "of shape [T]")
+    if checks.values_on(slots.device):
+        _check_range(op, slots, num_adapters)
+    order = slots.new_empty(len(slots), dtype=torch.int64)
+    segments = slots.new_empty(num_adapters + 1, dtype=torch.int64)
+    row = dispatch.select("group_tokens", slots.device.type, torch.float32)
+    row.function(slots.to(torch.int64).contiguous(), order, segments)
+    return Routing(order, segments)
+
+
+def _check_range(op, slots, num_adapters):
+    if len(slots):
+        low, high = int(slots.min()), int(slots.max())
+        given = f"between {low} and {high}"
+        checks.need(-1 <= low and high < num_adapters, op, "slots", given, f"in [-1, {num_adapters}) (-1: base only)")
+
+
+class _MultiLoRA(Function):
+    @staticmethod
+    def forward(ctx, y, x, lora_A, lora_B, scaling, ranks, order, segments):
+        row = dispatch.select("multi_lora_forward", x.device.type, x.dtype)
+        ctx.mark_dirty(y)
+        rows = as_rows(x)
+        s = rows.new_empty(len(rows), lora_A.shape[1], dtype=reference.accumulation(x.dtype))
+        if len(rows):
+            out = y.view(-1, y.shape[-1])
+            row.function(rows, lora_A, lora_B, scaling, ranks, order, segments, out, s)
+        _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        kept = x if need_A else None, s if need_B else None
+        ctx.save_for_backward(*kept, lora_A, lora_B, scaling, ranks, order, segments)
+        ctx.options = row.backend, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, s, lora_A, lora_B, scaling, ranks, order, segments = ctx.saved_tensors
+        backend, shape = ctx.options
+        need_y, need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        rows = as_rows(dy)
+        dx = rows.new_empty(shape) if need_x else None
+        dlora_A = torch.empty_like(lora_A) if need_A else None
+        dlora_B = torch.empty_like(lora_B) if need_B else None
+        if dy.numel() == 0:
+            for gradient in (dlora_A, dlora_B):
+                gradient is None or gradient.zero_()
+        elif need_x or need_A or need_B:
+            row = dispatch.select("multi_lora_backward", dy.device.type, dy.dtype, backend)
+            x_rows = None if x is None else as_rows(x)
+            dx_rows = None if dx is None else dx.view(-1, shape[-1])
+            row.function(
+                rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx_rows, dlora_A, dlora_B
+            )
+        return (dy if need_y else None), dx, dlora_A, dlora_B, None, None, None, None
+
+
+def multi_lora(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    slots: Tensor | Routing,
+    scaling: Tensor | float,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """y[t] += scaling[a] * x[t] lora_A[a]^T lora_B[a]^T with a = slots[t], in place; slot -1 leaves y[t] as it is.
+
+    Args:
+        y: [..., N], the output of the base layer, of x's leading dimensions (T tokens in all); written in place, so
+            its elements must be distinct and lie apart from the other arguments in memory.
+        x: [..., K], of y's dtype; under autocast it is cast to it.
+        lora_A: [L, r, K]; lora_B: [L, N, r]: stacked adapters of one float dtype, which may differ from x's.
+        slots: [T] integers in [-1, L), in any order, or the `Routing` that `route` made of them.
+        scaling: [L], or one number for all adapters. It gets no gradient.
+        ranks: [L] integers in [0, r], the true rank of every adapter: the rest of its r rows is not read, and gets
+            gradient zero. None: r for all.
+
+    Returns y. Gradients reach y, x, lora_A and lora_B; base-only tokens and idle adapters get zero. Raises ValueError
+    or TypeError naming the argument that does not fit. Values of `slots` and `ranks` that are not on the CPU are
+    looked at only under PYFASTPEFT_CHECK=1, since that synchronises the device; without it a slot out of range
+    counts as base only.
+    """
+    op = "multi_lora"
+    checks.floating(op, "y", y)
+    checks.floating(op, "x", x)
+    if autocasting(x.device.type):
+        x = x.to(y.dtype)
+    checks.adapters(op, lora_A, lora_B, x, lead=("L",))
+    num_adapters, rank, _ = lora_A.shape
+    checks.need(num_adapters > 0, op, "lora_A", lora_A, "of at least one adapter, L >= 1")
+    checks.shape(op, "y", y, (*x.shape[:-1], lora_B.shape[1]), "[..., N]")
+    checks.like(op, "y", y, x)
+    checks.in_place(op, y, x=x, lora_A=lora_A, lora_B=lora_B)
+    tokens = x.shape[:-1].numel()
+    if not isinstance(slots, Routing):
+        checks.need(isinstance(slots, Tensor), op, "slots", slots, "a tensor of T integers or a Routing", TypeError)
+        checks.shape(op, "slots", slots, (tokens,), "[T]")
+        checks.like(op, "slots", slots, x, dtype=False)
+        slots = route(slots, num_adapters)
+    checks.shape(op, "slots.order", slots.order, (tokens,), "[T]")
+    checks.shape(op, "slots.segments", slots.segments, (num_adapters + 1,), "[L + 1]")
+    checks.like(op, "slots.order", slots.order, x, dtype=False)
+    wide = reference.accumulation(x.dtype)
+    if isinstance(scaling, Tensor):
+        checks.floating(op, "scaling", scaling)
+        checks.shape(op, "scaling", scaling, (num_adapters,), "[L]")
+        checks.like(op, "scaling", scaling, x, dtype=False)
+        scaling = scaling.detach().to(wide).contiguous()
+    else:
+        checks.number(op, "scaling", scaling)
+        scaling = x.new_full((num_adapters,), scaling, dtype=wide)
+    if ranks is not None:
+        ranks = _check_ranks(op, ranks, num_adapters, rank, x)
+    arguments = x, lora_A.contiguous(), lora_B.contiguous(), scaling, ranks, slots.order, slots.segments
+    with autocast_off(x):
+        if not viewable_as_rows(y):
+            return y.copy_(_MultiLoRA.apply(y.contiguous(), *arguments))
+        return _MultiLoRA.apply(y, *arguments)
+
+
+def _check_ranks(op, ranks, num_adapters, rank, x):
+    integer = isinstance(ranks, Tensor) and not (ranks.is_floating_point() or ranks.dtype == torch.bool)
+    checks.need(integer, op, "ranks", ranks, "an integer tensor", TypeError)
+    checks.shape(op, "ranks", ranks, (num_adapters,), "[L]")
+    checks.like(op, "ranks", ranks, x, dtype=False)
+    if checks.values_on(ranks.device):
+        given = f"between {int(ranks.min())} and {int(ranks.max())}"
+        checks.need(bool(((0 <= ranks) & (ranks <= rank)).all()), op, "ranks", given, f"in [0, r] = [0, {rank}]")
+    return ranks.to(torch.int64).contiguous()

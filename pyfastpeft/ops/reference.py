@@ -1,0 +1,163 @@
+"""Every formula in plain PyTorch, forward and backward: the specification, and the fallback on every device.
+
+Shapes: x [M, K], weight [N, K], bias [N], lora_A [r, K], lora_B [N, r], y and dy [M, N], s [M, r].
+The functions write into their last arguments, as the kernels do. Products of adapters are formed in
+`accumulation(x.dtype)` and rounded once.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products are summed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+MASK32 = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) of the counter (c0, c1, 0, 0) under the 64-bit key `seed` [1] int64.
+
+    Words are held in int64 tensors; the four results have the broadcast shape of c0 and c1.
+    """
+    c0, c1 = torch.broadcast_tensors(c0, c1)
+    c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(10):
+        p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]
+        c0, c1, c2, c3 = (p1 >> 32) & MASK32 ^ c1 ^ k0, p1 & MASK32, (p0 >> 32) & MASK32 ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + PHILOX_W[0]) & MASK32, (k1 + PHILOX_W[1]) & MASK32
+    return c0, c1, c2, c3
+
+
+def dropout_factor(seed: Tensor, p: float, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns]: 1 / (1 - p) where an element is kept, else 0.
+
+    Element (m, k) is kept iff word k mod 4 of philox(seed; k // 4, m) is at least floor(p * 2**32).
+    """
+    row = torch.arange(rows, device=seed.device)[:, None]
+    quad = torch.arange((columns + 3) // 4, device=seed.device)[None, :]
+    bits = torch.stack(philox(seed, quad, row), dim=-1).flatten(1)[:, :columns]
+    return (bits >= int(p * 2**32)).to(dtype) / (1 - p)
+
+
+def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    wide = x.to(accumulation(x.dtype))
+    return wide if seed is None else wide * dropout_factor(seed, p, *x.shape, wide.dtype)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> None:
+    """s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T.  Without weight: y += scaling * s lora_B^T."""
+    torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
+    base = y if weight is None else F.linear(x, weight, bias)
+    y.copy_(base.to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T))
+
+
+def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> None:
+    """ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s;  dlora_A = ds^T drop(x);
+    dx = dy weight + drop'(ds lora_A), without weight the second term alone. A gradient passed as None is not formed."""
+    wide = dy.to(accumulation(dy.dtype))
+    ds = scaling * (wide @ lora_B.to(wide.dtype))
+    if dlora_B is not None:
+        dlora_B.copy_(scaling * (wide.T @ s))
+    if dlora_A is not None:
+        dlora_A.copy_(ds.T @ _dropped(x, dropout_p, seed))
+    if dx is not None:
+        branch = ds @ lora_A.to(wide.dtype)
+        if seed is not None:
+            branch *= dropout_factor(seed, dropout_p, *branch.shape, branch.dtype)
+        dx.copy_(branch if weight is None else branch + dy @ weight)
+
+
+# --- IA3 -------------------------------------------------------------------------------------------------------------
+
+
+def ia3_forward(x, weight, bias, ia3_l, feedforward, y, base) -> None:
+    """feedforward: y = (x * ia3_l) weight^T + bias.  Otherwise: base = x weight^T + bias;  y = base * ia3_l.
+
+    `base` [M, N] may be None where no backward pass needs it.
+    """
+    scale = ia3_l.to(accumulation(x.dtype))
+    if feedforward:
+        y.copy_(F.linear((x * scale).to(x.dtype), weight, bias))
+        return
+    product = F.linear(x, weight, bias)
+    y.copy_(product * scale)
+    if base is not None:
+        base.copy_(product)
+
+
+def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l) -> None:
+    """feedforward: g = dy weight;  dx = g * ia3_l;  dia3_l = sum over rows of g * x.
+    Otherwise: dia3_l = sum over rows of dy * base;  dx = (dy * ia3_l) weight. A gradient passed as None is not formed."""
+    scale = ia3_l.to(accumulation(dy.dtype))
+    if feedforward:
+        inner = (dy @ weight).to(scale.dtype)
+        if dx is not None:
+            dx.copy_(inner * scale)
+        if dia3_l is not None:
+            dia3_l.copy_((inner * x).sum(0))
+        return
+    if dia3_l is not None:
+        dia3_l.copy_((dy.to(scale.dtype) * base).sum(0))
+    if dx is not None:
+        dx.copy_((dy * scale).to(dy.dtype) @ weight)
+
+
+# --- batched multi-LoRA ----------------------------------------------------------------------------------------------
+
+
+def group_tokens(slots, order, segments) -> None:
+    """order [T]: the tokens sorted by slot, stably; segments [L + 1]: adapter a's are order[segments[a] : segments[a+1]].
+
+    Tokens of slot -1 stand before segments[0]; slots of L or more stand after segments[L] and belong to no adapter.
+    """
+    ordered, indices = torch.sort(slots, stable=True)
+    order.copy_(indices)
+    segments.copy_(torch.searchsorted(ordered, torch.arange(len(segments), device=slots.device, dtype=slots.dtype)))
+
+
+def _segments(order, segments, ranks, rank):
+    bounds = segments.tolist()
+    true_ranks = [rank] * (len(bounds) - 1) if ranks is None else ranks.tolist()
+    for adapter, true_rank in enumerate(true_ranks):
+        if bounds[adapter] < bounds[adapter + 1]:
+            yield adapter, order[bounds[adapter] : bounds[adapter + 1]], true_rank
+
+
+def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
+    """For every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
+
+    lora_A [L, r, K], lora_B [L, N, r], scaling [L] float32, ranks [L] or None; rank rows beyond ranks[a] are not read.
+    """
+    for a, tokens, r in _segments(order, segments, ranks, lora_A.shape[1]):
+        shrunk = x[tokens].to(s.dtype) @ lora_A[a, :r].to(s.dtype).T
+        s[tokens, :r] = shrunk
+        y[tokens] = (y[tokens] + scaling[a] * (shrunk @ lora_B[a, :, :r].to(s.dtype).T)).to(y.dtype)
+
+
+def multi_lora_backward(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B) -> None:
+    """On the tokens of every adapter a:  ds = scaling[a] * dy lora_B[a];  dx = ds lora_A[a];
+    dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s. Zero for base-only tokens, idle adapters and unused ranks."""
+    for gradient in (dx, dlora_A, dlora_B):
+        if gradient is not None:
+            gradient.zero_()
+    for a, tokens, r in _segments(order, segments, ranks, lora_A.shape[1]):
+        wide = dy[tokens].to(s.dtype) * scaling[a]
+        ds = wide @ lora_B[a, :, :r].to(s.dtype)
+        if dx is not None:
+            dx[tokens] = (ds @ lora_A[a, :r].to(s.dtype)).to(dx.dtype)
+        if dlora_A is not None:
+            dlora_A[a, :r] = (ds.T @ x[tokens].to(s.dtype)).to(dlora_A.dtype)
+        if dlora_B is not None:
+            dlora_B[a, :, :r] = (wide.T @ s[tokens, :r]).to(dlora_B.dtype)

@@ -1,0 +1,48 @@
+"""What the ops do to their arguments on the way in: rows, autocast, seeds."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., F] as [M, F] with unit stride in F; copies only where the strides leave no other way."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def viewable_as_rows(tensor: Tensor) -> bool:
+    """Whether [..., N] is a view of [M, N] with unit stride in N, so that rows written to it reach the tensor."""
+    if tensor.is_contiguous():
+        return True
+    lead = [(n, s) for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1]) if n != 1]
+    mergeable = all(s0 == n1 * s1 for (_, s0), (n1, s1) in zip(lead, lead[1:]))
+    return mergeable and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1)
+
+
+def autocasting(device: str) -> bool:
+    """Whether torch.autocast is on for this device type."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as torch.autocast hands them to a matmul: cast to its dtype, unless float64 or not floating."""
+    device = x.device.type
+    if not autocasting(device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)
+    )
+
+
+def autocast_off(x: Tensor):
+    """A context in which the kernels' own matmuls keep the dtypes they are given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if autocasting(device) else nullcontext()
+
+
+def dropout_seed(x: Tensor, p: float) -> Tensor | None:
+    """[1] int64 on x's device from torch's generator, so that manual_seed and checkpointing hold; None where p = 0."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None
