@@ -1,16 +1,19 @@
-"""Builds csrc/ into pyfastpeft/_ops.so (torch's stable ABI, no Python in it) and pyfastpeft._host (pybind11), with ninja.
+"""Builds csrc/ into pyfastpeft/_ops.so (torch's stable ABI, no Python in it) and pyfastpeft._host (pybind11).
 
-Either is left out, saying so, where what it needs is missing: Linux and a compiler for both, torch's headers for the
-first, pybind11 for the second. PYFASTPEFT_REQUIRE_NATIVE=1 turns a missing one into an error.
+Either is left out, saying so, where what it needs is missing: Linux, a C++20 compiler and ninja for both, torch's
+headers for the first, pybind11's for the second. PYFASTPEFT_REQUIRE_NATIVE=1 turns a missing one into an error. CXX
+names the compiler (g++ unless set) and CXXFLAGS adds flags to it.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,88 +21,80 @@ from setuptools.command.build_ext import build_ext
 
 os.chdir(Path(__file__).parent)
 VERSION = re.search(r'__version__ = "(.+)"', Path("pyfastpeft/__init__.py").read_text()).group(1)
-FLAGS = "-std=c++20 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fvisibility=hidden -Wall -Wno-psabi -DNDEBUG".split()
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-DNDEBUG"]
+# psabi is about vectors passed to functions, and all of ours are inlined; GCC 12's AVX512 headers trip the other.
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
-def op_library() -> Extension:
-    import torch.utils.cpp_extension as torch_cpp
-
-    return Extension(
-        "pyfastpeft._ops",
-        sorted(map(str, Path("csrc/ops").rglob("*.cpp"))),
-        include_dirs=["csrc", *torch_cpp.include_paths()],
-        library_dirs=torch_cpp.library_paths(),
-        libraries=["torch_cpu", "torch"],
-        extra_compile_args=["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
-        optional=True,
-    )
+def folder_of(package: str) -> str:
+    """Where an installed package lies. It is found, not imported."""
+    if (spec := find_spec(package)) is None:
+        raise LookupError(f"{package} is not installed here (install it first; give pip --no-build-isolation)")
+    return spec.submodule_search_locations[0]
 
 
-def host_module() -> Extension:
-    import pybind11
-
-    includes = ["csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    sources = sorted(map(str, Path("csrc/host").glob("*.cpp")))
-    return Extension("pyfastpeft._host", sources, include_dirs=includes, optional=True)
-
-
-def leave_out(what: str, why: object) -> None:
-    if os.environ.get("PYFASTPEFT_REQUIRE_NATIVE") == "1":
-        raise SystemExit(f"PYFASTPEFT_REQUIRE_NATIVE=1, but {what} cannot be built: {why}")
-    print(f"\n*** pyfastpeft is built WITHOUT {what}: {why}\n", file=sys.stderr, flush=True)
+def torch_flags() -> tuple[list[str], list[str]]:
+    """Flags to compile with and flags to link with."""
+    torch = folder_of("torch")
+    stable_abi = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    return ["-isystem", f"{torch}/include", *stable_abi], [f"-L{torch}/lib", "-ltorch_cpu"]
 
 
-def extensions() -> list[Extension]:
-    if platform.system() != "Linux":
-        leave_out("native kernels", "they are for Linux; the PyTorch reference serves this platform")
-        return []
-    found = []
-    for make, what in ((op_library, "the op library _ops"), (host_module, "the host module _host")):
-        try:
-            found.append(make())
-        except ImportError as error:
-            leave_out(what, f"{error} (install it first, and use pip's --no-build-isolation)")
-    return found
+def pybind11_flags() -> tuple[list[str], list[str]]:
+    return ["-isystem", f"{folder_of('pybind11')}/include", "-isystem", sysconfig.get_path("include")], []
 
 
 class NinjaBuild(build_ext):
-    def get_ext_filename(self, name):
-        return "pyfastpeft/_ops.so" if name.endswith("_ops") else super().get_ext_filename(name)
+    def get_ext_filename(self, fullname):
+        name = super().get_ext_filename(fullname)
+        return name.removesuffix(sysconfig.get_config_var("EXT_SUFFIX")) + ".so" if fullname.endswith("_ops") else name
 
     def build_extension(self, ext):
-        compiler, ninja = shutil.which(os.environ.get("CXX", "g++")), self.find_ninja()
-        if not compiler or not ninja:
-            return leave_out(ext.name, f"no {'ninja' if compiler else 'C++ compiler'} (set CXX or extend PATH)")
-        folder, target = Path(self.build_temp, ext.name), Path(self.get_ext_fullpath(ext.name)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = [*FLAGS, *ext.extra_compile_args, *(f"-I{path}" for path in ext.include_dirs)]
-        links = [*(f"-L{path}" for path in ext.library_dirs), "-Wl,--no-as-needed", *(f"-l{n}" for n in ext.libraries)]
-        objects = {f"{folder}/{Path(s).with_suffix('').as_posix().replace('/', '_')}.o": s for s in ext.sources}
-        rules = [
-            f"rule cc\n command = {compiler} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out\n deps = gcc\n depfile = $out.d",
-            f"rule link\n command = {compiler} -shared $in {' '.join(links)} -o $out",
-            *(f"build {obj}: cc {source}" for obj, source in objects.items()),
-            f"build {target}: link {' '.join(objects)}\n",
-        ]
-        (folder / "build.ninja").write_text("\n".join(rules))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([ninja, "-f", folder / "build.ninja"], text=True, capture_output=True)
-        print(done.stdout, done.stderr, flush=True)
-        if done.returncode:
-            leave_out(ext.name, "the compiler failed:\n" + done.stdout)
-
-    @staticmethod
-    def find_ninja():
         try:
-            from ninja import BIN_DIR
-        except ImportError:
-            BIN_DIR = ""
-        return shutil.which("ninja", path=f"{BIN_DIR}:{os.environ.get('PATH', '')}")
+            library = self.build_library(ext)
+        except LookupError as why:
+            if os.environ.get("PYFASTPEFT_REQUIRE_NATIVE") == "1":
+                raise SystemExit(f"PYFASTPEFT_REQUIRE_NATIVE=1, but {ext.name} cannot be built: {why}") from None
+            print(f"\n*** pyfastpeft is built WITHOUT {ext.name}: {why}\n", file=sys.stderr, flush=True)
+        else:
+            self.mkpath(os.path.dirname(self.get_ext_fullpath(ext.name)))
+            self.copy_file(library, self.get_ext_fullpath(ext.name))
+
+    def build_library(self, ext) -> str:
+        """The path of the built library. Objects stay in build/, so that only what changed is compiled again."""
+        if platform.system() != "Linux":
+            raise LookupError("native code is for Linux; the PyTorch reference serves this platform")
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        if not shutil.which(compiler[0]):
+            raise LookupError(f"there is no C++ compiler {compiler[0]!r} (install one or set CXX)")
+        if not (ninja := shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ.get('PATH')}")):
+            raise LookupError("ninja is not installed here")
+        includes, links = torch_flags() if ext.name.endswith("_ops") else pybind11_flags()
+        flags = [*FLAGS, *WARNINGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc", *includes]
+        folder = f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}/{ext.name}"
+        objects = {f"{folder}/{Path(source).with_suffix('.o')}": source for source in ext.sources}
+        rules = f"""builddir = {folder}
+rule compile
+  command = {shlex.join([*compiler, *flags])} -MMD -MF $out.d -c $in -o $out
+  deps = gcc
+  depfile = $out.d
+rule link
+  command = {shlex.join(compiler)} -shared $in {shlex.join(links)} -o $out
+build {folder}/library.so: link {" ".join(objects)}
+""" + "".join(f"build {target}: compile {source}\n" for target, source in objects.items())
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "build.ninja").write_text(rules)
+        if subprocess.run([ninja, "-f", f"{folder}/build.ninja"]).returncode:
+            raise LookupError("the compiler failed (its messages are above)")
+        return f"{folder}/library.so"
 
 
 setup(
     version=VERSION,
-    packages=["pyfastpeft", "pyfastpeft.integrations", "pyfastpeft.kernels", "pyfastpeft.layers", "pyfastpeft.ops"],
-    ext_modules=extensions(),
+    packages=["pyfastpeft", *(f"pyfastpeft.{name}" for name in ("integrations", "kernels", "layers", "ops"))],
+    ext_modules=[
+        Extension("pyfastpeft._ops", sorted(map(str, Path("csrc/ops").rglob("*.cpp"))), optional=True),
+        Extension("pyfastpeft._host", sorted(map(str, Path("csrc/host").rglob("*.cpp"))), optional=True),
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,7 +1,20 @@
 """pyfastpeft: fused kernels for parameter-efficient fine-tuning, drop-in for models that PEFT wrapped."""
 
-from . import ops
+from typing import TYPE_CHECKING
+
+from . import layers, ops
 from .ops import use_backend
 
+if TYPE_CHECKING:
+    from .integrations.peft import accelerate, restore
+
 __version__ = "0.1.0"
-__all__ = ["ops", "use_backend"]
+__all__ = ["accelerate", "layers", "ops", "restore", "use_backend"]
+
+
+def __getattr__(name: str):
+    if name in ("accelerate", "restore"):  # PEFT is imported when they are first asked for
+        from .integrations import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""One module for each outside project, imported only when it is asked for."""

@@ -1,0 +1,7 @@
+"""Drop-in modules on a frozen linear layer: LoRALinear, IA3Linear and, for many adapters at once, MultiLoRALinear."""
+
+from .ia3 import IA3Linear
+from .lora import LoRALinear
+from .multi_lora import MultiLoRALinear
+
+__all__ = ["IA3Linear", "LoRALinear", "MultiLoRALinear"]

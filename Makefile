@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV := .venv/bin
+PIP := $(VENV)/python -m pip --disable-pip-version-check install -c .venv/constraints.txt
+
+.PHONY: demo test bench lint gpu build
+
+demo: build  ## the whole story on one page: ARGS="--model PATH_OR_ID --data FILE"
+	$(VENV)/python -m demo $(ARGS)
+
+test: export PYFASTPEFT_REQUIRE_NATIVE = 1
+test: build  ## ARGS="-k lora -x"
+	$(VENV)/python -m pytest $(ARGS)
+
+bench: build  ## FULL=1 for all shapes
+	$(VENV)/python -m benchmarks $(if $(FULL),--full) $(ARGS)
+
+lint: .venv/installed
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+# On a machine with a GPU, without network or pip: everything with the Python that it has.
+gpu: export PYFASTPEFT_REQUIRE_NATIVE = 0
+gpu:
+	-$(PYTHON) setup.py -q build_ext --inplace
+	status=0; $(PYTHON) -m pytest -m gpu tests $(ARGS) || status=$$?; \
+	$(PYTHON) -m benchmarks --json $${OUT:-benchmarks/results}/gpu.json && exit $$status
+
+build: .venv/installed
+	@$(VENV)/python setup.py -q build_ext --inplace
+
+# torch first, since the libraries are built against it. Where it asks for a triton of its own, that one is right.
+.venv/installed: constraints.txt pyproject.toml
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	grep -v '^triton' constraints.txt > .venv/constraints.txt
+	$(PIP) torch setuptools pybind11 ninja
+	$(VENV)/python -m pip show torch | grep -q '^Requires:.*triton' || cp constraints.txt .venv/constraints.txt
+	$(PIP) --no-build-isolation -e '.[hf,bench,dev]'
+	touch $@

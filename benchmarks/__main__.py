@@ -1,0 +1,45 @@
+"""Runs the suite and reports: python -m benchmarks [--full] [--isa avx2] [--json FILE] [-- pytest's arguments]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine, report, shapes
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time the ops against their peers.")
+    parser.add_argument("--size", choices=shapes.SIZES, default="quick", help="shapes and effort (default: quick)")
+    parser.add_argument("--full", action="store_const", const="full", dest="size", help="all shapes: --size full")
+    parser.add_argument("--isa", choices=machine.ISA_CAPS, help="run as a CPU with this instruction set")
+    parser.add_argument("--json", type=Path, help="where the results go (default: build/benchmarks/<device>.json)")
+    parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
+    options = parser.parse_args()
+    machine.cap_isa(options.isa)
+    name = "-".join(filter(None, (machine.device(), options.isa)))
+    path = (options.json or ROOT / "build" / "benchmarks" / f"{name}.json").absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    code = pytest.main(
+        [
+            *(str(file) for file in sorted(Path(__file__).parent.glob("bench_*.py"))),
+            f"--rootdir={ROOT}",
+            f"--size={options.size}",
+            f"--benchmark-json={path}",
+            "--benchmark-quiet",
+            "--disable-warnings",
+            "-p",
+            "no:cacheprovider",
+            *options.pytest,
+        ]
+    )
+    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and path.exists():
+        report.main([str(path), "--plot", str(path.with_suffix(".png"))])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

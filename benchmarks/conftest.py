@@ -1,0 +1,87 @@
+"""pytest-benchmark's part: one entry for every case and provider, in one JSON file.
+
+All providers of a case are timed together, in interleaved rounds, when the first of them is asked for. An entry then
+plays its recorded rounds back to pytest-benchmark through a clock of its own.
+"""
+
+from functools import lru_cache
+
+import pytest
+
+from benchmarks import machine, providers, shapes
+from benchmarks.measure import EFFORT, Result, measure
+
+KEPT_STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--size", choices=shapes.SIZES, default="quick", help="shapes and effort of the benchmarks")
+
+
+def pytest_generate_tests(metafunc):
+    if "provider" in metafunc.fixturenames:
+        device = machine.device()
+        cases = shapes.cases(metafunc.module.OP, metafunc.config.getoption("size"), device)
+        entries = [
+            pytest.param(
+                case,
+                provider,
+                id=f"{case.name} {provider.name}".replace(" ", "-"),
+                marks=pytest.mark.benchmark(group=case.name, timer=replayed),
+            )
+            for case in cases
+            for provider in providers.providers(case, device)
+        ]
+        metafunc.parametrize(("case", "provider"), entries)
+
+
+@lru_cache(maxsize=1)  # the entries of a case follow each other
+def results(case: shapes.Case, size: str) -> dict[str, Result]:
+    return measure(case, machine.device(), EFFORT[size])
+
+
+class Replay:
+    """A clock that stands still but for `step`, which moves it by the next recorded duration."""
+
+    now = 0.0
+
+    def __init__(self, seconds: list[float]):
+        self.seconds = iter(seconds)
+
+    def step(self) -> None:
+        Replay.now += next(self.seconds)
+
+
+def replayed() -> float:
+    return Replay.now
+
+
+@pytest.fixture
+def record(benchmark, request, case, provider):
+    """Fills this entry; fails, with the figures, where the provider was refused."""
+
+    def fill() -> None:
+        measured = results(case, request.config.getoption("size"))
+        result = measured[provider.name]
+        if result.refused:
+            benchmark.skipped = True
+            pytest.fail(result.refused, pytrace=False)
+        benchmark.extra_info.update(result.summary(measured["base"]))
+        benchmark.pedantic(Replay(result.seconds).step, rounds=len(result.seconds))
+
+    return fill
+
+
+def pytest_benchmark_generate_machine_info():
+    return machine.describe()
+
+
+def pytest_benchmark_generate_commit_info():
+    return {}
+
+
+def pytest_benchmark_update_json(output_json):
+    """Keeps what the report and `pytest-benchmark compare` read: results are committed."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"] = {key: entry["stats"][key] for key in KEPT_STATS}
+        del entry["params"], entry["param"], entry["options"]

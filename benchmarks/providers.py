@@ -1,0 +1,281 @@
+"""Who is measured: the problem of a case, and everybody who solves it.
+
+Adapters are named after their dtype: "fp32" is PEFT's default whatever the base is, "16bit" is the base's own. All
+providers of a case share x, weight and the adapters' values.
+"""
+
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora
+from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora
+
+SCALING = 2.0
+
+
+class Call(NamedTuple):
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]  # the tensors whose gradients are formed: x, then the adapter's
+
+
+class Provider(NamedTuple):
+    name: str
+    build: Callable[["Problem", str | None], Call]
+    adapters: str | None = None  # "fp32" or "16bit"; None: the base layer alone
+    backend: str | None = None  # ours, forced
+
+    def __call__(self, problem: "Problem") -> Call:
+        return self.build(problem, self.adapters)
+
+
+class Problem:
+    """Random x [M, K], weight [N, K] and dy [M, N], scaled so that the output and its low-rank part are of order 1."""
+
+    def __init__(self, case: Case, device: str, seed: int = 0):
+        self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.x = self.random(case.M, case.K).requires_grad_(case.backward)
+        self.weight = self.random(case.N, case.K) / case.K**0.5
+        self.dy = self.random(case.M, case.N)
+        values = [tensor.to(self.dtype) for tensor in self.make_adapters()]
+        kinds = {"fp32": torch.float32} if case.dtype == "fp32" else {"fp32": torch.float32, "16bit": self.dtype}
+        self.adapters = {
+            kind: tuple(nn.Parameter(value.to(dtype), requires_grad=case.backward) for value in values)
+            for kind, dtype in kinds.items()
+        }
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, generator=self.generator).to(self.dtype)
+
+    def leaves(self, adapters: str) -> tuple[Tensor, ...]:
+        return self.x, *self.adapters[adapters]
+
+    def make_adapters(self) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def formula(self, weight: Tensor, factor: Tensor | None, *leaves: Tensor) -> Tensor:
+        """The op in plain PyTorch, in the dtypes of its arguments; `factor` [M, K] is dropout's."""
+        raise NotImplementedError
+
+    def base(self) -> nn.Linear:
+        linear = nn.Linear(self.case.K, self.case.N, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        return linear
+
+
+class LoraProblem(Problem):
+    def make_adapters(self):
+        rank, K, N = self.case.rank, self.case.K, self.case.N
+        return self.random(rank, K) / K**0.5, self.random(N, rank) / rank**0.5
+
+    def formula(self, weight, factor, x, lora_A, lora_B):
+        inner = x.to(lora_A.dtype) if factor is None else x.to(lora_A.dtype) * factor
+        return (F.linear(x, weight) + SCALING * F.linear(F.linear(inner, lora_A), lora_B)).to(x.dtype)
+
+
+class IA3Problem(Problem):
+    def make_adapters(self):
+        return (1 + 0.5 * self.random(self.case.K if self.case.feedforward else self.case.N),)
+
+    def formula(self, weight, factor, x, ia3_l):
+        if self.case.feedforward:
+            return F.linear((x * ia3_l).to(x.dtype), weight)
+        return (F.linear(x, weight) * ia3_l).to(x.dtype)
+
+
+class MultiLoraProblem(Problem):
+    """`y` is updated in place, by `formula` in a copy; tokens of the adapters stand in a random order."""
+
+    def __init__(self, case, device, seed=0):
+        super().__init__(case, device, seed)
+        counts = torch.tensor(case.counts)
+        tokens = torch.randperm(case.M, generator=torch.Generator().manual_seed(seed))
+        self.slots = torch.arange(len(counts)).repeat_interleave(counts)[tokens].to(device)
+        self.ranks = torch.tensor(case.ranks, device=device)
+        self.scaling = 1 + torch.arange(len(counts), device=device) % 4 / 2
+        self.y0 = self.random(case.M, case.N)
+        self.y = self.y0.clone()
+
+    def make_adapters(self):
+        """lora_A [L, r, K] and lora_B [L, N, r], zero beyond every adapter's rank."""
+        K, N, ranks = self.case.K, self.case.N, torch.tensor(self.case.ranks, device=self.device)
+        used = torch.arange(max(self.case.ranks), device=self.device) < ranks[:, None]  # [L, r]
+        lora_A = self.random(*used.shape, K) / K**0.5 * used[:, :, None]
+        return lora_A, self.random(len(ranks), N, used.shape[1]) / max(self.case.ranks) ** 0.5 * used[:, None, :]
+
+    def formula(self, weight, factor, x, lora_A, lora_B):
+        y = self.y0.to(x.dtype, copy=True)
+        for a, scale in enumerate(self.scaling.tolist()):
+            tokens = self.slots == a
+            y[tokens] += (scale * F.linear(F.linear(x[tokens].to(lora_A.dtype), lora_A[a]), lora_B[a])).to(y.dtype)
+        return y
+
+
+PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem}
+
+
+def problem(case: Case, device: str, seed: int = 0) -> Problem:
+    return PROBLEMS[type(case)](case, device, seed)
+
+
+# The frozen layer alone, and plain compositions of torch's own products.
+
+
+def build_base(problem: Problem, _) -> Call:
+    return Call(lambda: F.linear(problem.x, problem.weight), (problem.x,))
+
+
+def build_addmm(problem: Problem, adapters: str) -> Call:
+    """Base product, then the low-rank one added in place."""
+    x, lora_A, lora_B = leaves = problem.leaves(adapters)
+    dropout = problem.case.dropout
+
+    def forward():
+        inner = F.dropout(x, dropout) if dropout else x
+        return F.linear(x, problem.weight).addmm_(F.linear(inner, lora_A), lora_B.T, alpha=SCALING)
+
+    return Call(forward, leaves)
+
+
+def build_one_adapter_addmm(problem: MultiLoraProblem, adapters: str) -> Call:
+    """One adapter for all tokens: no routing at all."""
+    x, lora_A, lora_B = leaves = problem.leaves(adapters)
+    rank, scale = problem.case.ranks[0], problem.scaling[0].item()
+    shrink, expand = lora_A[0, :rank], lora_B[0, :, :rank].T
+    return Call(lambda: problem.y.addmm_(F.linear(x, shrink), expand, alpha=scale), leaves)
+
+
+def build_gather_bmm(problem: MultiLoraProblem, adapters: str) -> Call:
+    """Every token's own copy of its adapter, padded to the largest rank; two batched products."""
+    x, lora_A, lora_B = leaves = problem.leaves(adapters)
+
+    def forward():
+        s = torch.bmm(lora_A[problem.slots], x.unsqueeze(2)) * problem.scaling[problem.slots, None, None].to(x.dtype)
+        problem.y.unsqueeze(2).baddbmm_(lora_B[problem.slots], s)
+        return problem.y
+
+    return Call(forward, leaves)
+
+
+# PEFT's own layers, made by get_peft_model on a model of one layer.
+
+
+def peft_layer(base: nn.Linear, config, adapters: str, *others) -> nn.Module:
+    from peft import get_peft_model
+
+    holder = nn.Sequential(OrderedDict(linear=base))
+    model = get_peft_model(holder, config, adapter_name="0", autocast_adapter_dtype=adapters == "fp32")
+    for number, other in enumerate(others, start=1):
+        model.add_adapter(str(number), other, autocast_adapter_dtype=adapters == "fp32")
+    return holder.linear
+
+
+def build_peft(problem: Problem, adapters: str) -> Call:
+    layer, leaves = make_peft(problem, adapters)
+    return Call(lambda: layer(problem.x), leaves)
+
+
+def build_compile(problem: Problem, adapters: str) -> Call:
+    layer, leaves = make_peft(problem, adapters)
+    compiled = torch.compile(layer, dynamic=False)
+    return Call(lambda: compiled(problem.x), leaves)
+
+
+def make_peft(problem: Problem, adapters: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    from peft import IA3Config, LoraConfig
+
+    case, leaves = problem.case, problem.leaves(adapters)
+    if isinstance(case, IA3):
+        config = IA3Config(target_modules=["linear"], feedforward_modules=["linear"] if case.feedforward else [])
+        layer = peft_layer(problem.base(), config, adapters)
+        vector = layer.ia3_l["0"]
+        vector.data = leaves[1].detach().view(vector.shape)
+        return layer, (problem.x, vector)
+    alpha = SCALING * case.rank
+    config = LoraConfig(r=case.rank, lora_alpha=alpha, lora_dropout=case.dropout, target_modules=["linear"])
+    layer = peft_layer(problem.base(), config, adapters)
+    layer.lora_A["0"].weight, layer.lora_B["0"].weight = leaves[1:]
+    return layer, leaves
+
+
+class Given(nn.Module):
+    """Stands in for a base layer whose output is already there."""
+
+    def __init__(self, y: Tensor):
+        super().__init__()
+        self.y = y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.y
+
+
+def build_peft_mixed(problem: MultiLoraProblem, adapters: str) -> Call:
+    """PEFT's forward with adapter_names, its base layer replaced by one that hands over y: PEFT's loop adds to y in
+    place, so that what is left is the adapter part alone, with all of PEFT's own code around it."""
+    from peft import LoraConfig
+
+    x, lora_A, lora_B = leaves = problem.leaves(adapters)
+    ranks, scaling = problem.case.ranks, problem.scaling.tolist()
+    configs = [LoraConfig(r=r, lora_alpha=r * s, target_modules=["linear"]) for r, s in zip(ranks, scaling)]
+    layer = peft_layer(problem.base(), configs[0], adapters, *configs[1:])
+    for a, rank in enumerate(ranks):
+        layer.lora_A[str(a)].weight = nn.Parameter(lora_A[a, :rank], requires_grad=False)
+        layer.lora_B[str(a)].weight = nn.Parameter(lora_B[a, :, :rank].contiguous(), requires_grad=False)
+    layer.base_layer = Given(problem.y)
+    layer.eval()
+    names = [str(slot) for slot in problem.slots.tolist()]
+    return Call(lambda: layer(x, adapter_names=names), leaves)
+
+
+# Ours.
+
+
+def build_ours(problem: Problem, adapters: str) -> Call:
+    case, weight = problem.case, problem.weight
+    x, *tensors = leaves = problem.leaves(adapters)
+    if isinstance(case, IA3):
+        return Call(lambda: ia3_linear(x, weight, None, *tensors, case.feedforward), leaves)
+    if isinstance(case, Lora):
+        return Call(lambda: lora_linear(x, weight, None, *tensors, SCALING, case.dropout), leaves)
+    ranks = problem.ranks if len(set(case.ranks)) > 1 else None
+    return Call(lambda: multi_lora(problem.y, x, *tensors, problem.slots, problem.scaling, ranks), leaves)
+
+
+def backends(op: str, device: str) -> list[str]:
+    """Our backends that serve an op on a device. Triton serves CPU tensors under its interpreter alone: not timed."""
+    rows = dispatch.TABLE[f"{op.removesuffix('_linear')}_forward"]
+    usable = [row.backend for row in rows if device in (row.devices or (device,))]
+    return [name for name in usable if device == "cuda" or name != "triton"]
+
+
+def providers(case: Case, device: str) -> list[Provider]:
+    """Everybody who can run a case on a device, the base layer first and ours last."""
+    compiler = device == "cuda" or shutil.which(os.environ.get("CXX", "g++"))
+    found = [Provider("base", build_base)]
+    for adapters in ("fp32",) if case.dtype == "fp32" else ("fp32", "16bit"):
+        peers = {}
+        if find_spec("peft"):
+            if not isinstance(case, MultiLora):
+                peers["peft"] = build_peft
+                if compiler:
+                    peers["compile"] = build_compile
+            elif not case.graph:  # its lists of token numbers are copied to the device, which a graph cannot record
+                peers["peft"] = build_peft_mixed
+        if adapters == "16bit" or case.dtype == "fp32":  # torch's products take one dtype
+            if isinstance(case, Lora):
+                peers["addmm"] = build_addmm
+            if isinstance(case, MultiLora):
+                peers["gather-bmm"] = build_gather_bmm
+                if len(case.counts) == 1:
+                    peers["addmm"] = build_one_adapter_addmm
+        found += [Provider(f"{name}-{adapters}", build, adapters) for name, build in peers.items()]
+        found += [Provider(f"{name}-{adapters}", build_ours, adapters, name) for name in backends(case.op, device)]
+    return found

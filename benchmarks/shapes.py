@@ -1,0 +1,199 @@
+"""What is measured: cases, their useful work, and the sizes of the suite.
+
+Useful work counts what the formula needs, whoever computes it, so that GFLOP/s and GB/s compare providers: a product of
+[a, b] and [b, c] is 2abc FLOP; a pass (forward or backward) reads every operand once and writes every result once.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from math import ceil
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = ("tiny", "quick", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """x [M, K] through weight [N, K]: one group of the report, on which all providers run in turn."""
+
+    M: int
+    K: int
+    N: int
+    dtype: str = "fp32"
+    backward: bool = False  # gradients of x and of the adapter; weight is frozen
+    graph: bool = False  # CUDA only: timed as a captured graph
+
+    op = ""
+    detail = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.dtype} {self.label}"
+
+    @property
+    def label(self) -> str:
+        """What tells cases of one op and dtype apart."""
+        run = "forward+backward" if self.backward else "forward"
+        shape = f"{self.K}x{self.N} M{self.M}"
+        return " ".join(filter(None, (run, shape, self.detail, "graph" if self.graph else "")))
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    def base_work(self) -> tuple[int, int]:
+        """(FLOP, bytes) of the base layer: y = x weight^T;  dx = dy weight."""
+        passes = 1 + self.backward
+        traffic = self.M * self.K + self.N * self.K + self.M * self.N
+        return passes * 2 * self.M * self.N * self.K, passes * self.itemsize * traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Case):
+    rank: int = 16
+    dropout: float = 0.0
+
+    op = "lora_linear"
+
+    @property
+    def detail(self) -> str:
+        return f"r{self.rank}" + (f" dropout {self.dropout}" if self.dropout else "")
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """Base, s = x A^T and s B^T; backward: ds, dB, dA (which reads x once more) and ds A."""
+        flop, traffic = self.base_work()
+        parameters = self.rank * (self.K + self.N)
+        flop += (6 if self.backward else 2) * self.M * parameters
+        traffic += (3 if self.backward else 1) * parameters * adapter_itemsize
+        return flop, traffic + self.backward * self.M * self.K * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Case):
+    feedforward: bool
+
+    op = "ia3_linear"
+
+    @property
+    def detail(self) -> str:
+        return "feedforward" if self.feedforward else "output"
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """Base and one product by l; backward: the products by l and by x (or the unscaled output, which forward
+        writes), and a sum."""
+        flop, traffic = self.base_work()
+        scaled = self.K if self.feedforward else self.N
+        flop += (4 if self.backward else 1) * self.M * scaled
+        traffic += (3 if self.backward else 1) * scaled * adapter_itemsize
+        kept = (1 if self.feedforward else 2) * self.M * scaled * self.itemsize
+        return flop, traffic + self.backward * kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLora(Case):
+    """The adapter part alone: y += scaling x A^T B^T in place. `base` is the layer that it is added to."""
+
+    counts: tuple[int, ...]  # tokens of every adapter; they stand in a random order
+    ranks: tuple[int, ...]  # [len(counts)]
+    mix: str = ""
+
+    op = "multi_lora"
+
+    @property
+    def detail(self) -> str:
+        ranks = sorted(set(self.ranks))
+        return f"r{','.join(map(str, ranks))} L{len(self.counts)} {self.mix}".strip()
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """s = x A^T and y += s B^T at every token's own rank; every adapter is read once, y read and written."""
+        features = self.K + self.N
+        flop = sum(2 * count * rank * features for count, rank in zip(self.counts, self.ranks))
+        traffic = self.M * (self.K + 2 * self.N) * self.itemsize
+        return flop, traffic + sum(self.ranks) * features * adapter_itemsize
+
+
+def popularity(mix: str, tokens: int) -> tuple[int, ...]:
+    """Tokens of every adapter in Punica's mixes (Chen et al. 2023, section 7): each its own adapter (distinct), about
+    sqrt(tokens) adapters alike (uniform) or each 1.5 times as popular as the next (skewed), one for all (identical)."""
+    if mix == "distinct":
+        return (1,) * tokens
+    adapters = 1 if mix == "identical" else ceil(tokens**0.5)
+    ratio = 1.5 if mix == "skewed" else 1.0
+    weights = [ratio**-i for i in range(adapters)]
+    edges = [round(tokens * sum(weights[:i]) / sum(weights)) for i in range(adapters + 1)]
+    return tuple(high - low for low, high in pairwise(edges))
+
+
+def mixes(M: int, K: int, N: int, **options) -> list[MultiLora]:
+    """The four popularity mixes of M tokens, with mixed ranks 8, 16, 32 and 64."""
+    cases = []
+    for mix in ("distinct", "uniform", "skewed", "identical"):
+        counts = popularity(mix, M)
+        ranks = tuple(8 << i % 4 for i in range(len(counts)))
+        cases.append(MultiLora(M=M, K=K, N=N, counts=counts, ranks=ranks, mix=mix, **options))
+    return cases
+
+
+def decode(M: int, K: int, N: int, adapters: int, rank: int = 16, **options) -> MultiLora:
+    """M tokens shared evenly by `adapters` of one rank."""
+    return MultiLora(M=M, K=K, N=N, counts=(M // adapters,) * adapters, ranks=(rank,) * adapters, **options)
+
+
+def lora_cases(size: str, device: str) -> list[Lora]:
+    if size == "tiny":
+        shapes = [dict(M=3, dtype="fp32"), dict(M=5, dtype="bf16", backward=True, dropout=0.1)]
+        return [Lora(K=64, N=48, rank=4, **shape) for shape in shapes]
+    if device == "cuda":
+        sides = [(4096, 4096)] if size == "quick" else [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192)]
+        forward = [*product(sides, (1, 32, 2048) if size == "quick" else (1, 32, 2048, 8192), ("bf16",))]
+        training = [*product(sides, (2048,) if size == "quick" else (2048, 8192), ("bf16",))]
+    elif size == "quick":
+        forward = [*product([(1024, 1024), (4096, 4096)], (16, 128), ("fp32", "bf16"))]
+        training = [*product([(1024, 1024)], (128,), ("fp32", "bf16"))]
+    else:
+        sides = [(1024, 1024), (2048, 2048), (4096, 4096), (4096, 11008)]
+        forward = [*product(sides, (1, 16, 128, 512), ("fp32", "bf16"))]
+        training = [*product([(1024, 1024), (4096, 4096)], (128, 512), ("fp32",))]
+        training += [*product([(1024, 1024)], (128, 512), ("bf16",))]  # stock bf16 gradients take seconds a call above
+    cases = [Lora(M=M, K=K, N=N, dtype=dtype) for (K, N), M, dtype in forward]
+    if size == "full":
+        cases += [Lora(M=M, K=4096, N=4096, dtype=cases[0].dtype, rank=64) for M in (16, 128, 2048)]
+    for ((K, N), M, dtype), dropout in product(training, (0.0, 0.1)):
+        cases.append(Lora(M=M, K=K, N=N, dtype=dtype, backward=True, dropout=dropout))
+    return cases
+
+
+def ia3_cases(size: str, device: str) -> list[IA3]:
+    if size == "tiny":
+        return [IA3(M=3, K=64, N=48, feedforward=True), IA3(M=3, K=64, N=48, feedforward=False, backward=True)]
+    if device == "cuda":
+        sides, tokens, dtypes = [(4096, 4096)], (2048,) if size == "quick" else (32, 2048, 8192), ("bf16",)
+    else:
+        sides, tokens, dtypes = [(1024, 1024)], (128,) if size == "quick" else (16, 128, 512), ("fp32", "bf16")
+    return [
+        IA3(M=M, K=K, N=N, dtype=dtype, feedforward=feedforward, backward=backward)
+        for (K, N), M, dtype, feedforward, backward in product(sides, tokens, dtypes, (True, False), (False, True))
+    ]
+
+
+def multi_lora_cases(size: str, device: str) -> list[MultiLora]:
+    if size == "tiny":
+        return mixes(5, 64, 48)
+    dtypes = ("bf16",) if device == "cuda" else ("fp32", "bf16") if size == "full" else ("fp32",)
+    wide = (64, 4096, 11008) if size == "full" or device == "cuda" else (32, 1024, 2752)
+    cases = []
+    for dtype in dtypes:
+        cases += mixes(*wide, dtype=dtype)
+        cases += [decode(64, 4096, 4096, adapters, dtype=dtype) for adapters in (1, 8, 64)]
+    return cases
+
+
+CASES = {"lora_linear": lora_cases, "ia3_linear": ia3_cases, "multi_lora": multi_lora_cases}
+
+
+def cases(op: str, size: str, device: str) -> list[Case]:
+    """The cases of an op in one size of the suite; on CUDA each of them eagerly and as a captured graph."""
+    found = CASES[op](size, device)
+    return [replace(case, graph=graph) for case in found for graph in (False, True)] if device == "cuda" else found

@@ -1,0 +1,68 @@
+// Views of tensors as rows in memory, checked once at the boundary.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "ops/cpu/kernels.h"
+
+namespace pyfastpeft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Rows of elements at a fixed distance, each contiguous.
+struct Rows {
+  Dtype dtype = Dtype::f32;
+  char* data = nullptr;
+  int64_t stride = 0;  // elements from a row to the next
+
+  char* at(int64_t row, int64_t column = 0) const { return data + (row * stride + column) * item_size(dtype); }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+// t [rows, columns] with unit stride in its columns.
+inline Rows rows_of(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be of shape [", rows, ", ",
+                  columns, "]");
+  STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name, " must have unit stride in its last dimension");
+  return {dtype_of(t, name), static_cast<char*>(t.mutable_data_ptr()), t.stride(0)};
+}
+
+inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns, const char* name) {
+  return t ? rows_of(*t, rows, columns, name) : Rows{};
+}
+
+// t of the given shape without gaps; its elements.
+inline char* contiguous(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+  STD_TORCH_CHECK(t.dim() == (int64_t)shape.size() && t.is_contiguous(), name, " must be contiguous, with ",
+                  shape.size(), " dimensions");
+  int64_t dim = 0;
+  for (int64_t size : shape) STD_TORCH_CHECK(t.size(dim++) == size, name, " has a wrong size in a dimension");
+  return static_cast<char*>(t.mutable_data_ptr());
+}
+
+inline int64_t* integers(const Tensor& t, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, " must be int64");
+  return reinterpret_cast<int64_t*>(contiguous(t, {size}, name));
+}
+
+}  // namespace pyfastpeft

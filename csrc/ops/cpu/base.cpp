@@ -1,0 +1,68 @@
+#include "ops/cpu/base.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+
+namespace pyfastpeft {
+
+namespace {
+
+constexpr int64_t BLOCK = 128;  // rows of w cast at a time
+
+Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  return torch::stable::from_blob(const_cast<float*>(data), {sizes, 2}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), ScalarType::Float);
+}
+
+}  // namespace
+
+void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out) {
+  Tensor second = transposed ? w : torch::stable::transpose(w, 0, 1);
+  TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), in.get(), second.get(), 1, 1)
+                              : aoti_torch_cpu_mm_out(out.get(), in.get(), second.get()));
+}
+
+void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
+                   const std::function<void(int64_t q0, int64_t n, Rows block)>& done) {
+  const auto& k = kernels<float>();
+  int64_t q = w.size(transposed ? 1 : 0), p = w.size(transposed ? 0 : 1);
+  int64_t stride_q = w.stride(transposed ? 1 : 0), stride_p = w.stride(transposed ? 0 : 1);
+  Dtype dtype = dtype_of(w, "weight");
+  const char* data = static_cast<const char*>(w.const_data_ptr());
+  Tensor whole = view(in, m, p, p, 1);
+  int64_t count = (q + BLOCK - 1) / BLOCK;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<float[]> cast(new float[BLOCK * p]), product(new float[m * BLOCK]);
+    for (int64_t q0 = begin * BLOCK; q0 < std::min(end * BLOCK, q); q0 += BLOCK) {
+      int64_t n = std::min(BLOCK, q - q0);
+      bool along_p = stride_p == 1;  // else along q: a gap-free run of w holds one p and many q
+      int64_t runs = along_p ? n : p, length = along_p ? p : n, run = along_p ? stride_q : stride_p;
+      const char* first = data + q0 * stride_q * item_size(dtype);
+      for (int64_t i = 0; i < runs; ++i)
+        k.widen(dtype, first + i * run * item_size(dtype), cast.get() + i * length, length);
+      Tensor second = along_p ? view(cast.get(), p, n, 1, p) : view(cast.get(), p, n, n, 1);
+      Tensor out = view(product.get(), m, n, n, 1);
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), whole.get(), second.get()));
+      done(q0, n, {Dtype::f32, reinterpret_cast<char*>(product.get()), n});
+    }
+  });
+}
+
+void convert(Rows in, Rows out, int64_t rows, int64_t columns) {
+  const auto& k = kernels<float>();
+  torch::stable::parallel_for(0, rows, 1 + 65536 / columns, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (out.dtype == Dtype::f32) {
+        k.widen(in.dtype, in.at(i), reinterpret_cast<float*>(out.at(i)), columns);
+      } else {
+        k.narrow(out.dtype, reinterpret_cast<const float*>(in.at(i)), out.at(i), columns);
+      }
+    }
+  });
+}
+
+}  // namespace pyfastpeft

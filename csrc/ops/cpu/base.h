@@ -1,0 +1,31 @@
+// The base layer's matmul: torch's own where it is fast, else in blocks that are cast to float32 and stay in cache.
+#pragma once
+#include <functional>
+#include <memory>
+
+#include "ops/checks.h"
+
+namespace pyfastpeft {
+
+// Rows of float32 (or of C) that live as long as this.
+template <class C>
+struct Buffer {
+  std::unique_ptr<C[]> data;
+  int64_t columns;
+
+  Buffer(int64_t rows, int64_t columns) : data(new C[rows * columns]), columns(columns) {}
+  Rows rows() const { return {sizeof(C) == 8 ? Dtype::f64 : Dtype::f32, reinterpret_cast<char*>(data.get()), columns}; }
+};
+
+// out = in w^T (+ bias), or in w for `transposed`.  in: [M, K];  w: [N, K];  out: [M, N];  transposed: in [M, N], out [M, K]
+void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out);
+
+// Columns q0 .. q0 + n of in w^T, or of in w for `transposed`, block by block on all threads: done(q0, n, block), with
+// block [M, n] float32, may finish them in cache. in: [M, P] float32 without gaps; w: [Q, P] (transposed: [P, Q]), 16-bit.
+void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
+                   const std::function<void(int64_t q0, int64_t n, Rows block)>& done);
+
+// out = in, row by row on all threads; one of them is float32.  in, out: [rows, columns]
+void convert(Rows in, Rows out, int64_t rows, int64_t columns);
+
+}  // namespace pyfastpeft

@@ -1,0 +1,48 @@
+// The kernels that are compiled once per instruction set, as a table chosen at run time.
+#pragma once
+#include <cstdint>
+
+namespace pyfastpeft {
+
+enum class Dtype : int { f64, f32, bf16, f16 };
+
+inline int64_t item_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+
+// Sums are formed in C: double for f64, float for all others.
+template <class C>
+struct Kernels {
+  // out[i] = in[i] for i < n; in is of the given dtype.
+  void (*widen)(Dtype, const void* in, C* out, int64_t n);
+  // out[i] = in[i], rounded to nearest even; out is of the given dtype.
+  void (*narrow)(Dtype, const C* in, void* out, int64_t n);
+  // s[t][j] = sum over k of x[t][k] a[j][k] for t < tokens, j < ranks; x and s hold row pointers, a is [ranks, k] of the
+  // given dtype with row stride lda.
+  void (*dot)(const C* const* x, int64_t tokens, Dtype, const void* a, int64_t lda, int64_t ranks, int64_t k,
+              C* const* s);
+  // y[i][n] (+)= sum over q of s[i][q * step] c[q * ldc + n] for i < rows, q < depth, n < columns; s and y hold row
+  // pointers.
+  void (*axpy)(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
+               int64_t columns, bool accumulate);
+  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype.
+  void (*transpose)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo);
+  // x[i] += b[i] for i < n.
+  void (*add)(C* x, const C* b, int64_t n);
+  // x[i] *= l[i] for i < n.
+  void (*multiply)(C* x, const C* l, int64_t n);
+  // sum[i] += a[i] b[i] for i < n.
+  void (*multiply_add)(const C* a, const C* b, C* sum, int64_t n);
+  // x[i] *= kept(seed; token, k0 + i) ? 1 / (1 - p) : 0 for i < n; k0 is a multiple of 4. The mask is that of
+  // reference.dropout_factor: word k mod 4 of Philox4x32-10 under counter (k / 4, token, 0, 0).
+  void (*drop)(C* x, int64_t n, int64_t k0, int64_t token, uint64_t seed, double p);
+};
+
+template <class C>
+const Kernels<C>& kernels();
+
+// "baseline", "avx2" or "avx512": the best that the CPU has, or the lower one that PYFASTPEFT_CPU_ISA names.
+const char* cpu_capability();
+
+// Whether torch's own matmul is fast in this dtype: for 16-bit ones only where the CPU multiplies them in hardware.
+bool fast_matmul(Dtype);
+
+}  // namespace pyfastpeft

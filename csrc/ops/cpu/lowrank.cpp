@@ -1,0 +1,253 @@
+#include "ops/cpu/lowrank.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+
+namespace pyfastpeft {
+
+namespace {
+
+constexpr int64_t TOKEN_BLOCK = 24;    // tokens of one task or one staged block: a multiple of every tile's height
+constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task
+constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
+
+template <class C>
+constexpr Dtype native = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
+
+template <class C>
+std::unique_ptr<C[]> scratch(int64_t n) {
+  return std::unique_ptr<C[]>(new C[n]);
+}
+
+int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// One adapter's block of work: tokens t0 .. t1, ranks r0 .. r1 or columns c0 .. c1, as the loop needs.
+struct Task {
+  const Adapter* adapter;
+  int64_t index;  // of the adapter
+  int64_t begin, end;
+};
+
+// Cuts `extent(adapter)` of every adapter into blocks.
+template <class Extent>
+std::vector<Task> cut(const std::vector<Adapter>& adapters, int64_t block, Extent extent) {
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    int64_t size = extent(adapters[i]);
+    for (int64_t begin = 0; begin < size; begin += block)
+      tasks.push_back({&adapters[i], (int64_t)i, begin, std::min(begin + block, size)});
+  }
+  return tasks;
+}
+
+template <class F>
+void parallel(const std::vector<Task>& tasks, int64_t work, F f) {
+  int64_t count = tasks.size();
+  torch::stable::parallel_for(0, count, work < SERIAL_WORK ? count : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(tasks[i]);
+  });
+}
+
+template <class C>
+int64_t multiply_adds(const Branch<C>& branch, int64_t features) {
+  int64_t work = 0;
+  for (const Adapter& adapter : branch.adapters) work += adapter.tokens.count * adapter.rank * features;
+  return work;
+}
+
+// Row `token` of x, columns c0 .. c0 + n, as C: where it lies if it is of that type and whole, else staged.
+template <class C>
+const C* staged(const Rows& x, int64_t token, int64_t c0, int64_t n, const Dropout& dropout, C* stage) {
+  if (x.dtype == native<C> && dropout.p == 0) return reinterpret_cast<const C*>(x.at(token, c0));
+  kernels<C>().widen(x.dtype, x.at(token, c0), stage, n);
+  if (dropout.p > 0) kernels<C>().drop(stage, n, c0, token, dropout.seed, dropout.p);
+  return stage;
+}
+
+// s[i] = drop(x[tokens[i]]) a[r0 .. r1]^T for the tokens begin .. end; row(i) is where s[i]'s rank r0 goes.
+template <class C, class Row>
+void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t end, int64_t k, const Dropout& dropout,
+                  const Rows& a, int64_t r0, int64_t r1, Row row) {
+  bool stage = x.dtype != native<C> || dropout.p > 0;
+  auto buffer = scratch<C>(stage ? std::min(TOKEN_BLOCK, end - begin) * k : 0);
+  for (int64_t t = begin; t < end; t += TOKEN_BLOCK) {
+    const C* in[TOKEN_BLOCK];
+    C* out[TOKEN_BLOCK];
+    int64_t count = std::min(TOKEN_BLOCK, end - t);
+    for (int64_t i = 0; i < count; ++i) {
+      in[i] = staged(x, tokens[t + i], 0, k, dropout, buffer.get() + (stage ? i * k : 0));
+      out[i] = row(t + i);
+    }
+    kernels<C>().dot(in, count, a.dtype, a.at(r0), a.stride, r1 - r0, k, out);
+  }
+}
+
+// y[tokens[i]] (+)= drop'(s[i] c) on columns c0 .. c0 + n, whose memory begins at y; c is [rank, n] with row stride ldc.
+template <class C, class Row>
+void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Rows& y, const Tokens& tokens, int64_t c0,
+                  int64_t n, const Dropout& dropout, bool accumulate) {
+  constexpr int64_t ROWS = 6;
+  const auto& k = kernels<C>();
+  bool in_place = y.dtype == native<C> && dropout.p == 0;
+  C buffer[ROWS * COLUMN_BLOCK], previous[COLUMN_BLOCK];
+  for (int64_t t = 0; t < tokens.count; t += ROWS) {
+    int64_t count = std::min(ROWS, tokens.count - t);
+    const C* factors[ROWS];
+    C* out[ROWS];
+    for (int64_t i = 0; i < count; ++i) {
+      factors[i] = s(t + i);
+      out[i] = in_place ? reinterpret_cast<C*>(y.at(tokens[t + i])) : buffer + i * COLUMN_BLOCK;
+      if (!in_place && dropout.p == 0 && accumulate) k.widen(y.dtype, y.at(tokens[t + i]), out[i], n);
+    }
+    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate && dropout.p == 0);
+    if (in_place) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      char* row = y.at(tokens[t + i]);
+      if (dropout.p > 0) {
+        k.drop(out[i], n, c0, tokens[t + i], dropout.seed, dropout.p);
+        if (accumulate) {
+          k.widen(y.dtype, row, previous, n);
+          k.add(out[i], previous, n);
+        }
+      }
+      k.narrow(y.dtype, out[i], row, n);
+    }
+  }
+}
+
+// g = s^T drop(x) on columns c0 .. c0 + n: [rank, n] with row stride COLUMN_BLOCK.
+template <class C, class Row>
+void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64_t c0, int64_t n, const Dropout& dropout,
+                 C* g) {
+  bool direct = x.dtype == native<C> && dropout.p == 0 && !tokens.order;
+  auto stage = scratch<C>(direct ? 0 : TOKEN_BLOCK * COLUMN_BLOCK);
+  auto factors = scratch<C>(rank * TOKEN_BLOCK);  // s^T of the block
+  std::vector<const C*> in(rank);
+  std::vector<C*> out(rank);
+  for (int64_t r = 0; r < rank; ++r) in[r] = factors.get() + r * TOKEN_BLOCK, out[r] = g + r * COLUMN_BLOCK;
+  for (int64_t t = 0; t < tokens.count; t += TOKEN_BLOCK) {
+    int64_t count = std::min(TOKEN_BLOCK, tokens.count - t);
+    for (int64_t i = 0; i < count; ++i) {
+      const C* row = s(t + i);
+      for (int64_t r = 0; r < rank; ++r) factors[r * TOKEN_BLOCK + i] = row[r];
+      if (direct) continue;
+      C* to = stage.get() + i * COLUMN_BLOCK;
+      const C* from = staged(x, tokens[t + i], c0, n, dropout, to);
+      if (from != to) std::copy_n(from, n, to);
+    }
+    const C* c = direct ? reinterpret_cast<const C*>(x.at(t, c0)) : stage.get();
+    kernels<C>().axpy(in.data(), 1, rank, c, direct ? x.stride : COLUMN_BLOCK, count, out.data(), n, t > 0);
+  }
+}
+
+}  // namespace
+
+template <class C>
+void shrink(const Branch<C>& branch, Rows x, C* s, int64_t s_stride) {
+  int64_t k = branch.features_in;
+  // Few tokens leave threads idle unless the ranks are shared out as well.
+  constexpr int64_t RANKS = 4;
+  auto tasks = cut(branch.adapters, 1, [](const Adapter& a) {
+    return blocks(a.tokens.count, TOKEN_BLOCK) * (a.tokens.count > TOKEN_BLOCK ? 1 : blocks(a.rank, RANKS));
+  });
+  parallel(tasks, multiply_adds(branch, k), [&](const Task& task) {
+    const Adapter& adapter = *task.adapter;
+    bool many = adapter.tokens.count > TOKEN_BLOCK;
+    int64_t t0 = many ? task.begin * TOKEN_BLOCK : 0;
+    int64_t r0 = many ? 0 : task.begin * RANKS;
+    int64_t t1 = std::min(t0 + TOKEN_BLOCK, adapter.tokens.count);
+    int64_t r1 = many ? adapter.rank : std::min(r0 + RANKS, adapter.rank);
+    shrink_block<C>(x, adapter.tokens, t0, t1, k, branch.dropout, adapter.a, r0, r1,
+                    [&](int64_t i) { return s + adapter.tokens[i] * s_stride + r0; });
+  });
+}
+
+template <class C>
+void expand(const Branch<C>& branch, const C* s, int64_t s_stride, Rows y, int64_t n0, int64_t n1) {
+  auto tasks = cut(branch.adapters, COLUMN_BLOCK, [&](const Adapter&) { return n1 - n0; });
+  parallel(tasks, multiply_adds(branch, n1 - n0), [&](const Task& task) {
+    const Adapter& adapter = *task.adapter;
+    int64_t n = task.end - task.begin;
+    auto c = scratch<C>(adapter.rank * COLUMN_BLOCK);
+    kernels<C>().transpose(adapter.b.dtype, adapter.b.at(n0 + task.begin), adapter.b.stride, n, adapter.rank,
+                           adapter.scaling, c.get(), COLUMN_BLOCK);
+    Rows columns = y;
+    columns.data = y.at(0, task.begin);
+    expand_block<C>([&](int64_t i) { return s + adapter.tokens[i] * s_stride; }, adapter.rank, c.get(), COLUMN_BLOCK,
+                    columns, adapter.tokens, n0 + task.begin, n, Dropout{}, true);
+  });
+}
+
+template <class C>
+void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_stride, Rows dx, bool accumulate) {
+  const auto& adapters = branch.adapters;
+  int64_t k = branch.features_in, n = branch.features_out;
+  auto rank_columns = [&](int64_t features) {
+    return cut(adapters, COLUMN_BLOCK, [features](const Adapter&) { return features; });
+  };
+
+  bool need_ds = dx || std::any_of(adapters.begin(), adapters.end(), [](const Adapter& a) { return bool(a.da); });
+  std::vector<std::unique_ptr<C[]>> bt(adapters.size()), ds(adapters.size());
+  if (need_ds) {
+    for (size_t i = 0; i < adapters.size(); ++i) {
+      bt[i] = scratch<C>(adapters[i].rank * n);
+      ds[i] = scratch<C>(adapters[i].tokens.count * adapters[i].rank);
+    }
+    parallel(rank_columns(n), multiply_adds(branch, n), [&](const Task& task) {
+      const Adapter& adapter = *task.adapter;
+      kernels<C>().transpose(adapter.b.dtype, adapter.b.at(task.begin), adapter.b.stride, task.end - task.begin,
+                             adapter.rank, adapter.scaling, bt[task.index].get() + task.begin, n);
+    });
+    auto tasks = cut(adapters, TOKEN_BLOCK, [](const Adapter& a) { return a.tokens.count; });
+    parallel(tasks, multiply_adds(branch, n), [&](const Task& task) {
+      const Adapter& adapter = *task.adapter;
+      Rows b{native<C>, reinterpret_cast<char*>(bt[task.index].get()), n};
+      shrink_block<C>(dy, adapter.tokens, task.begin, task.end, n, Dropout{}, b, 0, adapter.rank,
+                      [&](int64_t i) { return ds[task.index].get() + i * adapter.rank; });
+    });
+  }
+
+  parallel(rank_columns(n), multiply_adds(branch, n), [&](const Task& task) {
+    const Adapter& adapter = *task.adapter;
+    if (!adapter.db) return;
+    int64_t columns = task.end - task.begin;
+    auto g = scratch<C>(adapter.rank * COLUMN_BLOCK), row = scratch<C>(adapter.rank);
+    outer_block<C>([&](int64_t i) { return s + adapter.tokens[i] * s_stride; }, adapter.rank, dy, adapter.tokens,
+                   task.begin, columns, Dropout{}, g.get());
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < adapter.rank; ++r) row[r] = adapter.scaling * g[r * COLUMN_BLOCK + c];
+      kernels<C>().narrow(adapter.db.dtype, row.get(), adapter.db.at(task.begin + c), adapter.rank);
+    }
+  });
+
+  parallel(rank_columns(k), multiply_adds(branch, k), [&](const Task& task) {
+    const Adapter& adapter = *task.adapter;
+    int64_t columns = task.end - task.begin, rank = adapter.rank;
+    auto factors = [&](int64_t i) { return ds[task.index].get() + i * rank; };
+    auto c = scratch<C>(rank * COLUMN_BLOCK);
+    if (adapter.da) {
+      outer_block<C>(factors, rank, x, adapter.tokens, task.begin, columns, branch.dropout, c.get());
+      for (int64_t r = 0; r < rank; ++r)
+        kernels<C>().narrow(adapter.da.dtype, c.get() + r * COLUMN_BLOCK, adapter.da.at(r, task.begin), columns);
+    }
+    if (dx) {
+      for (int64_t r = 0; r < rank; ++r)
+        kernels<C>().widen(adapter.a.dtype, adapter.a.at(r, task.begin), c.get() + r * COLUMN_BLOCK, columns);
+      Rows block = dx;
+      block.data = dx.at(0, task.begin);
+      expand_block<C>(factors, rank, c.get(), COLUMN_BLOCK, block, adapter.tokens, task.begin, columns, branch.dropout,
+                      accumulate);
+    }
+  });
+}
+
+template void shrink(const Branch<float>&, Rows, float*, int64_t);
+template void shrink(const Branch<double>&, Rows, double*, int64_t);
+template void expand(const Branch<float>&, const float*, int64_t, Rows, int64_t, int64_t);
+template void expand(const Branch<double>&, const double*, int64_t, Rows, int64_t, int64_t);
+template void backward(const Branch<float>&, Rows, Rows, const float*, int64_t, Rows, bool);
+template void backward(const Branch<double>&, Rows, Rows, const double*, int64_t, Rows, bool);
+
+}  // namespace pyfastpeft

@@ -1,0 +1,25 @@
+#include <torch/csrc/stable/library.h>
+
+// Raw ops: they write into their mutable arguments and return nothing. pyfastpeft/ops/reference.py holds the formulas.
+STABLE_TORCH_LIBRARY(pyfastpeft, m) {
+  m.def(
+      "lora_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling,"
+      " float dropout_p, Tensor? seed, Tensor(a!) y, Tensor(b!) s) -> ()");
+  m.def(
+      "lora_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
+      " float dropout_p, Tensor? seed, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()");
+  m.def(
+      "ia3_forward(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, bool feedforward,"
+      " Tensor(a!) y, Tensor(b!)? base) -> ()");
+  m.def(
+      "ia3_backward(Tensor dy, Tensor? x, Tensor weight, Tensor ia3_l, bool feedforward, Tensor? base,"
+      " Tensor(a!)? dx, Tensor(b!)? dia3_l) -> ()");
+  m.def("group_tokens(Tensor slots, Tensor(a!) order, Tensor(b!) segments) -> ()");
+  m.def(
+      "multi_lora_forward(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks, Tensor order,"
+      " Tensor segments, Tensor(a!) y, Tensor(b!) s) -> ()");
+  m.def(
+      "multi_lora_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks,"
+      " Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()");
+  m.def("cpu_capability() -> str");
+}

@@ -1,0 +1,200 @@
+"""LoRA on a linear layer, and alone: y = x W^T + b + scaling * drop(x) A^T B^T. Equations: README.md."""
+
+import triton
+import triton.language as tl
+
+from .blocks import accumulation, blocks, dots, finish, launcher, partial, rank_block, split, threshold
+from .tiles import dropout_mask, product
+
+
+@triton.jit(do_not_specialize=["drop_below"])
+def shrink_kernel(
+    x, lora_A, s, seed, M, K, R, part, x_row, a_rank, a_column, scaling: tl.float64, drop_below: tl.int64,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """s[h, m, j] = scaling * sum over the k of part h of mask(x)[m, k] lora_A[j, k].
+
+    x [M, K], lora_A [R, K], s [parts, M, R].
+    """
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    rows = tl.program_id(0) // rank_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    start = tl.program_id(1) * part
+    acc = tl.zeros((BLOCK_R, BLOCK_M), s.dtype.element_ty)
+    if seed is not None:
+        seed = tl.load(seed)
+    acc = product(
+        acc, lora_A + ranks.to(tl.int64) * a_rank, a_column, ranks < R, x + rows.to(tl.int64) * x_row, rows < M,
+        start, tl.minimum(start + part, K), DOT, PRECISION, BLOCK_K, seed=seed, rows=rows, threshold=drop_below,
+    )  # fmt: skip
+    acc *= tl.full((1, 1), scaling, acc.dtype)
+    out = s + (tl.program_id(1).to(tl.int64) * M + rows)[None, :] * R + ranks[:, None]
+    tl.store(out, acc, mask=(ranks < R)[:, None] & (rows < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["drop_below"])
+def linear_kernel(
+    x, weight, bias, s, lora_B, y, seed, M, N, K, R, x_row, w_row, w_column, b_row, b_rank, y_row,
+    scaling: tl.float64, drop_below: tl.int64, ADD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y = x weight^T + bias + scaling * mask(s lora_B^T), without weight the last term alone; ADD: y += that.
+
+    x [M, K], weight [N, K], bias [N], s [M, R], lora_B [N, R], y [M, N]. One accumulator, rounded once.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside, column_inside = rows < M, columns < N
+    row_at, column_at = rows.to(tl.int64), columns.to(tl.int64)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty)
+    # The branch comes first, so that its mask and scale meet it alone in the accumulator.
+    acc = product(
+        acc, lora_B + column_at * b_row, b_rank, column_inside, s + row_at * R, row_inside, 0, R,
+        DOT, PRECISION, BLOCK_R, STAGES=1,
+    )  # fmt: skip
+    acc *= tl.full((1, 1), scaling, acc.dtype)
+    if seed is not None:
+        acc *= dropout_mask(tl.load(seed), rows, tile_n * BLOCK_N, drop_below, BLOCK_N, acc.dtype)
+    if weight is not None:
+        acc = product(
+            acc, weight + column_at * w_row, w_column, column_inside, x + row_at * x_row, row_inside, 0, K,
+            x.dtype.element_ty, "ieee", BLOCK_K,
+        )  # fmt: skip
+    if bias is not None:
+        acc += tl.load(bias + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
+    out = y + row_at[None, :] * y_row + columns[:, None]
+    inside = column_inside[:, None] & row_inside[None, :]
+    if ADD:
+        acc += tl.load(out, mask=inside, other=0.0).to(acc.dtype)
+    tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["drop_below"])
+def factor_gradient_kernel(
+    t, s, gradient, lora_B, ds, seed, M, F, R, part, t_row, g_rank, g_column, scaling: tl.float64, drop_below: tl.int64,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """gradient[h, j, f] = scaling * sum over the rows m of part h of s[m, j] mask(t)[m, f]; and, where lora_B is given,
+    ds[i, m, j] = scaling * sum over the columns f of block i of t[m, f] lora_B[f, j].
+
+    t [M, F], s [M, R], gradient [parts, R, F] of any strides, lora_B [F, R], ds [F / BLOCK_N, M, R].
+    """
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    block = tl.program_id(0) // rank_blocks
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    column_inside, rank_inside = columns < F, ranks < R
+    inside = rank_inside[:, None] & column_inside[None, :]
+    WIDE: tl.constexpr = s.dtype.element_ty
+    acc = tl.zeros((BLOCK_R, BLOCK_N), WIDE)
+    if seed is not None:
+        seed = tl.load(seed)
+    if lora_B is not None:
+        factor = tl.load(lora_B + columns.to(tl.int64)[None, :] * R + ranks[:, None], mask=inside, other=0.0).to(DOT)
+    start = tl.program_id(1) * part
+    for m in range(start, tl.minimum(start + part, M), BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        row_at, row_inside = rows.to(tl.int64), rows < M
+        tile = tl.load(
+            t + row_at[:, None] * t_row + columns[None, :], mask=row_inside[:, None] & column_inside[None, :], other=0.0
+        )
+        if seed is not None:
+            mask = tl.trans(dropout_mask(seed, rows, block * BLOCK_N, drop_below, BLOCK_N, WIDE))
+            tile = (tile.to(WIDE) * mask).to(tile.dtype)
+        at = row_at[None, :] * R + ranks[:, None]
+        s_inside = rank_inside[:, None] & row_inside[None, :]
+        shrunk = tl.load(s + at, mask=s_inside, other=0.0)
+        acc = tl.dot(shrunk.to(DOT), tile.to(DOT), acc, input_precision=PRECISION, out_dtype=WIDE)
+        if lora_B is not None:
+            sums = tl.dot(factor, tl.trans(tile.to(DOT)), input_precision=PRECISION, out_dtype=WIDE)
+            sums *= tl.full((1, 1), scaling, WIDE)
+            tl.store(ds + block.to(tl.int64) * M * R + at, sums, mask=s_inside)
+    acc *= tl.full((1, 1), scaling, WIDE)
+    out = gradient + tl.program_id(1).to(tl.int64) * R * F
+    out += ranks.to(tl.int64)[:, None] * g_rank + columns.to(tl.int64)[None, :] * g_column
+    tl.store(out, acc.to(gradient.dtype.element_ty), mask=inside)
+
+
+@launcher
+def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s):
+    """s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T.  Without weight: y += scaling * s lora_B^T.
+
+    x [M, K], weight [N, K] of any strides, lora_A [r, K], lora_B [N, r]; written: y [M, N], s [M, r].
+    """
+    _shrink(x, lora_A, s, _keep(dropout_p, seed), dropout_p, seed)
+    _linear(x, weight, bias, s, lora_B, y, scaling, add=weight is None)
+
+
+@launcher
+def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B):
+    """ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s;  dlora_A = ds^T drop(x);  dx = dy weight + drop'(ds lora_A).
+
+    dy [M, N], the rest as in lora_forward; written, each unless None: dx [M, K], dlora_A [r, K], dlora_B [N, r].
+    """
+    rank, keep = len(lora_A), _keep(dropout_p, seed)
+    ds = None
+    if dx is not None or dlora_A is not None:
+        ds = dy.new_empty(len(dy), rank, dtype=accumulation(dy.dtype))
+    # One pass over dy serves ds and dlora_B, unless ds in blocks of columns would weigh more than reading dy again.
+    block = blocks("factor_gradient", dy.dtype, len(dy), lora_B.dtype)["BLOCK_N"]
+    together = ds is not None and dlora_B is not None and 2 * rank * ds.itemsize <= block * dy.itemsize
+    if dlora_B is not None:
+        _factor_gradient(dy, s, dlora_B, 1, scaling, lora_B=lora_B, ds=ds if together else None)
+    if ds is not None and not together:
+        _shrink(dy, lora_B.T, ds, scaling)
+    if dlora_A is not None:
+        _factor_gradient(x, ds, dlora_A, 0, keep, dropout_p, seed)
+    if dx is not None:
+        _linear(dy, None if weight is None else weight.T, None, ds, lora_A.T, dx, keep, dropout_p, seed)
+
+
+def _keep(dropout_p, seed):
+    return 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
+
+
+def _shrink(x, factor, s, scaling, dropout_p=0.0, seed=None):
+    """s = scaling * mask(x) factor^T:  x [M, K], factor [r, K], s [M, r]."""
+    (rows, depth), rank = x.shape, len(factor)
+    sizes = blocks("shrink", x.dtype, rows, factor.dtype) | {"BLOCK_R": rank_block(rank)}
+    programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(rank, sizes["BLOCK_R"])
+    parts, part = split(depth, sizes["BLOCK_K"], programs)
+    sums = partial(s, parts, s.dtype)
+    shrink_kernel[(programs, parts)](
+        x, factor, sums, seed, rows, depth, rank, part, x.stride(0), *factor.stride(), scaling, threshold(dropout_p),
+        **dots(x.dtype, factor.dtype), **sizes,
+    )  # fmt: skip
+    finish(sums, s)
+
+
+def _linear(x, weight, bias, s, factor, y, scaling, dropout_p=0.0, seed=None, add=False):
+    """y (+)= x weight^T + bias + scaling * mask(s factor^T):  weight [N, K] or None, factor [N, r]."""
+    (rows, columns), depth, rank = y.shape, x.shape[1], s.shape[1]
+    sizes = blocks("linear", x.dtype, rows, factor.dtype) | {"BLOCK_R": rank_block(rank)}
+    programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(columns, sizes["BLOCK_N"])
+    strides = (0, 0) if weight is None else weight.stride()
+    linear_kernel[(programs,)](
+        x, weight, bias, s, factor, y, seed, rows, columns, depth, rank, x.stride(0), *strides, *factor.stride(),
+        y.stride(0), scaling, threshold(dropout_p), ADD=add, **dots(x.dtype, factor.dtype), **sizes,
+    )  # fmt: skip
+
+
+def _factor_gradient(t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=None, lora_B=None, ds=None):
+    """gradient = scaling * s^T mask(t), its ranks on rank_axis:  t [M, F], s [M, r]; and, given ds, ds = scaling * t lora_B."""
+    (rows, columns), rank = t.shape, s.shape[1]
+    sizes = blocks("factor_gradient", t.dtype, rows, gradient.dtype) | {"BLOCK_R": rank_block(rank)}
+    column_blocks = triton.cdiv(columns, sizes["BLOCK_N"])
+    programs = column_blocks * triton.cdiv(rank, sizes["BLOCK_R"])
+    parts, part = split(rows, sizes["BLOCK_M"], programs)
+    sums = partial(gradient, parts, s.dtype)
+    blocks_of_ds = None if ds is None else partial(ds, column_blocks, ds.dtype)
+    factor_gradient_kernel[(programs, parts)](
+        t, s, sums, None if ds is None else lora_B, blocks_of_ds, seed, rows, columns, rank, part, t.stride(0),
+        gradient.stride(rank_axis), gradient.stride(1 - rank_axis), scaling, threshold(dropout_p),
+        **dots(t.dtype, gradient.dtype), **sizes,
+    )  # fmt: skip
+    finish(sums, gradient)
+    if ds is not None:
+        finish(blocks_of_ds, ds)

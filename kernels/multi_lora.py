@@ -1,0 +1,218 @@
+"""Batched multi-LoRA: every token goes through the adapter of its segment (Chen et al. 2023, Punica, section 4).
+
+Tokens stay in place; kernels reach them through `order`, where those of one adapter lie next to each other.
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import accumulation, blocks, dots, finish, launcher, partial, rank_block, split
+from .tiles import product
+
+SCAN = tl.constexpr(128)  # adapters that a program looks at together when it searches for its tile
+
+
+@triton.jit
+def find_tile(segments, ranks, tile, L, R, BLOCK_M: tl.constexpr):
+    """(adapter, its rank, first position, end) of tile number `tile`, counting BLOCK_M positions of one adapter a tile,
+    adapters in their order; adapter L where there are fewer tiles."""
+    adapter = 0
+    before = 0  # tiles of the adapters before it
+    seen = 0
+    for first in range(0, L, SCAN):
+        ids = first + tl.arange(0, SCAN)
+        inside = ids < L
+        length = tl.load(segments + ids + 1, mask=inside, other=0) - tl.load(segments + ids, mask=inside, other=0)
+        tiles = tl.cdiv(length, BLOCK_M).to(tl.int32)
+        passed = inside & (seen + tl.cumsum(tiles, 0) <= tile)
+        adapter += tl.sum(passed.to(tl.int32), 0)
+        before += tl.sum(tl.where(passed, tiles, 0), 0)
+        seen += tl.sum(tiles, 0)
+    found = adapter < L
+    position = tl.load(segments + adapter, mask=found, other=0) + (tile - before) * BLOCK_M
+    end = tl.load(segments + adapter + 1, mask=found, other=0)
+    rank = R
+    if ranks is not None:
+        rank = tl.load(ranks + adapter, mask=found, other=0).to(tl.int32)
+    return adapter, rank, position, end
+
+
+@triton.jit
+def multi_shrink_kernel(
+    x, factor, s, scaling, ranks, order, segments, T, L, R, K, part, x_row, f_adapter, f_rank, f_column,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """s[h, t, j] = scaling[a] * sum over the k of part h of x[t, k] factor[a, j, k] on adapter a's tokens t, j < ranks[a].
+
+    x [T, K], factor [L, R, K], scaling [L] or None, s [parts, T, R]. The rest of s is left as it is.
+    """
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    adapter, rank, position, end = find_tile(segments, ranks, tl.program_id(0) // rank_blocks, L, R, BLOCK_M)
+    ranks_at = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    if adapter == L:
+        return
+    positions = position + tl.arange(0, BLOCK_M)
+    row_inside, rank_inside = positions < end, ranks_at < rank
+    rows = tl.load(order + positions, mask=row_inside, other=0)
+    start = tl.program_id(1) * part
+    acc = product(
+        tl.zeros((BLOCK_R, BLOCK_M), s.dtype.element_ty),
+        factor + adapter.to(tl.int64) * f_adapter + ranks_at.to(tl.int64) * f_rank, f_column, rank_inside,
+        x + rows * x_row, row_inside, start, tl.minimum(start + part, K), DOT, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if scaling is not None:
+        acc *= tl.load(scaling + adapter).to(acc.dtype)
+    out = s + (tl.program_id(1).to(tl.int64) * T + rows)[None, :] * R + ranks_at[:, None]
+    tl.store(out, acc, mask=rank_inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
+def multi_expand_kernel(
+    s, factor, y, scaling, ranks, order, segments, L, R, N, f_adapter, f_row, f_rank, y_row,
+    ADD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y[t] = scaling[a] * s[t, :ranks[a]] factor[a]^T on adapter a's tokens t; ADD: y[t] += that.
+
+    s [T, R], factor [L, N, R], scaling [L] or None, y [T, N]. Other rows of y are left as they are.
+    """
+    column_blocks = tl.cdiv(N, BLOCK_N)
+    adapter, rank, position, end = find_tile(segments, ranks, tl.program_id(0) // column_blocks, L, R, BLOCK_M)
+    columns = tl.program_id(0) % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    if adapter == L:
+        return
+    positions = position + tl.arange(0, BLOCK_M)
+    row_inside, column_inside = positions < end, columns < N
+    rows = tl.load(order + positions, mask=row_inside, other=0)
+    acc = product(
+        tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty),
+        factor + adapter.to(tl.int64) * f_adapter + columns.to(tl.int64) * f_row, f_rank, column_inside,
+        s + rows * R, row_inside, 0, rank, DOT, PRECISION, BLOCK_R, STAGES=1,
+    )  # fmt: skip
+    if scaling is not None:
+        acc *= tl.load(scaling + adapter).to(acc.dtype)
+    out = y + rows[None, :] * y_row + columns[:, None]
+    inside = column_inside[:, None] & row_inside[None, :]
+    if ADD:
+        acc += tl.load(out, mask=inside, other=0.0).to(acc.dtype)
+    tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multi_factor_gradient_kernel(
+    t, s, gradient, scaling, ranks, order, segments, R, F, t_row, g_adapter, g_rank, g_column,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """gradient[a, j] = scaling[a] * sum over adapter a's tokens m of s[m, j] t[m] for j < ranks[a], else 0.
+
+    t [T, F], s [T, R], scaling [L] or None, gradient [L, R, F] of any strides.
+    """
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    adapter = tl.program_id(1)
+    columns = tl.program_id(0) // rank_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks_at = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank = R
+    if ranks is not None:
+        rank = tl.load(ranks + adapter)
+    column_inside, rank_inside = columns < F, ranks_at < rank
+    WIDE: tl.constexpr = s.dtype.element_ty
+    acc = tl.zeros((BLOCK_R, BLOCK_N), WIDE)
+    end = tl.load(segments + adapter + 1)
+    for position in range(tl.load(segments + adapter), end, BLOCK_M):
+        positions = position + tl.arange(0, BLOCK_M)
+        row_inside = positions < end
+        rows = tl.load(order + positions, mask=row_inside, other=0)
+        tile = tl.load(
+            t + rows[:, None] * t_row + columns[None, :], mask=row_inside[:, None] & column_inside[None, :], other=0.0
+        )
+        shrunk = tl.load(
+            s + rows[None, :] * R + ranks_at[:, None], mask=rank_inside[:, None] & row_inside[None, :], other=0.0
+        )
+        acc = tl.dot(shrunk.to(DOT), tile.to(DOT), acc, input_precision=PRECISION, out_dtype=WIDE)
+    if scaling is not None:
+        acc *= tl.load(scaling + adapter).to(WIDE)
+    # Unused ranks are zero even where a token holds NaN.
+    acc = tl.where(rank_inside[:, None], acc, 0.0)
+    out = gradient + adapter.to(tl.int64) * g_adapter
+    out += ranks_at.to(tl.int64)[:, None] * g_rank + columns.to(tl.int64)[None, :] * g_column
+    tl.store(out, acc.to(gradient.dtype.element_ty), mask=(ranks_at < R)[:, None] & column_inside[None, :])
+
+
+@launcher
+def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s):
+    """For every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
+
+    x [T, K], lora_A [L, r, K], lora_B [L, N, r], scaling [L], ranks [L] or None, order [T], segments [L + 1];
+    written: y [T, N], s [T, r]. Rank rows beyond ranks[a] are not read. Grids follow from shapes alone.
+    """
+    routing = ranks, order, segments
+    _shrink(x, lora_A, s, None, *routing)
+    _expand(s, lora_B, y, scaling, *routing, add=True)
+
+
+@launcher
+def multi_lora_backward(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B):
+    """On the tokens of every adapter a:  ds = scaling[a] * dy lora_B[a];  dx = ds lora_A[a];
+    dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s. Zero for base-only tokens, idle adapters and unused ranks.
+
+    dy [T, N], the rest as in multi_lora_forward; written, each unless None: dx [T, K], dlora_A, dlora_B.
+    """
+    routing = ranks, order, segments
+    if dlora_B is not None:
+        _factor_gradient(dy, s, dlora_B, 1, scaling, *routing)
+    if dx is None and dlora_A is None:
+        return
+    ds = dy.new_empty(len(dy), lora_A.shape[1], dtype=accumulation(dy.dtype))
+    _shrink(dy, lora_B.transpose(1, 2), ds, scaling, *routing)
+    if dlora_A is not None:
+        _factor_gradient(x, ds, dlora_A, 0, None, *routing)
+    if dx is not None:
+        dx.zero_()
+        _expand(ds, lora_A.transpose(1, 2), dx, None, *routing)
+
+
+def _tiles(tokens, num_adapters, sizes):
+    """As many tiles as any routing may need."""
+    return triton.cdiv(tokens, sizes["BLOCK_M"]) + min(num_adapters, tokens)
+
+
+def _sizes(kernel, tensor, factor):
+    """Blocks for the tokens that an adapter has on average."""
+    tokens, (num_adapters, *_) = len(tensor), factor.shape
+    return blocks(kernel, tensor.dtype, triton.cdiv(tokens, min(tokens, num_adapters)), factor.dtype)
+
+
+def _shrink(x, factor, s, scaling, ranks, order, segments):
+    """s[t] = scaling[a] * x[t] factor[a]^T:  factor [L, r, K]."""
+    (tokens, depth), (num_adapters, rank, _) = x.shape, factor.shape
+    sizes = _sizes("shrink", x, factor) | {"BLOCK_R": rank_block(rank)}
+    programs = _tiles(tokens, num_adapters, sizes) * triton.cdiv(rank, sizes["BLOCK_R"])
+    parts, part = split(depth, sizes["BLOCK_K"], programs)
+    sums = partial(s, parts, s.dtype)
+    multi_shrink_kernel[(programs, parts)](
+        x, factor, sums, scaling, ranks, order, segments, tokens, num_adapters, rank, depth, part, x.stride(0),
+        *factor.stride(), **dots(x.dtype, factor.dtype), **sizes,
+    )  # fmt: skip
+    finish(sums, s)
+
+
+def _expand(s, factor, y, scaling, ranks, order, segments, add=False):
+    """y[t] (+)= scaling[a] * s[t] factor[a]^T:  factor [L, N, r]."""
+    (tokens, columns), (num_adapters, _, rank) = y.shape, factor.shape
+    sizes = _sizes("multi_expand", y, factor) | {"BLOCK_R": rank_block(rank)}
+    programs = _tiles(tokens, num_adapters, sizes) * triton.cdiv(columns, sizes["BLOCK_N"])
+    multi_expand_kernel[(programs,)](
+        s, factor, y, scaling, ranks, order, segments, num_adapters, rank, columns, *factor.stride(), y.stride(0),
+        ADD=add, **dots(y.dtype, factor.dtype), **sizes,
+    )  # fmt: skip
+
+
+def _factor_gradient(t, s, gradient, rank_axis, scaling, ranks, order, segments):
+    """gradient[a] = scaling[a] * s^T t over adapter a's tokens, its ranks on rank_axis of [L, r, F] or [L, F, r]."""
+    columns, rank = t.shape[1], s.shape[1]
+    sizes = _sizes("factor_gradient", t, gradient) | {"BLOCK_R": rank_block(rank)}
+    programs = triton.cdiv(columns, sizes["BLOCK_N"]) * triton.cdiv(rank, sizes["BLOCK_R"])
+    multi_factor_gradient_kernel[(programs, len(gradient))](
+        t, s, gradient, scaling, ranks, order, segments, rank, columns, t.stride(0), gradient.stride(0),
+        gradient.stride(1 + rank_axis), gradient.stride(2 - rank_axis), **dots(t.dtype, gradient.dtype), **sizes,
+    )  # fmt: skip

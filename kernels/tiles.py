@@ -1,0 +1,60 @@
+"""Tile loops that the kernels share.
+
+In every product the weight side (W, A, B) is the left operand and the token side (x, dy, s) the right one, so that
+whatever is done to tokens on the way (dropout, IA3's scale, a cast) is done to the right operand: README.md says why.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dropout_mask(seed, rows, first, threshold, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """[COLUMNS, rows]: 1 where element (rows[m], first + k) is kept, else 0.
+
+    It is kept iff word k % 4 of Philox4x32-10(key seed; counter k // 4, m, 0, 0) is at least `threshold`; 4 divides first.
+    """
+    quads = (first // 4 + tl.arange(0, COLUMNS // 4))[None, :]
+    zeros = tl.zeros((1, 1), tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, quads, rows[:, None], zeros, zeros)  # [rows, COLUMNS / 4] each
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # [rows, COLUMNS]
+    return tl.trans(tl.where(words >= threshold.to(tl.uint32), 1.0, 0.0).to(DTYPE))
+
+
+@triton.jit
+def product(
+    acc,  # [BLOCK_L, BLOCK_M]
+    left,  # [BLOCK_L] pointers to the first elements of the left operand's rows
+    left_stride,
+    left_inside,  # [BLOCK_L]
+    right,  # [BLOCK_M] pointers to tokens, whose elements are contiguous
+    right_inside,  # [BLOCK_M]
+    start,
+    end,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = None,
+    scale=None,
+    seed=None,
+    rows=None,
+    threshold=None,
+):
+    """acc[l, m] + sum over start <= k < end of left[l, k] right[m, k], right multiplied by scale[k] or by the dropout
+    mask of (rows[m], k) where given and rounded to its own dtype; the operands are cast to DOT."""
+    ks = tl.arange(0, BLOCK_K)
+    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+        inside = ks < end - k
+        at = (k + ks).to(tl.int64)
+        lhs = tl.load(
+            left[:, None] + (at * left_stride)[None, :], mask=left_inside[:, None] & inside[None, :], other=0.0
+        )
+        rhs = tl.load(right[None, :] + at[:, None], mask=inside[:, None] & right_inside[None, :], other=0.0)
+        if scale is not None:
+            factor = tl.load(scale + at, mask=inside, other=0.0).to(acc.dtype)
+            rhs = (rhs.to(acc.dtype) * factor[:, None]).to(rhs.dtype)
+        if seed is not None:
+            mask = dropout_mask(seed, rows, k, threshold, BLOCK_K, acc.dtype)
+            rhs = (rhs.to(acc.dtype) * mask).to(rhs.dtype)
+        acc = tl.dot(lhs.to(DOT), rhs.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc

@@ -1,0 +1,153 @@
+"""The command line. `pyfastpeft doctor` tells what this machine runs, and why it does not run the rest."""
+
+import argparse
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.nn.functional as F
+
+import pyfastpeft
+from pyfastpeft.ops import dispatch, host, lora_linear, use_backend
+
+PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
+VARIABLES = ("PYFASTPEFT_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS")  # prefixes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line on `arguments` (default: sys.argv) and return its exit code."""
+    parser = argparse.ArgumentParser(prog="pyfastpeft", description=pyfastpeft.__doc__)
+    parser.add_argument("--version", action="version", version=f"pyfastpeft {pyfastpeft.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="tell what this machine runs, and why it does not run the rest")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    findings = diagnose()
+    print(json.dumps(findings, indent=2) if options.json else render(findings))
+    return 0 if all(check["ok"] for check in findings["checks"] if check["backend"] == "reference") else 1
+
+
+def diagnose() -> dict:
+    """What `pyfastpeft doctor` tells: dicts and lists of strings, numbers and booleans."""
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    packages = {name: _version(name) for name in PACKAGES}
+    backends = [_backend(name, devices, packages) for name in dispatch.BACKENDS]
+    return {
+        "pyfastpeft": pyfastpeft.__version__,
+        "location": pyfastpeft.__path__[0],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "devices": devices,
+        "backends": backends,
+        "host": {"available": host.AVAILABLE, "why_not": host.WHY_NOT},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "checks": [
+            check(backend["backend"], device)
+            for backend in backends
+            if backend["available"]
+            for device in devices
+            if device in (backend["devices"] or devices)
+        ],
+    }
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _backend(name, present, packages):
+    rows = {op: row for op, rows in dispatch.TABLE.items() for row in rows if row.backend == name}
+    devices = sorted({device for row in rows.values() for device in row.devices})
+    why_not = "" if rows else dispatch.UNAVAILABLE.get(name, "it has no rows")
+    if devices and not set(devices) & set(present):
+        why_not = f"torch sees no {' or '.join(devices)} device here"
+    return {
+        "backend": name,
+        "available": not why_not,
+        "devices": devices,  # none: any
+        "dtypes": [str(d)[6:] for d in dispatch.FLOATS if any(d in row.dtypes for row in rows.values())],
+        "ops": sorted(rows),
+        "version": {
+            "cuda": None,
+            "cpu": torch.ops.pyfastpeft.cpu_capability() if name == "cpu" and rows else None,
+            "triton": f"triton {packages['triton']}",
+            "reference": f"torch {packages['torch']}",
+        }[name],
+        "why_not": why_not,
+    }
+
+
+def check(backend: str, device: str) -> dict:
+    """The relative error of one float32 lora_linear against float64, beside that of the same formula in torch."""
+
+    def formula(x, weight, lora_A, lora_B):
+        return F.linear(x, weight) + 0.5 * (x @ lora_A.T @ lora_B.T)
+
+    def error(y):
+        return float((y.double().cpu() - exact).norm() / exact.norm())
+
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator) for shape in ((33, 96), (80, 96), (8, 96), (80, 8))]
+    exact = formula(*(tensor.double() for tensor in given))
+    x, weight, lora_A, lora_B = (tensor.to(device) for tensor in given)
+    found = {"backend": backend, "device": device, "op": "lora_linear", "dtype": "float32", "ok": False}
+    try:
+        with use_backend(backend):
+            y = lora_linear(x, weight, None, lora_A, lora_B, 0.5)
+    except Exception as failure:
+        return found | {"failure": f"{type(failure).__name__}: {failure}"}
+    ours, torchs = error(y), error(formula(x, weight, lora_A, lora_B))
+    return found | {"error": ours, "torch_error": torchs, "ok": ours <= torchs + 1e-6}
+
+
+def render(findings: dict) -> str:
+    """The findings as aligned tables."""
+    packages = [[name, given or "not installed"] for name, given in findings["packages"].items()]
+    host_module = "available" if findings["host"]["available"] else findings["host"]["why_not"]
+    backends = [
+        [
+            row["backend"],
+            "yes" if row["available"] else "no",
+            " ".join(row["devices"]) or ("any" if row["ops"] else ""),
+            " ".join(name.replace("bfloat", "bf").replace("float", "fp") for name in row["dtypes"]),
+            f"{len(row['ops'])} of {len(dispatch.TABLE)}",
+            row["why_not"] or row["version"],
+        ]
+        for row in findings["backends"]
+    ]
+    checks = [[row["backend"], row["device"], row["op"], row["dtype"], *_verdict(row)] for row in findings["checks"]]
+    return "\n\n".join(
+        (
+            f"pyfastpeft {findings['pyfastpeft']} in {findings['location']}\n"
+            f"Python {findings['python']} on {findings['platform']}",
+            _table(["package", "version"], packages),
+            _table(["device", ""], findings["devices"].items()),
+            _table(["backend", "available", "devices", "dtypes", "ops", ""], backends),
+            f"host module: {host_module}",
+            _table(["variable", "value"], findings["environment"].items() or [["none is set", ""]]),
+            _table(["backend", "device", "op", "dtype", "error against fp64", "torch's own", ""], checks),
+        )
+    )
+
+
+def _verdict(row):
+    if "failure" in row:
+        return "", "", row["failure"]
+    return f"{row['error']:.1e}", f"{row['torch_error']:.1e}", "ok" if row["ok"] else "WRONG"
+
+
+def _table(header, rows):
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -1,0 +1,311 @@
+"""Fused kernels in models that PEFT adapted: `accelerate` changes the class of their layers, `restore` changes it back.
+
+Only the forward pass is replaced, on the layers of one model. Parameters, configuration and every other method stay
+PEFT's. In a state that the kernels do not cover (disabled, merged, DoRA among the active adapters, hooks on an inner
+module, tensor subclasses, …) a layer runs PEFT's own forward pass; that is decided anew at each call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial, reduce
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.dispatch import FLOATS
+from ..ops.rows import autocasting
+
+try:
+    from peft.tuners import ia3, lora
+    from peft.tuners.lora import variants
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError("pyfastpeft.accelerate needs PEFT and transformers: pip install 'pyfastpeft[hf]'") from error
+
+# MiCA freezes B and starts A at zero; what it computes is plain LoRA.
+_PLAIN_LORA = (type(None), getattr(variants, "MiCALinearVariant", type(None)))
+
+
+class _Base(NamedTuple):
+    """What `ops.lora_linear` and `ops.ia3_linear` take of a base layer."""
+
+    weight: Tensor  # [N, K], a view where a Conv1D holds [K, N]
+    bias: Tensor | None  # [N]
+
+
+class _Adapter(NamedTuple):
+    """What `ops.lora_linear` takes of one adapter."""
+
+    lora_A: Tensor  # [r, K]
+    lora_B: Tensor  # [N, r]
+    scaling: float
+    dropout_p: float
+
+
+class _Stack(NamedTuple):
+    """What `ops.multi_lora` takes of several adapters, zero-padded to the largest rank."""
+
+    lora_A: Tensor  # [L, r, K]
+    lora_B: Tensor  # [L, N, r]
+    scaling: Tensor  # [L]
+    ranks: Tensor  # [L]
+
+
+class FusedLoraLinear(lora.Linear):
+    """PEFT's lora.Linear with a fused forward pass."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        stored = self.lora_A._modules
+        names = [name for name in self.active_adapters if name in stored]
+        if args or kwargs or not names or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        covered = self._covered(x, names)
+        if covered is None:
+            return super().forward(x)
+        base, (first, *others) = covered
+        y = ops.lora_linear(x, *base, *first)
+        for adapter in others:
+            y = ops.lora_delta_(y, x, *adapter)
+        return y
+
+    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: Sequence[str], **kwargs) -> Tensor:
+        stored = self.lora_A._modules
+        names = tuple(sorted({name for name in adapter_names if name != "__base__" and name in stored}))
+        extra = args or any(value is not None for value in kwargs.values())
+        covered = None if extra or not names else self._covered(x, names)
+        if covered is None or any(adapter.dropout_p for adapter in covered[1]):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        lora_A, lora_B, scaling, ranks = _stacked(self, covered[1], adapter_names)
+        slots = _slots(tuple(adapter_names), names, x.shape[1:-1].numel(), x.device)
+        return ops.multi_lora(self.base_layer(x), x, lora_A, lora_B, slots, scaling, ranks)
+
+    def _covered(self, x: Tensor, names: Sequence[str]) -> tuple[_Base, list[_Adapter]] | None:
+        """The base and the adapters of these names; None where the kernels would not compute what PEFT computes."""
+        base = _base(self.base_layer)
+        adapters = [_adapter(self, name) for name in names]
+        if any(isinstance(part, str) for part in (base, *adapters)):
+            return None
+        casts = self.cast_input_dtype_enabled or all(adapter.lora_A.dtype == x.dtype for adapter in adapters)
+        fits = casts and _fits(x, base.weight, *(adapter.lora_A for adapter in adapters))
+        return (base, adapters) if fits else None
+
+
+class FusedIA3Linear(ia3.Linear):
+    """PEFT's ia3.Linear with a fused forward pass."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        stored = self.ia3_l
+        vectors = [stored[name].flatten() for name in self.active_adapters if name in stored]
+        base = _base(self.base_layer)
+        idle = not vectors or self.disable_adapters or self.merged
+        if args or kwargs or idle or isinstance(base, str) or not _fits(x, base.weight, *vectors):
+            return super().forward(x, *args, **kwargs)
+        return ops.ia3_linear(x, *base, reduce(torch.mul, vectors), self.is_feedforward)
+
+
+_FUSED = {lora.Linear: FusedLoraLinear, ia3.Linear: FusedIA3Linear}
+_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+
+
+# --- mixed batches ---------------------------------------------------------------------------------------------------
+
+# Keyed by the hook with which PEFT hands adapter_names to one layer during one call of the model (a forward pass or a
+# whole generate), and gone with it. Adapters do not change during a call; between calls they may, also behind the
+# back of version counters: PEFT's hot-swapping writes to `.data`.
+_STACKS: WeakKeyDictionary[partial, _Stack] = WeakKeyDictionary()
+
+
+def _stacked(layer: lora.Linear, adapters: list[_Adapter], adapter_names: Sequence[str]) -> _Stack:
+    trains = torch.is_grad_enabled() and any(a.lora_A.requires_grad or a.lora_B.requires_grad for a in adapters)
+    if trains or torch.compiler.is_compiling():
+        return _stack(adapters)
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, partial) and hook.keywords.get("adapter_names") is adapter_names:
+            if hook not in _STACKS:
+                _STACKS[hook] = _stack(adapters)
+            return _STACKS[hook]
+    return _stack(adapters)
+
+
+def _stack(adapters: list[_Adapter]) -> _Stack:
+    ranks = [len(adapter.lora_A) for adapter in adapters]
+    rank, device = max(ranks), adapters[0].lora_A.device
+    return _Stack(
+        torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - r)) if r < rank else a.lora_A for a, r in zip(adapters, ranks)]),
+        torch.stack([F.pad(a.lora_B, (0, rank - r)) if r < rank else a.lora_B for a, r in zip(adapters, ranks)]),
+        torch.tensor([adapter.scaling for adapter in adapters], dtype=torch.float64, device=device),
+        torch.tensor(ranks, device=device),
+    )
+
+
+def _slots(adapter_names: tuple[str, ...], names: tuple[str, ...], tokens: int, device: torch.device):
+    """The slots of a batch whose rows, of `tokens` tokens each, go through the adapters of these names."""
+    if torch.compiler.is_compiling():
+        slots = [names.index(name) if name in names else -1 for name in adapter_names]
+        return torch.tensor(slots, device=device).repeat_interleave(tokens)
+    return _routing(adapter_names, names, tokens, device)
+
+
+@lru_cache(maxsize=16)
+def _routing(adapter_names, names, tokens, device) -> ops.Routing:
+    slots = [names.index(name) if name in names else -1 for name in adapter_names]
+    with torch.inference_mode(False):  # else a later pass could not keep it for its backward pass
+        return ops.route(np.repeat(slots, tokens), len(names), device)
+
+
+# --- what is covered -------------------------------------------------------------------------------------------------
+
+
+def _intercepted(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: hooks, or a forward of the instance."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether this is an ordinary floating-point tensor: not quantised, sharded or of any other subclass."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in FLOATS
+
+
+def _base(base: nn.Module) -> _Base | str:
+    """The weight and bias of a base layer, or the reason why the kernels cannot stand in for it."""
+    linear = type(base) is nn.Linear
+    if not linear and type(base) is not Conv1D:
+        return f"its base layer is {_type_name(base)}, not exactly nn.Linear or Conv1D"
+    if _intercepted(base):
+        return "its base layer has hooks or a forward of its own"
+    weight = base.weight
+    if not _plain(weight) or weight.dim() != 2:
+        return "its base weight is not an ordinary floating-point matrix (quantised or sharded)"
+    return _Base(weight if linear else weight.T, base.bias)
+
+
+def _adapter(layer: lora.Linear, name: str) -> _Adapter | str:
+    """One adapter of a layer, or the reason why the kernels cannot stand in for it."""
+    inner = layer._modules
+    lora_A, lora_B, dropout = (inner[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    variant = layer.lora_variant.get(name)
+    if type(variant) not in _PLAIN_LORA:
+        return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return f"adapter {name!r} is not made of ordinary nn.Linear layers"
+    if lora_B.bias is not None:
+        return f"adapter {name!r} has a bias (lora_bias=True)"
+    if _intercepted(lora_A) or _intercepted(lora_B) or _intercepted(dropout):
+        return f"adapter {name!r} has hooks or a forward of its own"
+    drops = type(dropout) is nn.Dropout
+    if not (drops and dropout.p < 1) and type(dropout) is not nn.Identity:
+        return f"adapter {name!r} has a dropout that is not nn.Dropout with p < 1"
+    A, B, scaling = lora_A.weight, lora_B.weight, layer.scaling[name]
+    if not _plain(A) or not _plain(B) or A.dtype != B.dtype:
+        return f"adapter {name!r} does not hold ordinary floating-point matrices of one dtype"
+    if not isinstance(scaling, (int, float)):
+        return f"adapter {name!r} has a tensor as scaling (prepared for hot-swapping)"
+    return _Adapter(A, B, scaling, dropout.p if drops and dropout.training else 0.0)
+
+
+def _fits(x: Tensor, weight: Tensor, *adapters: Tensor) -> bool:
+    """Whether x and the weight have one dtype, by themselves or by autocast, and no adapter is float64 unless x is."""
+    wide = torch.float64
+    if x.dtype != weight.dtype and (wide in (x.dtype, weight.dtype) or not autocasting(x.device.type)):
+        return False
+    return _plain(x) and all(_plain(t) and (t.dtype != wide or x.dtype == wide) for t in adapters)
+
+
+def _layer_reason(layer: BaseTunerLayer) -> str | None:
+    if type(layer) not in _FUSED:
+        return "no fused kernel for layers of this type"
+    if "forward" in layer.__dict__:
+        return "it has a forward of its own, set on the instance"
+    base = _base(layer.base_layer)
+    if isinstance(base, str):
+        return base
+    # A layer gains as soon as one of its adapters is covered.
+    adapters = [_adapter(layer, name) for name in layer.lora_A] if type(layer) is lora.Linear else [base]
+    return "; ".join(adapters) if all(isinstance(a, str) for a in adapters) else None
+
+
+# --- accelerate and restore ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AccelerationReport:
+    """What `accelerate` did. `print` shows it as a table with one line for each kind of layer.
+
+    Attributes:
+        replaced: (name, kind) of every layer that now runs fused kernels.
+        skipped: (name, type, reason) of every layer that PEFT adapted and that keeps PEFT's forward pass.
+    """
+
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [(kind, "fused", name) for name, kind in self.replaced]
+        rows += [(kind, f"kept: {reason}", name) for name, kind, reason in self.skipped]
+        groups = [list(group) for _, group in groupby(sorted(rows), key=itemgetter(0, 1))]
+        table = [("layers", "kind", "forward pass", "for example")]
+        table += [(str(len(group)), *group[0]) for group in groups]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+
+
+def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
+    """Run the LoRA and IA3 layers of a model that PEFT adapted through fused kernels, in place, in this model alone.
+
+    Covered are PEFT's `lora.Linear` and `ia3.Linear` on exactly `nn.Linear` or transformers' `Conv1D`; every other
+    layer keeps PEFT's forward pass. Call it again after adding adapters to layers that had none.
+
+    Args:
+        model: a PeftModel, a PeftMixedModel, or any module into which adapters were injected.
+        strict: whether to raise where no layer could be replaced.
+
+    Returns a report of the layers replaced and of those skipped, with reasons. Raises TypeError if model is not a
+    module; ValueError, under `strict`, if nothing in it was replaced. Gradients of gradients are not supported.
+    """
+    report = AccelerationReport()
+    for name, layer in _adapted_layers(model, "accelerate"):
+        if type(layer) not in _STOCK:
+            if reason := _layer_reason(layer):
+                report.skipped.append((name, _type_name(layer), reason))
+                continue
+            layer.__class__ = _FUSED[type(layer)]
+        report.replaced.append((name, f"{_type_name(layer)} on {_type_name(layer.base_layer)}"))
+    if strict and not report.replaced:
+        why = f"none of its layers is covered:\n{report}" if report.skipped else "PEFT has adapted no layer of it"
+        raise ValueError(f"accelerate: model is a {type(model).__name__} in which nothing can be replaced; {why}")
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undo `accelerate`: every layer gets PEFT's own class back.
+
+    Returns the number of layers restored. Raises TypeError if model is not a module.
+    """
+    fused = [layer for _, layer in _adapted_layers(model, "restore") if type(layer) in _STOCK]
+    for layer in fused:
+        layer.__class__ = _STOCK[type(layer)]
+    return len(fused)
+
+
+def _adapted_layers(model: nn.Module, op: str) -> list[tuple[str, BaseTunerLayer]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is a {type(model).__name__}; it must be a torch.nn.Module that PEFT adapted")
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _type_name(module: nn.Module) -> str:
+    """PEFT's layers as lora.Linear, its users' as they are imported, torch's as nn.Linear."""
+    cls = _STOCK.get(type(module), type(module))
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if name.startswith("torch.nn.modules."):
+        return f"nn.{cls.__qualname__}"
+    return name.removeprefix("peft.tuners.").replace(".layer.", ".")

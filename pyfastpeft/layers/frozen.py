@@ -1,0 +1,68 @@
+"""What the layers share: a frozen linear layer into which an adapter can be merged and taken out again."""
+
+from torch import Tensor, nn
+
+from ..ops import checks
+from ..ops.reference import accumulation
+
+
+class FrozenLinear(nn.Module):
+    """weight [N, K] and bias [N] of a linear layer, both frozen. A subclass adds its adapter in `_adapt(linear, …)`."""
+
+    def _take(self, linear: nn.Linear) -> None:
+        """Initialise with the parameters of `linear`, which are shared, not copied, and frozen."""
+        super().__init__()
+        name = type(self).__name__
+        if type(linear) is not nn.Linear:  # a subclass may hold or compute something else
+            raise TypeError(f"{name}: linear is a {type(linear).__name__}; it must be exactly a torch.nn.Linear")
+        checks.floating(name, "linear.weight", linear.weight)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.requires_grad_(False)
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_buffer("unmerged_bias", None, persistent=False)
+        self.train(linear.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *args, **options):
+        """A layer on the weight and bias of `linear`, which are shared, not copied, and frozen.
+
+        The other arguments are those of the class, without in_features, out_features, bias, device and dtype, which
+        `linear` tells. Raises TypeError unless it is exactly a torch.nn.Linear of a float dtype.
+        """
+        layer = cls.__new__(cls)
+        layer._adapt(linear, *args, **options)
+        return layer
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into the weight."""
+        return self.unmerged_weight is not None
+
+    def _mergeable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The weight and these tensors in the dtype of accumulation. Raises RuntimeError while merged."""
+        if self.merged:
+            raise RuntimeError(f"{type(self).__name__}: merge() needs an unmerged weight; call unmerge() first")
+        wide = accumulation(self.weight.dtype)
+        return tuple(tensor.detach().to(wide) for tensor in (self.weight, *tensors))
+
+    def _merge(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Replace the weight (and bias) by these, rounded once. Whoever shares the original ones keeps them."""
+        self.unmerged_weight, self.weight = self.weight.detach(), _frozen(weight.to(self.weight.dtype))
+        if bias is not None:
+            self.unmerged_bias, self.bias = self.bias.detach(), _frozen(bias.to(self.bias.dtype))
+
+    def unmerge(self) -> None:
+        """Put the weight (and bias) of before `merge` back, bit for bit. Raises RuntimeError if none is merged."""
+        if not self.merged:
+            raise RuntimeError(f"{type(self).__name__}: unmerge() needs a merged adapter; call merge() first")
+        self.weight, self.unmerged_weight = _frozen(self.unmerged_weight), None
+        if self.unmerged_bias is not None:
+            self.bias, self.unmerged_bias = _frozen(self.unmerged_bias), None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,131 @@
+"""Many LoRA adapters on one frozen linear layer, one for each token of a batch (Chen et al. 2023, Punica)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import Routing, checks, multi_lora
+from ..ops.reference import accumulation
+from .frozen import FrozenLinear
+
+
+class MultiLoRALinear(FrozenLinear):
+    """y[t] = x[t] weight^T + bias + scaling[a] * x[t] lora_A[a]^T lora_B[a]^T with a = slots[t], or -1 for none.
+
+    Args:
+        in_features, out_features, bias: K, N and whether the base has a bias, as in torch.nn.Linear.
+        num_adapters: L, the number of slots.
+        rank: r, the largest rank that a slot can hold.
+        alpha: the scaling of a slot that has not been loaded is alpha / r. Default: r.
+        device, dtype: of all parameters. adapter_dtype: of lora_A and lora_B, if another.
+
+    Attributes: weight [N, K]; bias [N] or None; lora_A [L, r, K], Kaiming-uniform (a = sqrt(5)); lora_B [L, N, r],
+    zero; scaling [L] and ranks [L], the true rank of every slot. All slots train. `from_linear` adapts an existing
+    layer. Raises ValueError or TypeError naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_adapters: int,
+        rank: int,
+        alpha: float | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ):
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._adapt(linear, num_adapters, rank, alpha, adapter_dtype)
+
+    def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None):
+        self._take(linear)
+        op = "MultiLoRALinear"
+        for name, count in (("num_adapters", num_adapters), ("rank", rank)):
+            checks.need(isinstance(count, int) and count > 0, op, name, count, "an integer >= 1")
+        alpha = rank if alpha is None else alpha
+        checks.number(op, "alpha", alpha)
+        self.num_adapters, self.rank = num_adapters, rank
+        device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
+        self.lora_A = nn.Parameter(torch.empty(num_adapters, rank, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(num_adapters, self.out_features, rank, device=device, dtype=dtype))
+        scaling = torch.full((num_adapters,), alpha / rank, device=device, dtype=accumulation(self.weight.dtype))
+        self.register_buffer("scaling", scaling)
+        self.register_buffer("ranks", torch.full((num_adapters,), rank, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every lora_A anew and set every lora_B to zero: the layer computes what its base computes."""
+        for lora_A in self.lora_A:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor, slots: Tensor | Routing | None = None) -> Tensor:
+        """x [..., K] -> y [..., N].
+
+        slots: for each of the T tokens its slot in [-1, L), -1 for the base alone: [T] or x's leading dimensions,
+        integer; or the Routing that `ops.route` made of them, which all layers of a step can share. None: the base
+        alone or, while an adapter is merged, that adapter for all tokens; then nothing else is allowed.
+        """
+        if self.merged and slots is not None:
+            raise RuntimeError("MultiLoRALinear: slots need an unmerged weight; call unmerge() first")
+        y = F.linear(x, self.weight, self.bias)
+        if slots is None:
+            return y
+        if isinstance(slots, Tensor):
+            slots = slots.flatten()
+        return multi_lora(y, x, self.lora_A, self.lora_B, slots, self.scaling, self.ranks)
+
+    @torch.no_grad()
+    def load_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        """Put an adapter into a slot: lora_A [r', K] and lora_B [N, r'] with r' in [1, r], of any float dtype.
+
+        They are copied, in the dtype of the slots; what the slot held is gone. Raises ValueError or TypeError naming
+        the argument that does not fit.
+        """
+        op = "MultiLoRALinear.load_adapter"
+        self._need_slot(op, slot)
+        checks.floating(op, "lora_A", lora_A)
+        checks.floating(op, "lora_B", lora_B)
+        rank = len(lora_A)
+        fits = lora_A.shape == (rank, self.in_features) and 1 <= rank <= self.rank
+        checks.need(fits, op, "lora_A", lora_A, f"of shape [r', {self.in_features}] with r' in [1, {self.rank}]")
+        checks.shape(op, "lora_B", lora_B, (self.out_features, rank), "[N, r']")
+        checks.number(op, "scaling", scaling)
+        self.unload(slot)
+        self.lora_A[slot, :rank] = lora_A
+        self.lora_B[slot, :, :rank] = lora_B
+        self.scaling[slot] = scaling
+        self.ranks[slot] = rank
+
+    @torch.no_grad()
+    def unload(self, slot: int) -> None:
+        """Empty a slot: its tokens get the base alone, at no cost."""
+        self._need_slot("MultiLoRALinear.unload", slot)
+        for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
+            tensor[slot] = 0
+
+    def merge(self, slot: int) -> None:
+        """weight + scaling[slot] * lora_B[slot] lora_A[slot], summed in float32 and rounded once, takes the weight's
+        place until `unmerge`; the original is kept. Raises RuntimeError if already merged."""
+        self._need_slot("MultiLoRALinear.merge", slot)
+        rank = self.ranks[slot]
+        weight, lora_A, lora_B = self._mergeable(self.lora_A[slot, :rank], self.lora_B[slot, :, :rank])
+        self._merge(weight + self.scaling[slot] * (lora_B @ lora_A))
+
+    def _need_slot(self, op, slot):
+        fits = isinstance(slot, int) and 0 <= slot < self.num_adapters
+        checks.need(fits, op, "slot", slot, f"an integer in [0, {self.num_adapters})")
+
+    def _apply(self, fn, recurse=True):
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        if self.scaling.dtype != scaling.dtype:  # .bfloat16() and the like cast weights; scaling would lose digits
+            self.scaling = scaling.to(self.scaling.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_adapters={self.num_adapters}, rank={self.rank}"

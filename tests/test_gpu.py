@@ -1,0 +1,168 @@
+"""The Triton kernels on a GPU, run by `make gpu`: the error rule for every op and dtype, dropout, strides, routing."""
+
+import functools
+
+import pytest
+import torch
+from error_rule import (
+    DTYPES,
+    MIXED,
+    assert_error_rule,
+    lora_inputs,
+    random,
+    unfused_delta,
+    unfused_ia3,
+    unfused_lora,
+    unfused_multi_lora,
+)
+
+from pyfastpeft import ops
+from pyfastpeft.ops import reference
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no GPU here", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + MIXED)
+gpu_random = functools.partial(random, device="cuda")
+gpu_lora_inputs = functools.partial(lora_inputs, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with ops.use_backend("triton"):
+        yield
+
+
+def lora(x, weight, bias, lora_A, lora_B):
+    return ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7)
+
+
+def plain_lora(x, weight, bias, lora_A, lora_B):
+    return unfused_lora(x, weight, bias, lora_A, lora_B, 0.7)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 255, 129, 5), (300, 1000, 512, 64)])
+def test_lora_linear(dtype, adapter_dtype, shape):
+    assert_error_rule(lora, plain_lora, gpu_lora_inputs(*shape, dtype, adapter_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_linear_takes_transposed_tensors(dtype):
+    inputs = gpu_lora_inputs(70, 130, 60, 8, dtype)
+    inputs["x"] = gpu_random(130, 70, dtype=dtype).T.detach().requires_grad_()
+    inputs["weight"] = gpu_random(130, 60, dtype=dtype, grad=False).T
+    assert_error_rule(lora, plain_lora, inputs)
+
+
+@dtypes
+def test_lora_delta(dtype, adapter_dtype):
+    inputs = gpu_lora_inputs(45, 300, 129, 7, dtype, adapter_dtype) | {"y": gpu_random(45, 129, dtype=dtype)}
+    del inputs["weight"], inputs["bias"]
+    assert_error_rule(
+        lambda y, x, lora_A, lora_B: ops.lora_delta_(y.clone(), x, lora_A, lora_B, -1.3),
+        lambda y, x, lora_A, lora_B: (y + unfused_delta(x, lora_A, lora_B, -1.3)).to(y.dtype),
+        inputs,
+    )
+
+
+@dtypes
+def test_dropout_is_the_references(dtype, adapter_dtype):
+    def fused(x, weight, bias, lora_A, lora_B):
+        torch.manual_seed(9)
+        return ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7, 0.25)
+
+    def unfused(x, weight, bias, lora_A, lora_B):
+        torch.manual_seed(9)
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cuda")
+        dropped = x.to(lora_A.dtype) * reference.dropout_factor(seed, 0.25, *x.shape, lora_A.dtype)
+        base = torch.nn.functional.linear(x, weight, bias)
+        return (base + unfused_delta(dropped, lora_A, lora_B, 0.7)).to(base.dtype)
+
+    assert_error_rule(fused, unfused, gpu_lora_inputs(37, 258, 130, 4, dtype, adapter_dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("feedforward", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (300, 513, 130)])
+def test_ia3_linear(dtype, adapter_dtype, feedforward, shape):
+    m, k, n = shape
+    inputs = {
+        "x": gpu_random(m, k, dtype=dtype),
+        "weight": gpu_random(n, k, dtype=dtype, grad=False),
+        "bias": gpu_random(n, dtype=dtype, grad=False),
+        "ia3_l": gpu_random(k if feedforward else n, dtype=adapter_dtype or dtype),
+    }
+    assert_error_rule(
+        functools.partial(ops.ia3_linear, feedforward=feedforward),
+        functools.partial(unfused_ia3, feedforward=feedforward),
+        inputs,
+    )
+
+
+def multi_lora_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
+    adapter_dtype = adapter_dtype or dtype
+    return {
+        "y": gpu_random(t, n, dtype=dtype),
+        "x": gpu_random(t, k, dtype=dtype),
+        "lora_A": gpu_random(num_adapters, r, k, dtype=adapter_dtype),
+        "lora_B": gpu_random(num_adapters, n, r, dtype=adapter_dtype),
+    }
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(9, 33, 20, 4, 3), (64, 1024, 513, 16, 40), (500, 96, 130, 8, 5)])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_multi_lora(dtype, adapter_dtype, shape, ranked):
+    t, _, _, r, num_adapters = shape
+    slots = torch.randint(-1, num_adapters, (t,), device="cuda")
+    scaling = torch.randn(num_adapters, device="cuda")
+    ranks = torch.randint(0, r + 1, (num_adapters,), device="cuda") if ranked else None
+    assert_error_rule(
+        lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=scaling, ranks=ranks),
+        functools.partial(unfused_multi_lora, slots=slots, scaling=scaling, ranks=ranks),
+        multi_lora_inputs(*shape, dtype, adapter_dtype),
+    )
+
+
+def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypatch):
+    inputs = {name: tensor.detach() for name, tensor in multi_lora_inputs(20, 64, 48, 4, 3, torch.float32).items()}
+    slots = torch.randint(-1, 3, (20,), device="cuda")
+    bad = slots.clone().fill_(3)
+    run = functools.partial(ops.multi_lora, **inputs, scaling=0.5)
+    with ops.use_backend("reference"):
+        expected = run(slots=slots, y=inputs["y"].clone())
+    torch.testing.assert_close(run(slots=slots, y=inputs["y"].clone()), expected)  # and the kernels are compiled
+    untouched = inputs["y"].clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(slots=slots, y=inputs["y"].clone())
+        run(slots=bad, y=untouched)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(untouched, inputs["y"])
+    monkeypatch.setenv("PYFASTPEFT_CHECK", "1")
+    with pytest.raises(ValueError, match=r"slots is between 3 and 3; it must be in \[-1, 3\)"):
+        run(slots=bad)
+
+
+def test_two_runs_are_bit_identical():
+    inputs = gpu_lora_inputs(300, 512, 260, 16, torch.bfloat16, torch.float32)
+
+    def run():
+        out = lora(**inputs)
+        return out, *torch.autograd.grad(out.float().square().sum(), [t for t in inputs.values() if t.requires_grad])
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_compiles_as_one_graph_with_the_same_results():
+    inputs = gpu_lora_inputs(33, 64, 48, 8, torch.float32)
+
+    def run(function):
+        out = function(**inputs)
+        return out, *torch.autograd.grad(out.square().sum(), [t for t in inputs.values() if t.requires_grad])
+
+    torch.compiler.reset()
+    torch.testing.assert_close(run(torch.compile(lora, fullgraph=True)), run(lora))

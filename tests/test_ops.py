@@ -1,0 +1,608 @@
+"""Every op on every backend of this machine: the error rule, gradcheck, opcheck, compile, strides, dropout, bad input.
+
+The Triton backend runs the same checks under its interpreter (test_triton_interpreter.py) and on a GPU (test_gpu.py).
+"""
+
+import functools
+import re
+
+import pytest
+import torch
+from error_rule import (
+    DTYPES,
+    MIXED,
+    assert_error_rule,
+    lora_inputs,
+    poisoned_memory,
+    random,
+    unfused_delta,
+    unfused_ia3,
+    unfused_lora,
+    unfused_multi_lora,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyfastpeft import ops
+from pyfastpeft.ops import dispatch, native, reference, schemas
+
+BACKENDS = ["reference", "cpu"]
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 7, 5, 2),
+    (16, 64, 48, 8),
+    (33, 255, 129, 16),
+    (70, 300, 513, 5),
+    (2, 40, 24, 64),
+]  # M K N r
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + MIXED)
+
+
+@pytest.fixture(autouse=True)
+def _backend(request):
+    if "backend" in request.fixturenames:
+        with ops.use_backend(request.getfixturevalue("backend")):
+            yield
+    else:
+        yield
+
+
+def lora(x, weight, lora_A, lora_B, bias=None):
+    return ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7)
+
+
+def plain_lora(x, weight, lora_A, lora_B, bias=None):
+    return unfused_lora(x, weight, bias, lora_A, lora_B, 0.7)
+
+
+# --- the error rule ---
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lora_linear(backend, dtype, adapter_dtype, shape):
+    assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype, adapter_dtype))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainable_weight_and_bias_get_gradients(backend, dtype):
+    assert_error_rule(lora, plain_lora, lora_inputs(9, 33, 17, 4, dtype, frozen=False))
+
+
+@backends
+@pytest.mark.parametrize("lead", [(2, 3), (2, 1, 4), (5,)])
+def test_any_leading_dimensions_without_bias(backend, lead):
+    assert_error_rule(lora, plain_lora, lora_inputs(lead, 24, 40, 4, torch.float32, bias=False))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("only", ["x", "lora_A", "lora_B"])
+def test_one_gradient_alone(backend, dtype, only):
+    inputs = lora_inputs(6, 24, 40, 4, dtype)
+    inputs = {name: t.detach().requires_grad_(name == only) for name, t in inputs.items()}
+    assert_error_rule(lora, plain_lora, inputs)
+
+
+@backends
+@dtypes
+def test_lora_delta(backend, dtype, adapter_dtype):
+    inputs = lora_inputs(13, 70, 50, 3, dtype, adapter_dtype)
+    del inputs["weight"], inputs["bias"]
+    inputs["y"] = random(13, 50, dtype=dtype)
+    assert_error_rule(
+        lambda y, x, lora_A, lora_B: ops.lora_delta_(y.clone(), x, lora_A, lora_B, -1.3),
+        lambda y, x, lora_A, lora_B: (y + unfused_delta(x, lora_A, lora_B, -1.3)).to(y.dtype),
+        inputs,
+    )
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("feedforward", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (40, 130, 65), (130, 48, 300)])
+def test_ia3_linear(backend, dtype, adapter_dtype, feedforward, shape):
+    m, k, n = shape
+    inputs = {
+        "x": random(m, k, dtype=dtype),
+        "weight": random(n, k, dtype=dtype, grad=False),
+        "bias": random(n, dtype=dtype, grad=False),
+        "ia3_l": random(k if feedforward else n, dtype=adapter_dtype or dtype),
+    }
+    assert_error_rule(
+        functools.partial(ops.ia3_linear, feedforward=feedforward),
+        functools.partial(unfused_ia3, feedforward=feedforward),
+        inputs,
+    )
+
+
+@backends
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_ia3_trainable_weight_and_bias_get_gradients(backend, feedforward):
+    inputs = {"x": random(9, 12), "weight": random(7, 12), "bias": random(7), "ia3_l": random(12 if feedforward else 7)}
+    assert_error_rule(
+        functools.partial(ops.ia3_linear, feedforward=feedforward),
+        functools.partial(unfused_ia3, feedforward=feedforward),
+        inputs,
+    )
+
+
+def multi_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
+    adapter_dtype = adapter_dtype or dtype
+    return {
+        "y": random(t, n, dtype=dtype),
+        "x": random(t, k, dtype=dtype),
+        "lora_A": random(num_adapters, r, k, dtype=adapter_dtype),
+        "lora_B": random(num_adapters, n, r, dtype=adapter_dtype),
+    }
+
+
+def assert_multi_lora(inputs, slots, scaling, ranks=None):
+    assert_error_rule(
+        lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=scaling, ranks=ranks),
+        functools.partial(unfused_multi_lora, slots=slots, scaling=scaling, ranks=ranks),
+        inputs,
+    )
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 5, 3, 1, 1), (9, 33, 20, 4, 3), (64, 96, 130, 16, 5), (70, 40, 33, 3, 2)])
+def test_multi_lora(backend, dtype, adapter_dtype, shape):
+    slots = torch.randint(-1, shape[-1], (shape[0],))
+    assert_multi_lora(multi_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
+    inputs = multi_inputs(20, 33, 18, 8, 4, dtype)
+    ranks = torch.tensor([8, 3, 0, 1])
+    slots = torch.randint(-1, 4, (20,), dtype=torch.int32)
+    exact = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
+    for a, r in enumerate(ranks.tolist()):
+        with torch.no_grad():
+            inputs["lora_A"][a, r:] = float("nan")
+            inputs["lora_B"][a, :, r:] = float("nan")
+            exact["lora_A"][a, r:] = 0
+            exact["lora_B"][a, :, r:] = 0
+
+    def fused(y, x, lora_A, lora_B):
+        hidden = {"lora_A": lora_A.clone(), "lora_B": lora_B.clone()}
+        for a, r in enumerate(ranks.tolist()):
+            hidden["lora_A"][a, r:] = float("nan")
+            hidden["lora_B"][a, :, r:] = float("nan")
+        return ops.multi_lora(y.clone(), x, **hidden, slots=slots, scaling=0.5, ranks=ranks)
+
+    assert_error_rule(fused, functools.partial(unfused_multi_lora, slots=slots, scaling=[0.5] * 4, ranks=ranks), exact)
+    y = ops.multi_lora(inputs["y"].clone(), inputs["x"], inputs["lora_A"], inputs["lora_B"], slots, 0.5, ranks)
+    y.sum().backward()
+    for a, r in enumerate(ranks.tolist()):
+        assert not inputs["lora_A"].grad[a, r:].any()
+        assert not inputs["lora_B"].grad[a, :, r:].any()
+    assert torch.equal(y[slots == -1], inputs["y"][slots == -1])
+    assert not inputs["x"].grad[(slots == -1) | (slots == 2)].any()
+    assert all(torch.isfinite(t.grad).all() for t in inputs.values())
+
+
+@backends
+def test_idle_adapters_get_zero_gradients_from_poisoned_memory(backend):
+    inputs = multi_inputs(6, 10, 12, 2, 5, torch.float32)
+    slots = torch.tensor([3, 1, 3, -1, 1, 3])
+    with poisoned_memory():
+        ops.multi_lora(
+            inputs["y"].clone(), inputs["x"], inputs["lora_A"], inputs["lora_B"], slots, 2.0
+        ).sum().backward()
+    for a in range(5):
+        assert bool(inputs["lora_A"].grad[a].any()) == (a in (1, 3))
+        assert bool(inputs["lora_B"].grad[a].any()) == (a in (1, 3))
+    assert not inputs["x"].grad[3].any()
+
+
+# --- shapes and strides ---
+
+
+@backends
+@settings(max_examples=40)
+@given(
+    # A handful of outputs may cancel by chance, which a norm does not forgive: the smallest shapes stand in SHAPES.
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 300), st.integers(8, 300), st.integers(1, 20)),
+    layout=st.sampled_from(["contiguous", "columns", "transposed", "expanded"]),
+    weight_transposed=st.booleans(),
+    dtypes=st.sampled_from(DTYPES + MIXED),
+)
+def test_lora_linear_takes_any_shape_and_strides(backend, shape, layout, weight_transposed, dtypes):
+    torch.manual_seed(0)
+    m, k, n, r = shape
+    inputs = lora_inputs(m, k, n, r, *dtypes)
+    if layout == "columns":
+        inputs["x"] = random(m, k + 3, dtype=dtypes[0])[:, 1 : k + 1].detach().requires_grad_()
+    if layout == "transposed":
+        inputs["x"] = random(k, m, dtype=dtypes[0]).T.detach().requires_grad_()
+    if weight_transposed:
+        inputs["weight"] = random(k, n, dtype=dtypes[0]).T.detach()
+    if layout == "expanded":
+        inputs["x"] = random(1, k, dtype=dtypes[0])
+        grown = functools.partial(lambda function, x, **rest: function(x.expand(m, k), **rest))
+        assert_error_rule(functools.partial(grown, lora), functools.partial(grown, plain_lora), inputs)
+    else:
+        assert_error_rule(lora, plain_lora, inputs)
+
+
+@backends
+@settings(max_examples=40)
+@given(
+    shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 60), (8, 200), (8, 300), (1, 12), (1, 9)))),
+    dtypes=st.sampled_from(DTYPES + MIXED),
+    ranked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_multi_lora_takes_any_shape(backend, shape, dtypes, ranked, seed):
+    torch.manual_seed(seed)
+    t, _, _, r, num_adapters = shape
+    ranks = torch.randint(0, r + 1, (num_adapters,)) if ranked else None
+    slots = torch.randint(-1, num_adapters, (t,))
+    assert_multi_lora(multi_inputs(*shape, *dtypes), slots, torch.randn(num_adapters), ranks)
+
+
+@backends
+@pytest.mark.parametrize("layout", ["columns", "permuted", "sliced"])
+def test_in_place_ops_write_through_any_strides(backend, layout):
+    storage = torch.zeros(4, 6, 20)
+    y = {
+        "columns": storage[..., 3:13],
+        "permuted": storage[..., :10].transpose(0, 1),
+        "sliced": storage[::2, ::3, 5:15],
+    }
+    y = y[layout]
+    outside = storage.clone().fill_(1.0)
+    outside.as_strided(y.shape, y.stride(), y.storage_offset()).zero_()
+    x, lora_A, lora_B = random(*y.shape[:-1], 8), random(3, 8), random(10, 3)
+    with torch.no_grad():
+        ops.lora_delta_(y, x, lora_A, lora_B, 0.5)
+        torch.testing.assert_close(y, unfused_delta(x, lora_A, lora_B, 0.5))
+        slots = torch.zeros(x.shape[:-1].numel(), dtype=torch.long)
+        ops.multi_lora(y, x, lora_A[None], lora_B[None], slots, -0.5)
+        torch.testing.assert_close(y, torch.zeros_like(y), atol=1e-6, rtol=0)
+    assert not (storage * outside).any()
+
+
+@backends
+def test_in_place_gradient_through_a_view_that_is_not_rows(backend):
+    def run(function):
+        base = random(4, 6, 10).detach().requires_grad_()
+        x, lora_A, lora_B = random(6, 4, 8), random(3, 8), random(10, 3)
+        torch.manual_seed(5)
+        y = (base * 2).transpose(0, 1)
+        function(y, x, lora_A, lora_B).square().sum().backward()
+        return base.grad, x.grad, lora_A.grad, lora_B.grad
+
+    torch.manual_seed(3)
+    ours = run(lambda y, x, a, b: ops.lora_delta_(y, x, a, b, 0.5))
+    torch.manual_seed(3)
+    theirs = run(lambda y, x, a, b: y + unfused_delta(x, a, b, 0.5))
+    torch.testing.assert_close(ours, theirs)
+
+
+@backends
+def test_empty_batches_give_empty_outputs_and_zero_gradients(backend):
+    for lead in [(0,), (2, 0)]:
+        inputs = lora_inputs(lead, 8, 6, 2, torch.float32)
+        out = lora(**inputs)
+        assert out.shape == (*lead, 6)
+        out.sum().backward()
+        assert not inputs["lora_A"].grad.any()
+        assert not inputs["lora_B"].grad.any()
+        x, ia3_l = random(*lead, 8), random(8)
+        assert ops.ia3_linear(x, inputs["weight"], None, ia3_l, True).shape == (*lead, 6)
+    y = ops.multi_lora(
+        torch.zeros(0, 6), random(0, 8), random(3, 2, 8), random(3, 6, 2), torch.zeros(0, dtype=int), 1.0
+    )
+    assert y.shape == (0, 6)
+
+
+# --- gradients, registration, compilation ---
+
+
+@backends
+def test_gradcheck(backend):
+    double = functools.partial(random, dtype=torch.float64)
+    x, weight, bias, lora_A, lora_B = double(2, 3, 5), double(4, 5), double(4), double(2, 5), double(4, 2)
+    assert torch.autograd.gradcheck(lambda *a: ops.lora_linear(*a, 0.7), (x, weight, bias, lora_A, lora_B))
+
+    def dropped(*args):
+        torch.manual_seed(7)
+        return ops.lora_linear(*args, 0.7, 0.4)
+
+    assert torch.autograd.gradcheck(dropped, (x, weight, bias, lora_A, lora_B))
+    y = double(2, 3, 4)
+    assert torch.autograd.gradcheck(lambda y, *a: ops.lora_delta_(y.clone(), *a, 0.7), (y, x, lora_A, lora_B))
+    for feedforward in (False, True):
+        ia3_l = double(5 if feedforward else 4)
+        ia3 = functools.partial(ops.ia3_linear, feedforward=feedforward)
+        assert torch.autograd.gradcheck(ia3, (x, weight, bias, ia3_l))
+    slots = torch.tensor([1, -1, 0, 2, 2, 0])
+    ranks = torch.tensor([2, 1, 2])
+    multi = lambda y, *a: ops.multi_lora(y.clone(), *a, slots, torch.tensor([0.5, -1.0, 2.0]), ranks)  # noqa: E731
+    assert torch.autograd.gradcheck(multi, (y, x, double(3, 2, 5), double(3, 4, 2)))
+
+
+def raw_arguments():
+    """Arguments of every raw op, without autograd."""
+    x, weight, bias, lora_A, lora_B = (random(*s, grad=False) for s in ((6, 8), (5, 8), (5,), (3, 8), (5, 3)))
+    y, s, seed = torch.zeros(6, 5), torch.zeros(6, 3), torch.tensor([11])
+    many_A, many_B = random(2, 3, 8, grad=False), random(2, 5, 3, grad=False)
+    order, segments = torch.arange(6), torch.tensor([1, 4, 6])
+    common = (many_A, many_B, torch.tensor([1.0, 2.0]), torch.tensor([3, 2]), order, segments)
+    empty = torch.empty_like
+    return {
+        "lora_forward": (x, weight, bias, lora_A, lora_B, 0.5, 0.1, seed, y, s),
+        "lora_backward": (y, x, weight, lora_A, lora_B, 0.5, 0.1, seed, s, empty(x), empty(lora_A), None),
+        "ia3_forward": (x, weight, bias, bias, False, y, empty(y)),
+        "ia3_backward": (y, None, weight, bias, False, empty(y), empty(x), empty(bias)),
+        "group_tokens": (torch.tensor([0, -1, 1, 0, 1, 0]), order.clone(), segments.clone()),
+        "multi_lora_forward": (x, *common, y, s),
+        "multi_lora_backward": (y, x, *common, s, empty(x), empty(many_A), empty(many_B)),
+    }
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_opcheck(op):
+    torch.library.opcheck(getattr(torch.ops.pyfastpeft, op).default, raw_arguments()[op])
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_native_and_python_schemas_agree(op):
+    native_schema = str(getattr(torch.ops.pyfastpeft, op).default._schema)
+    assert native_schema == str(torch._C.parse_schema(f"pyfastpeft::{op}{schemas.SCHEMAS[op]}"))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
+    slots = torch.tensor([0, 1, -1, 1, 0, 0, 1])
+
+    def model(x, weight, bias, lora_A, lora_B, ia3_l, many_A, many_B):
+        h = ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7).relu()
+        h = ops.ia3_linear(h, weight, bias, ia3_l, True)
+        y = torch.nn.functional.linear(h, weight)
+        y = ops.multi_lora(y, h, many_A, many_B, slots, 0.5)
+        return ops.lora_delta_(y, h, lora_A, lora_B, 0.3)
+
+    inputs = [random(*s, dtype=dtype) for s in ((7, 8), (8, 8), (8,), (2, 8), (8, 2), (8,), (2, 3, 8), (2, 8, 3))]
+
+    def run(function):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        out = function(*leaves)
+        out.float().square().sum().backward()
+        return [out.detach(), *(t.grad for t in leaves)]
+
+    eager = run(model)
+    torch.compiler.reset()
+    for mine, theirs in zip(run(torch.compile(model, fullgraph=True)), eager):
+        # A compiled graph rounds less often in between.
+        assert (mine - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm()
+
+
+@backends
+def test_two_runs_are_bit_identical(backend):
+    def run():
+        torch.manual_seed(2)
+        inputs = multi_inputs(40, 300, 260, 8, 6, torch.float32)
+        out = ops.multi_lora(inputs["y"].clone(), inputs["x"], inputs["lora_A"], inputs["lora_B"], slots, 0.3)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in inputs.values())]
+
+    slots = torch.randint(-1, 6, (40,))
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+# --- dropout ---
+
+
+def test_philox_has_the_published_words():
+    """The known answers of Philox4x32-10 for the zero counter and key, and for all ones of the words we use."""
+    zero = torch.tensor([0])
+    words = [int(w) for w in reference.philox(zero, zero[0], zero[0])]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", [0, 123456789012345, -5])
+def test_cpu_drops_what_the_reference_drops(dtype, seed):
+    m, k, p = 37, 101, 0.3
+    x, lora_A, lora_B = torch.ones(m, k, dtype=dtype), torch.eye(k, dtype=dtype), torch.zeros(1, k, dtype=dtype)
+    s = torch.empty(m, k, dtype=reference.accumulation(dtype))
+    torch.ops.pyfastpeft.lora_forward(
+        x, None, None, lora_A, lora_B, 1.0, p, torch.tensor([seed]), torch.zeros(m, 1, dtype=dtype), s
+    )
+    torch.testing.assert_close(s, reference.dropout_factor(torch.tensor([seed]), p, m, k, s.dtype))
+
+
+@backends
+@dtypes
+def test_dropout_obeys_the_error_rule_with_its_mask(backend, dtype, adapter_dtype):
+    inputs = lora_inputs(19, 130, 40, 4, dtype, adapter_dtype)
+    torch.manual_seed(9)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+
+    def fused(x, weight, bias, lora_A, lora_B):
+        torch.manual_seed(9)
+        return ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7, 0.25)
+
+    def unfused(x, weight, bias, lora_A, lora_B):
+        dropped = x.to(lora_A.dtype) * reference.dropout_factor(seed, 0.25, 19, 130, lora_A.dtype)
+        base = torch.nn.functional.linear(x, weight, bias)
+        return (base + unfused_delta(dropped, lora_A, lora_B, 0.7)).to(base.dtype)
+
+    assert_error_rule(fused, unfused, inputs)
+
+
+@backends
+def test_dropout_follows_the_generator_and_keeps_its_share(backend):
+    x, lora_A = torch.ones(50, 200), torch.eye(200)
+    out = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        out.append(ops.lora_linear(x, torch.zeros(200, 200), None, lora_A, torch.eye(200), 1.0, 0.2))
+    assert torch.equal(out[0], out[1])
+    assert not torch.equal(out[0], out[2])
+    share = (out[0] == 0).double().mean().item()
+    assert abs(share - 0.2) < 5 * (0.2 * 0.8 / out[0].numel()) ** 0.5
+    torch.testing.assert_close(out[0][out[0] != 0].unique(), torch.tensor([1.25]))
+
+
+# --- autocast, saved memory ---
+
+
+@backends
+def test_autocast_gives_its_dtype_and_trains_float32_parameters(backend):
+    inputs = lora_inputs(6, 16, 12, 4, torch.float32, frozen=False)
+    ia3_l = random(12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lora(**inputs)
+        scaled = ops.ia3_linear(inputs["x"], inputs["weight"], inputs["bias"], ia3_l, False)
+        ops.lora_delta_(out, inputs["x"], inputs["lora_A"], inputs["lora_B"], 0.1)
+        assert out.dtype == scaled.dtype == torch.bfloat16
+        (out.float().square().sum() + scaled.float().square().sum()).backward()
+    expected = plain_lora(**{n: t.double() for n, t in inputs.items()})
+    expected = expected + unfused_delta(inputs["x"].double(), inputs["lora_A"].double(), inputs["lora_B"].double(), 0.1)
+    torch.testing.assert_close(out.double(), expected, atol=0.05, rtol=0.05)
+    assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in (*inputs.values(), ia3_l))
+
+
+def saved_bytes(run, parameters):
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    for parameter in parameters:
+        seen.pop(parameter.untyped_storage().data_ptr(), None)
+    assert out.requires_grad
+    return sum(seen.values())
+
+
+@backends
+def test_backward_keeps_x_s_and_a_seed_alone(backend):
+    inputs = lora_inputs(64, 256, 128, 8, torch.bfloat16, torch.float32)
+    parameters = [inputs[n] for n in ("weight", "bias", "lora_A", "lora_B")]
+    kept = saved_bytes(lambda: ops.lora_linear(**inputs, scaling=0.5, dropout_p=0.1), parameters)
+    assert kept == 64 * 256 * 2 + 64 * 8 * 4 + 8
+
+
+def test_double_backward_is_refused():
+    inputs = lora_inputs(3, 4, 5, 2, torch.float32)
+    (gradient,) = torch.autograd.grad(lora(**inputs).square().sum(), inputs["lora_A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# --- NaN and infinity ---
+
+
+@backends
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_are_propagated(backend, value, dtype):
+    for where, reached in {"x": "row", "lora_A": "all", "lora_B": "column", "bias": "column"}.items():
+        inputs = {n: t.detach().abs() for n, t in lora_inputs(40, 30, 20, 4, dtype).items()}
+        inputs[where].view(-1)[0] = value
+        bad = ~torch.isfinite(lora(**inputs))
+        assert bad[0, 0]
+        expected = {"row": bad[0], "column": bad[:, 0], "all": bad}[reached]
+        assert expected.all()
+        assert bad.sum() == expected.numel()
+
+
+@backends
+def test_a_dropped_nan_is_not_hidden(backend):
+    x = torch.full((4, 64), float("nan"))
+    out = ops.lora_linear(x, torch.zeros(8, 64), None, torch.ones(2, 64), torch.ones(8, 2), 1.0, 0.9)
+    assert out.isnan().all()
+
+
+@backends
+def test_base_only_tokens_never_meet_a_nan_adapter(backend):
+    x, y = random(5, 8, grad=False), random(5, 6, grad=False)
+    slots = torch.tensor([-1, 0, -1, 1, -1])
+    bad = torch.full((2, 3, 8), float("nan"))
+    out = ops.multi_lora(y.clone(), x, bad, torch.ones(2, 6, 3), slots, 1.0)
+    assert torch.equal(out[slots == -1], y[slots == -1])
+    assert out[slots >= 0].isnan().all()
+
+
+# --- routing ---
+
+
+@backends
+@settings(max_examples=30)
+@given(slots=st.lists(st.integers(-1, 6), max_size=50))
+def test_route_groups_tokens_stably(backend, slots):
+    for given_slots in (slots, torch.tensor(slots, dtype=torch.int64), torch.tensor(slots, dtype=torch.int32)):
+        routing = ops.route(given_slots, 7)
+        bounds = routing.segments.tolist()
+        assert sorted(routing.order.tolist()) == list(range(len(slots)))
+        for a in range(7):
+            tokens = routing.order[bounds[a] : bounds[a + 1]].tolist()
+            assert tokens == [t for t, slot in enumerate(slots) if slot == a]
+
+
+@backends
+def test_a_routing_serves_in_place_of_slots(backend):
+    inputs = {n: t.detach() for n, t in multi_inputs(9, 10, 12, 2, 3, torch.float32).items()}
+    slots = torch.randint(-1, 3, (9,))
+    y = inputs.pop("y")
+    once = ops.multi_lora(y.clone(), **inputs, slots=slots, scaling=0.5)
+    again = ops.multi_lora(y.clone(), **inputs, slots=ops.route(slots.tolist(), 3), scaling=0.5)
+    assert torch.equal(once, again)
+
+
+# --- dispatch ---
+
+
+def test_the_cpu_backend_is_chosen_where_it_is_built():
+    assert native.AVAILABLE
+    assert dispatch.select("lora_forward", "cpu", torch.float32).backend == "cpu"
+    assert dispatch.select("lora_forward", "meta", torch.float32).backend == "reference"
+
+
+def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch):
+    inputs = lora_inputs(3, 4, 5, 2, torch.float32)
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"triton.*forced.*cpu.*takes devices \('cuda',\)"),
+    ):
+        lora(**inputs)
+    monkeypatch.setenv("PYFASTPEFT_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match=re.escape(dispatch.UNAVAILABLE["cuda"])):
+        lora(**inputs)
+    monkeypatch.setenv("PYFASTPEFT_BACKEND", "fast")
+    with pytest.raises(RuntimeError, match="'fast' does not exist; choose one of cuda, cpu, triton, reference"):
+        lora(**inputs)
+    with pytest.raises(ValueError, match="name is 'fast'; it must be one of"), ops.use_backend("fast"):
+        pass
+
+
+def test_the_backward_pass_runs_where_the_forward_pass_ran():
+    inputs = lora_inputs(3, 4, 5, 2, torch.float32)
+    with ops.use_backend("reference"):
+        out = lora(**inputs)
+    rows = dispatch.TABLE["lora_backward"]
+    assert [row.backend for row in rows if "cpu" in (row.devices or ("cpu",))][0] == "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dispatch.TABLE, "lora_backward", [row for row in rows if row.backend == "reference"])
+        out.sum().backward()
+    assert inputs["lora_A"].grad.any()
+
+
+def test_meta_tensors_give_shapes():
+    inputs = {n: t.to("meta") for n, t in lora_inputs(3, 4, 5, 2, torch.float32).items()}
+    assert lora(**inputs).shape == (3, 5)
