@@ -1,8 +1,7 @@
 """Builds csrc/ into pyfastpeft/_ops.so (torch's stable ABI, no Python in it) and pyfastpeft._host (pybind11).
 
-Either is left out, saying so, where what it needs is missing: Linux, a C++20 compiler and ninja for both, torch's
-headers for the first, pybind11's for the second. PYFASTPEFT_REQUIRE_NATIVE=1 turns a missing one into an error. CXX
-names the compiler (g++ unless set) and CXXFLAGS adds flags to it.
+Either is left out, saying so, where what it needs is missing: Linux, a C++20 compiler and ninja; torch's headers for
+_ops, pybind11's for _host. PYFASTPEFT_REQUIRE_NATIVE=1 makes that an error. CXX and CXXFLAGS mean what they always do.
 """
 
 import os
@@ -21,9 +20,9 @@ from setuptools.command.build_ext import build_ext
 
 os.chdir(Path(__file__).parent)
 VERSION = re.search(r'__version__ = "(.+)"', Path("pyfastpeft/__init__.py").read_text()).group(1)
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-DNDEBUG"]
-# psabi is about vectors passed to functions, and all of ours are inlined; GCC 12's AVX512 headers trip the other.
+# psabi is about vectors passed to functions, and all of ours are inlined; GCC 12's AVX512 headers trip the last.
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS]
 
 
 def folder_of(package: str) -> str:
@@ -35,8 +34,7 @@ def folder_of(package: str) -> str:
 
 def torch_flags() -> tuple[list[str], list[str]]:
     """Flags to compile with and flags to link with."""
-    torch = folder_of("torch")
-    stable_abi = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    torch, stable_abi = folder_of("torch"), ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     return ["-isystem", f"{torch}/include", *stable_abi], [f"-L{torch}/lib", "-ltorch_cpu"]
 
 
@@ -70,7 +68,7 @@ class NinjaBuild(build_ext):
         if not (ninja := shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ.get('PATH')}")):
             raise LookupError("ninja is not installed here")
         includes, links = torch_flags() if ext.name.endswith("_ops") else pybind11_flags()
-        flags = [*FLAGS, *WARNINGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc", *includes]
+        flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-std=c++20", "-DNDEBUG", "-Icsrc", *includes]
         folder = f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}/{ext.name}"
         objects = {f"{folder}/{Path(source).with_suffix('.o')}": source for source in ext.sources}
         rules = f"""builddir = {folder}
@@ -78,8 +76,10 @@ rule compile
   command = {shlex.join([*compiler, *flags])} -MMD -MF $out.d -c $in -o $out
   deps = gcc
   depfile = $out.d
+  description = compile $in
 rule link
   command = {shlex.join(compiler)} -shared $in {shlex.join(links)} -o $out
+  description = link $out
 build {folder}/library.so: link {" ".join(objects)}
 """ + "".join(f"build {target}: compile {source}\n" for target, source in objects.items())
         Path(folder).mkdir(parents=True, exist_ok=True)

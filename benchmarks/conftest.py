@@ -37,7 +37,8 @@ def pytest_generate_tests(metafunc):
 
 @lru_cache(maxsize=1)  # the entries of a case follow each other
 def results(case: shapes.Case, size: str) -> dict[str, Result]:
-    return measure(case, machine.device(), EFFORT[size])
+    device = machine.device()
+    return measure(case, device, EFFORT[size], providers.providers(case, device))
 
 
 class Replay:
@@ -81,7 +82,14 @@ def pytest_benchmark_generate_commit_info():
 
 
 def pytest_benchmark_update_json(output_json):
-    """Keeps what the report and `pytest-benchmark compare` read: results are committed."""
+    """Results are committed: keeps what the report and `pytest-benchmark compare` read, to four digits."""
     for entry in output_json["benchmarks"]:
-        entry["stats"] = {key: entry["stats"][key] for key in KEPT_STATS}
+        entry["stats"] = _short({key: entry["stats"][key] for key in KEPT_STATS})
+        entry["extra_info"] = _short(entry["extra_info"])
         del entry["params"], entry["param"], entry["options"]
+
+
+def _short(value):
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value

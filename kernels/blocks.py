@@ -27,6 +27,11 @@ BLOCKS = {
         "single": [(16, _entry(16, 32, 64, 4, 3)), (ANY, _entry(64, 64, 32, 4, 3))],
         "double": [(16, _entry(16, 32, 32, 4, 3)), (ANY, _entry(64, 64, 16, 4, 3))],
     },
+    "ia3_linear": {
+        "half": [(16, _entry(16, 32, 128, 4, 4)), (64, _entry(64, 64, 64, 4, 4)), (ANY, _entry(128, 128, 32, 8, 4))],
+        "single": [(16, _entry(16, 32, 32, 4, 3)), (ANY, _entry(64, 64, 16, 4, 3))],
+        "double": [(16, _entry(16, 32, 16, 4, 3)), (ANY, _entry(32, 32, 16, 4, 3))],
+    },
     "shrink": {
         "half": [(16, _entry(16, 0, 128, 4, 4)), (ANY, _entry(64, 0, 64, 4, 4))],
         "mixed": [(16, _entry(16, 0, 64, 4, 4)), (ANY, _entry(64, 0, 32, 4, 4))],
@@ -47,7 +52,7 @@ BLOCKS = {
     },
     "column_sums": {width: [(ANY, _entry(32, 128, 0, 4, 1))] for width in ("half", "single", "double")},
 }
-RANK_BLOCKS = (16, 32)
+RANK_BLOCKS = {"half": (16, 32), "mixed": (16,), "single": (16,), "double": (16,)}
 PROGRAMS = 256  # what a launch is split into at least, where it may be: about two for every multiprocessor
 
 
@@ -62,8 +67,9 @@ def blocks(kernel: str, dtype: torch.dtype, tokens: int, adapters: torch.dtype |
     return next(entry for most, entry in BLOCKS[kernel][width(dtype, adapters)] if tokens <= most)
 
 
-def rank_block(rank: int) -> int:
-    return next((block for block in RANK_BLOCKS if rank <= block), RANK_BLOCKS[-1])
+def rank_block(rank: int, dtype: torch.dtype, adapters: torch.dtype) -> int:
+    sizes = RANK_BLOCKS[width(dtype, adapters)]
+    return next((size for size in sizes if rank <= size), sizes[-1])
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:

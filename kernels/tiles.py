@@ -56,5 +56,9 @@ def product(
         if seed is not None:
             mask = dropout_mask(seed, rows, k, threshold, BLOCK_K, acc.dtype)
             rhs = (rhs.to(acc.dtype) * mask).to(rhs.dtype)
-        acc = tl.dot(lhs.to(DOT), rhs.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        if PRECISION == "tf32x3":
+            part = tl.dot(lhs.to(DOT)[None], rhs.to(DOT)[None], input_precision=PRECISION, out_dtype=acc.dtype)
+            acc += tl.reshape(part, acc.shape)
+        else:
+            acc = tl.dot(lhs.to(DOT), rhs.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc

@@ -18,7 +18,7 @@ from pyfastpeft.ops import dispatch, reference
 BACKENDS = [name for name in ("reference", "cpu") if any(row.backend == name for row in dispatch.TABLE["lora_forward"])]
 HIDDEN = 24
 NAMES = ("red", "green", "blue")
-CHAIN = 4  # a model chains the roundings of several ops: this many times the tolerance of one
+CHAIN = 8  # a model chains the roundings of many ops: this many times the tolerance of one
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -67,13 +67,13 @@ def ia3_config(make) -> IA3Config:
     return IA3Config(target_modules=LAYERS[make], feedforward_modules=FEEDFORWARD[make], fan_in_fan_out=make is gpt2)
 
 
-def adapted(make, *configs, dtype=torch.float32, seed=0, **options):
-    """A model with one randomised adapter for each config, named as in NAMES; the first is active."""
-    torch.manual_seed(seed)
+def adapted(make, *configs, dtype=torch.float32, random=True, **options):
+    """A model with one adapter for each config, named as in NAMES and randomised; the first is active."""
     model = get_peft_model(make().to(dtype), configs[0], adapter_name=NAMES[0], **options)
     for name, config in zip(NAMES[1:], configs[1:]):
         model.add_adapter(name, config)
-    randomise(model)
+    if random:
+        randomise(model)
     return model.eval()
 
 
@@ -82,7 +82,7 @@ def randomise(model) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.1)
             elif "ia3_l" in name:
                 parameter.normal_(mean=1.0, std=0.3)
 
@@ -176,7 +176,8 @@ def differential(stock, ran: dict[str, int], batch=(3, 5), autocast=None, train=
     inputs, cotangent = torch.randn(*batch, HIDDEN), torch.randn(*batch, 61)
     with recorded() as calls, poisoned_memory():
         got = measure(ours, inputs, cotangent, autocast, **options)
-    assert Counter(op for op, _ in calls) == ran
+    counted = dict(Counter(op for op, _ in calls))
+    assert counted == ran, f"raw ops that ran: {counted}, expected: {ran}"
     if train:
         replay_dropout(stock, calls)
         replay_dropout(exact, calls)

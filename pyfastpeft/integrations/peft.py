@@ -220,17 +220,19 @@ def _fits(x: Tensor, weight: Tensor, *adapters: Tensor) -> bool:
     return _plain(x) and all(_plain(t) and (t.dtype != wide or x.dtype == wide) for t in adapters)
 
 
-def _layer_reason(layer: BaseTunerLayer) -> str | None:
-    if type(layer) not in _FUSED:
-        return "no fused kernel for layers of this type"
+def _coverage(layer: BaseTunerLayer) -> tuple[bool, list[str]]:
+    """Whether anything of a layer is covered, and the reasons why something of it is not."""
+    kind = _STOCK.get(type(layer), type(layer))
+    if kind not in _FUSED:
+        return False, ["no fused kernel for layers of this type"]
     if "forward" in layer.__dict__:
-        return "it has a forward of its own, set on the instance"
+        return False, ["it has a forward of its own, set on the instance"]
     base = _base(layer.base_layer)
     if isinstance(base, str):
-        return base
-    # A layer gains as soon as one of its adapters is covered.
-    adapters = [_adapter(layer, name) for name in layer.lora_A] if type(layer) is lora.Linear else [base]
-    return "; ".join(adapters) if all(isinstance(a, str) for a in adapters) else None
+        return False, [base]
+    adapters = [_adapter(layer, name) for name in layer.lora_A] if kind is lora.Linear else [base]
+    reasons = [adapter for adapter in adapters if isinstance(adapter, str)]
+    return len(reasons) < len(adapters), reasons or ["it has no adapter"] * (not adapters)
 
 
 # --- accelerate and restore ------------------------------------------------------------------------------------------
@@ -241,7 +243,8 @@ class AccelerationReport:
     """What `accelerate` did. `print` shows it as a table with one line for each kind of layer.
 
     Attributes:
-        replaced: (name, kind) of every layer that now runs fused kernels.
+        replaced: (name, kind) of every layer that now runs fused kernels, for all of its adapters or those not
+            excepted in `kind`.
         skipped: (name, type, reason) of every layer that PEFT adapted and that keeps PEFT's forward pass.
     """
 
@@ -273,12 +276,13 @@ def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
     """
     report = AccelerationReport()
     for name, layer in _adapted_layers(model, "accelerate"):
-        if type(layer) not in _STOCK:
-            if reason := _layer_reason(layer):
-                report.skipped.append((name, _type_name(layer), reason))
-                continue
-            layer.__class__ = _FUSED[type(layer)]
-        report.replaced.append((name, f"{_type_name(layer)} on {_type_name(layer.base_layer)}"))
+        covered, reasons = _coverage(layer)
+        if covered:
+            layer.__class__ = _FUSED.get(type(layer), type(layer))
+            kind = f"{_type_name(layer)} on {_type_name(layer.base_layer)}"
+            report.replaced.append((name, ", but ".join((kind, *reasons))))
+        else:
+            report.skipped.append((name, _type_name(layer), "; ".join(reasons)))
     if strict and not report.replaced:
         why = f"none of its layers is covered:\n{report}" if report.skipped else "PEFT has adapted no layer of it"
         raise ValueError(f"accelerate: model is a {type(model).__name__} in which nothing can be replaced; {why}")
@@ -303,9 +307,10 @@ def _adapted_layers(model: nn.Module, op: str) -> list[tuple[str, BaseTunerLayer
 
 
 def _type_name(module: nn.Module) -> str:
-    """PEFT's layers as lora.Linear, its users' as they are imported, torch's as nn.Linear."""
+    """PEFT's layers as lora.Linear, torch's as nn.Linear, others as they are imported."""
     cls = _STOCK.get(type(module), type(module))
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if name.startswith("torch.nn.modules."):
+    if cls is Conv1D:
+        return "Conv1D"
+    if cls.__module__.startswith("torch.nn.modules."):
         return f"nn.{cls.__qualname__}"
-    return name.removeprefix("peft.tuners.").replace(".layer.", ".")
+    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("peft.tuners.").replace(".layer.", ".")

@@ -90,8 +90,8 @@ class MultiLoRALinear(FrozenLinear):
         self._need_slot(op, slot)
         checks.floating(op, "lora_A", lora_A)
         checks.floating(op, "lora_B", lora_B)
-        rank = len(lora_A)
-        fits = lora_A.shape == (rank, self.in_features) and 1 <= rank <= self.rank
+        rank, features = lora_A.shape if lora_A.dim() == 2 else (0, 0)
+        fits = 1 <= rank <= self.rank and features == self.in_features
         checks.need(fits, op, "lora_A", lora_A, f"of shape [r', {self.in_features}] with r' in [1, {self.rank}]")
         checks.shape(op, "lora_B", lora_B, (self.out_features, rank), "[N, r']")
         checks.number(op, "scaling", scaling)

@@ -23,8 +23,10 @@ struct Kernels {
   // pointers.
   void (*axpy)(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
                int64_t columns, bool accumulate);
-  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype.
-  void (*transpose)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo);
+  // y[n] += sum over r of s[r] b[n * ldb + r] for r < rank, n < columns.
+  void (*project)(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns);
+  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns.
+  void (*transpose)(const C* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo);
   // x[i] += b[i] for i < n.
   void (*add)(C* x, const C* b, int64_t n);
   // x[i] *= l[i] for i < n.

@@ -16,14 +16,16 @@ typedef uint32_t Bits32 __attribute__((vector_size(BYTES)));
 typedef uint64_t Bits64 __attribute__((vector_size(BYTES)));
 
 template <class V>
+struct Unaligned {
+  typedef V type __attribute__((aligned(1), may_alias));
+};
+template <class V>
 inline V load_bits(const void* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+  return *(const typename Unaligned<V>::type*)p;
 }
 template <class V>
 inline void store_bits(void* p, V v) {
-  __builtin_memcpy(p, &v, sizeof v);
+  *(typename Unaligned<V>::type*)p = v;
 }
 
 // --- elements <-> lanes of C ---
@@ -68,19 +70,41 @@ inline Vec<C> splat(C value) {
   return value - Vec<C>{};
 }
 
-template <class C, int64_t Lanes>
-inline C sum(const C* v) {
-  if constexpr (Lanes == 1) {
-    return *v;
-  } else {
-    return sum<C, Lanes / 2>(v) + sum<C, Lanes / 2>(v + Lanes / 2);
-  }
-}
+// Vectors of a fixed number of lanes, whatever the instruction set makes of them.
+template <class C, int N>
+struct Lanes {
+  typedef C V __attribute__((vector_size(N * sizeof(C))));
+};
 template <class C>
-inline C sum(Vec<C> v) {
-  C lanes[Simd<C>::lanes];
-  store_bits(lanes, v);
-  return sum<C, Simd<C>::lanes>(lanes);
+using Four = typename Lanes<C, 4>::V;
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE(a, b, i, j, k, l) \
+  __builtin_shuffle(a, b, (typename Lanes<std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>, 4>::V){i, j, k, l})
+#endif
+
+// The sums of the lanes of four vectors.
+template <class C>
+inline Four<C> sums(Four<C> a, Four<C> b, Four<C> c, Four<C> d) {
+  Four<C> ab = SHUFFLE(a, b, 0, 4, 2, 6) + SHUFFLE(a, b, 1, 5, 3, 7);
+  Four<C> cd = SHUFFLE(c, d, 0, 4, 2, 6) + SHUFFLE(c, d, 1, 5, 3, 7);
+  return SHUFFLE(ab, cd, 0, 1, 4, 5) + SHUFFLE(ab, cd, 2, 3, 6, 7);
+}
+
+template <class C, int N>
+inline Four<C> fold(typename Lanes<C, N>::V v) {
+  if constexpr (N == 4) {
+    return (Four<C>)v;
+  } else if constexpr (N < 4) {  // two lanes of double
+    return Four<C>{v[0], v[1], 0, 0};
+  } else {
+    C lanes[N];
+    store_bits(lanes, v);
+    using Half = typename Lanes<C, N / 2>::V;
+    return fold<C, N / 2>(load_bits<Half>(lanes) + load_bits<Half>(lanes + N / 2));
+  }
 }
 
 // f(pointer) with the pointer typed by its dtype; C = double goes with f64 alone.
@@ -118,12 +142,14 @@ void narrow(Dtype dtype, const C* in, void* out, int64_t n) {
 
 // --- matmul tiles ---
 
-// T rows of x against R rows of a: T * R accumulators.
+// s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators.
 template <class C, class A, int T, int R>
-inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t k, C* const* s, int64_t rank) {
+inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, int64_t end, C* const* s, int64_t rank,
+                     bool accumulate) {
+  constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][R] = {};
-  int64_t i = 0;
-  for (; i + Simd<C>::lanes <= k; i += Simd<C>::lanes) {
+  int64_t i = begin;
+  for (; i + L <= end; i += L) {
     Vec<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(a + r * lda + i);
     for (int t = 0; t < T; ++t) {
@@ -132,19 +158,29 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t k, C* c
     }
   }
   for (int t = 0; t < T; ++t) {
+    C total[4];
+    if constexpr (R == 4) {
+      store_bits(total, sums<C>(fold<C, L>(acc[t][0]), fold<C, L>(acc[t][1]), fold<C, L>(acc[t][2]), fold<C, L>(acc[t][3])));
+    } else {
+      Four<C> zero = {};
+      store_bits(total, sums<C>(fold<C, L>(acc[t][0]), zero, zero, zero));
+    }
     for (int r = 0; r < R; ++r) {
-      C total = sum<C>(acc[t][r]);
-      for (int64_t j = i; j < k; ++j) total += x[t][j] * to_float(a[r * lda + j]);
-      s[t][rank + r] = total;
+      for (int64_t j = i; j < end; ++j) total[r] += x[t][j] * to_float(a[r * lda + j]);
+      s[t][rank + r] = accumulate ? s[t][rank + r] + total[r] : total[r];
     }
   }
 }
 
 template <class C, class A, int T>
 inline void dot_ranks(const C* const* x, const A* a, int64_t lda, int64_t ranks, int64_t k, C* const* s) {
-  int64_t r = 0;
-  for (; r + 4 <= ranks; r += 4) dot_tile<C, A, T, 4>(x, a + r * lda, lda, k, s, r);
-  for (; r < ranks; ++r) dot_tile<C, A, T, 1>(x, a + r * lda, lda, k, s, r);
+  constexpr int64_t BLOCK = 4096 / sizeof(C);  // T rows of x this long stay in the first cache for all ranks
+  for (int64_t begin = 0; begin < k; begin += BLOCK) {
+    int64_t end = k - begin < 2 * BLOCK ? k : begin + BLOCK, r = 0;
+    for (; r + 4 <= ranks; r += 4) dot_tile<C, A, T, 4>(x, a + r * lda, lda, begin, end, s, r, begin > 0);
+    for (; r < ranks; ++r) dot_tile<C, A, T, 1>(x, a + r * lda, lda, begin, end, s, r, begin > 0);
+    if (end == k) break;
+  }
 }
 
 template <class C>
@@ -161,57 +197,117 @@ void dot(const C* const* x, int64_t tokens, Dtype dtype, const void* a, int64_t 
 }
 
 // T rows of y, W vectors wide, from column n.
-template <class C, int T, int W>
-inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y, int64_t n,
-                      bool accumulate) {
+template <class C, int T, int W, bool Accumulate>
+inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y, int64_t n) {
   constexpr int64_t L = Simd<C>::lanes;
-  Vec<C> acc[T][W] = {};
-  if (accumulate)
-    for (int t = 0; t < T; ++t)
-      for (int w = 0; w < W; ++w) acc[t][w] = load(y[t] + n + w * L);
+  Vec<C> acc[T][W];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) acc[t][w] = Accumulate ? load(y[t] + n + w * L) : Vec<C>{};
   for (int64_t q = 0; q < depth; ++q) {
     Vec<C> v[W];
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) v[w] = load(c + q * ldc + n + w * L);
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       Vec<C> factor = splat(s[t][q * step]);
+#pragma GCC unroll 8
       for (int w = 0; w < W; ++w) acc[t][w] += factor * v[w];
     }
   }
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) store(y[t] + n + w * L, acc[t][w]);
 }
 
-template <class C, int T>
+template <class C, int T, bool Accumulate>
 inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y,
-                      int64_t columns, bool accumulate) {
+                      int64_t columns) {
   constexpr int64_t L = Simd<C>::lanes;
+  constexpr int W = BYTES == 64 ? 4 : 2;
   int64_t n = 0;
-  for (; n + 2 * L <= columns; n += 2 * L) axpy_tile<C, T, 2>(s, step, c, ldc, depth, y, n, accumulate);
-  for (; n + L <= columns; n += L) axpy_tile<C, T, 1>(s, step, c, ldc, depth, y, n, accumulate);
+  for (; n + W * L <= columns; n += W * L) axpy_tile<C, T, W, Accumulate>(s, step, c, ldc, depth, y, n);
+  for (; n + L <= columns; n += L) axpy_tile<C, T, 1, Accumulate>(s, step, c, ldc, depth, y, n);
   for (; n < columns; ++n) {
     for (int t = 0; t < T; ++t) {
-      C total = accumulate ? y[t][n] : C(0);
+      C total = Accumulate ? y[t][n] : C(0);
       for (int64_t q = 0; q < depth; ++q) total += s[t][q * step] * c[q * ldc + n];
       y[t][n] = total;
     }
   }
 }
 
-template <class C>
-void axpy(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
-          int64_t columns, bool accumulate) {
+template <class C, bool Accumulate>
+inline void axpy_all(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
+                     int64_t columns) {
   int64_t t = 0;
-  for (; t + 6 <= rows; t += 6) axpy_rows<C, 6>(s + t, step, c, ldc, depth, y + t, columns, accumulate);
-  for (; t + 2 <= rows; t += 2) axpy_rows<C, 2>(s + t, step, c, ldc, depth, y + t, columns, accumulate);
-  for (; t < rows; ++t) axpy_rows<C, 1>(s + t, step, c, ldc, depth, y + t, columns, accumulate);
+  for (; t + 6 <= rows; t += 6) axpy_rows<C, 6, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
+  for (; t + 2 <= rows; t += 2) axpy_rows<C, 2, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
+  for (; t < rows; ++t) axpy_rows<C, 1, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
 }
 
 template <class C>
-void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo) {
-  typed<C>(dtype, in, [&](auto* p) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) out[j * ldo + i] = scale * to_float(p[i * ldi + j]);
-  });
+void axpy(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
+          int64_t columns, bool accumulate) {
+  auto run = accumulate ? axpy_all<C, true> : axpy_all<C, false>;
+  run(s, step, rows, c, ldc, depth, y, columns);
+}
+
+// Four rows of b at a time, N ranks at a time.
+template <class C, int N>
+inline void project_lanes(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns) {
+  using V = typename Lanes<C, N>::V;
+  int64_t n = 0;
+  for (; n + 4 <= columns; n += 4) {
+    V acc[4] = {};
+    for (int64_t r = 0; r < rank; r += N) {
+      V factor = load_bits<V>(s + r);
+      for (int i = 0; i < 4; ++i) acc[i] += factor * load_bits<V>(b + (n + i) * ldb + r);
+    }
+    Four<C> total = sums<C>(fold<C, N>(acc[0]), fold<C, N>(acc[1]), fold<C, N>(acc[2]), fold<C, N>(acc[3]));
+    store_bits(y + n, load_bits<Four<C>>(y + n) + total);
+  }
+  for (; n < columns; ++n)
+    for (int64_t r = 0; r < rank; ++r) y[n] += s[r] * b[n * ldb + r];
+}
+
+template <class C>
+void project(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns) {
+  if (rank % 8 == 0) {
+    project_lanes<C, 8>(s, b, ldb, rank, y, columns);
+  } else if (rank % 4 == 0) {
+    project_lanes<C, 4>(s, b, ldb, rank, y, columns);
+  } else {
+    for (int64_t n = 0; n < columns; ++n) {
+      C total = 0;
+      for (int64_t r = 0; r < rank; ++r) total += s[r] * b[n * ldb + r];
+      y[n] += total;
+    }
+  }
+}
+
+template <class C>
+void transpose(const C* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo) {
+  int64_t j = 0;
+  for (; j + 4 <= columns; j += 4) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+      Four<C> a = load_bits<Four<C>>(in + i * ldi + j), b = load_bits<Four<C>>(in + (i + 1) * ldi + j);
+      Four<C> c = load_bits<Four<C>>(in + (i + 2) * ldi + j), d = load_bits<Four<C>>(in + (i + 3) * ldi + j);
+      Four<C> ab0 = SHUFFLE(a, b, 0, 4, 1, 5), ab2 = SHUFFLE(a, b, 2, 6, 3, 7);
+      Four<C> cd0 = SHUFFLE(c, d, 0, 4, 1, 5), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
+      store_bits(out + j * ldo + i, SHUFFLE(ab0, cd0, 0, 1, 4, 5) * scale);
+      store_bits(out + (j + 1) * ldo + i, SHUFFLE(ab0, cd0, 2, 3, 6, 7) * scale);
+      store_bits(out + (j + 2) * ldo + i, SHUFFLE(ab2, cd2, 0, 1, 4, 5) * scale);
+      store_bits(out + (j + 3) * ldo + i, SHUFFLE(ab2, cd2, 2, 3, 6, 7) * scale);
+    }
+    for (; i < rows; ++i)
+      for (int64_t l = j; l < j + 4; ++l) out[l * ldo + i] = scale * in[i * ldi + l];
+  }
+  for (; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i) out[j * ldo + i] = scale * in[i * ldi + j];
 }
 
 // --- elementwise ---
@@ -271,7 +367,8 @@ void drop(C* x, int64_t n, int64_t k0, int64_t token, uint64_t seed, double p) {
 }
 
 template <class C>
-constexpr Kernels<C> table = {widen<C>, narrow<C>,   dot<C>,          axpy<C>, transpose<C>,
-                              add<C>,   multiply<C>, multiply_add<C>, drop<C>};
+constexpr Kernels<C> table = {widen<C>,     narrow<C>, dot<C>,      axpy<C>,         project<C>,
+                              transpose<C>, add<C>,    multiply<C>, multiply_add<C>, drop<C>};
+#undef SHUFFLE
 
 }  // namespace pyfastpeft::ISA

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t TOKEN_BLOCK = 24;    // tokens of one task or one staged block: a multiple of every tile's height
 constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task
+constexpr int64_t FEW_TOKENS = 4;         // up to here a transposed B does not pay
 constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
 
 template <class C>
@@ -66,6 +67,18 @@ const C* staged(const Rows& x, int64_t token, int64_t c0, int64_t n, const Dropo
   return stage;
 }
 
+// Rows first .. first + n of b, `rank` wide, as C: where they lie if they are of that type, else in `stage`.
+template <class C>
+Rows dense(const Rows& b, int64_t first, int64_t n, int64_t rank, C* stage) {
+  if (b.dtype == native<C>) return {b.dtype, b.at(first), b.stride};
+  if (b.stride == rank) {
+    kernels<C>().widen(b.dtype, b.at(first), stage, n * rank);
+  } else {
+    for (int64_t i = 0; i < n; ++i) kernels<C>().widen(b.dtype, b.at(first + i), stage + i * rank, rank);
+  }
+  return {native<C>, reinterpret_cast<char*>(stage), rank};
+}
+
 // s[i] = drop(x[tokens[i]]) a[r0 .. r1]^T for the tokens begin .. end; row(i) is where s[i]'s rank r0 goes.
 template <class C, class Row>
 void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t end, int64_t k, const Dropout& dropout,
@@ -114,6 +127,26 @@ void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Rows& y, c
       }
       k.narrow(y.dtype, out[i], row, n);
     }
+  }
+}
+
+// y[tokens[i]] += scaling * s[i] b^T, without a transposed b: for few tokens.  b: [n, rank] with row stride ldb
+template <class C, class Row>
+void project_block(Row s, double scaling, const C* b, int64_t ldb, int64_t rank, const Rows& y, const Tokens& tokens,
+                   int64_t n) {
+  const auto& k = kernels<C>();
+  auto scaled = scratch<C>(rank);
+  C buffer[COLUMN_BLOCK];
+  for (int64_t t = 0; t < tokens.count; ++t) {
+    for (int64_t r = 0; r < rank; ++r) scaled[r] = C(scaling) * s(t)[r];
+    char* row = y.at(tokens[t]);
+    if (y.dtype == native<C>) {
+      k.project(scaled.get(), b, ldb, rank, reinterpret_cast<C*>(row), n);
+      continue;
+    }
+    k.widen(y.dtype, row, buffer, n);
+    k.project(scaled.get(), b, ldb, rank, buffer, n);
+    k.narrow(y.dtype, buffer, row, n);
   }
 }
 
@@ -166,17 +199,24 @@ void shrink(const Branch<C>& branch, Rows x, C* s, int64_t s_stride) {
 
 template <class C>
 void expand(const Branch<C>& branch, const C* s, int64_t s_stride, Rows y, int64_t n0, int64_t n1) {
+  const auto& k = kernels<C>();
   auto tasks = cut(branch.adapters, COLUMN_BLOCK, [&](const Adapter&) { return n1 - n0; });
   parallel(tasks, multiply_adds(branch, n1 - n0), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
-    int64_t n = task.end - task.begin;
-    auto c = scratch<C>(adapter.rank * COLUMN_BLOCK);
-    kernels<C>().transpose(adapter.b.dtype, adapter.b.at(n0 + task.begin), adapter.b.stride, n, adapter.rank,
-                           adapter.scaling, c.get(), COLUMN_BLOCK);
+    int64_t rank = adapter.rank, n = task.end - task.begin;
     Rows columns = y;
     columns.data = y.at(0, task.begin);
-    expand_block<C>([&](int64_t i) { return s + adapter.tokens[i] * s_stride; }, adapter.rank, c.get(), COLUMN_BLOCK,
-                    columns, adapter.tokens, n0 + task.begin, n, Dropout{}, true);
+    auto stage = scratch<C>(adapter.b.dtype == native<C> ? 0 : COLUMN_BLOCK * rank);
+    Rows b = dense(adapter.b, n0 + task.begin, n, rank, stage.get());
+    const C* block = reinterpret_cast<const C*>(b.data);
+    auto row = [&](int64_t i) { return s + adapter.tokens[i] * s_stride; };
+    if (adapter.tokens.count <= FEW_TOKENS) {
+      project_block(row, adapter.scaling, block, b.stride, rank, columns, adapter.tokens, n);
+      return;
+    }
+    auto c = scratch<C>(rank * COLUMN_BLOCK);
+    k.transpose(block, b.stride, n, rank, adapter.scaling, c.get(), COLUMN_BLOCK);
+    expand_block<C>(row, rank, c.get(), COLUMN_BLOCK, columns, adapter.tokens, n0 + task.begin, n, Dropout{}, true);
   });
 }
 
@@ -197,8 +237,11 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
     }
     parallel(rank_columns(n), multiply_adds(branch, n), [&](const Task& task) {
       const Adapter& adapter = *task.adapter;
-      kernels<C>().transpose(adapter.b.dtype, adapter.b.at(task.begin), adapter.b.stride, task.end - task.begin,
-                             adapter.rank, adapter.scaling, bt[task.index].get() + task.begin, n);
+      int64_t rank = adapter.rank, columns = task.end - task.begin;
+      auto stage = scratch<C>(adapter.b.dtype == native<C> ? 0 : COLUMN_BLOCK * rank);
+      Rows b = dense(adapter.b, task.begin, columns, rank, stage.get());
+      kernels<C>().transpose(reinterpret_cast<const C*>(b.data), b.stride, columns, rank, adapter.scaling,
+                             bt[task.index].get() + task.begin, n);
     });
     auto tasks = cut(adapters, TOKEN_BLOCK, [](const Adapter& a) { return a.tokens.count; });
     parallel(tasks, multiply_adds(branch, n), [&](const Task& task) {

@@ -1,0 +1,197 @@
+"""The benchmark suite in its tiny form, end to end; and that what is wrong is refused rather than timed."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import machine, measure, providers, report, shapes
+from benchmarks.figures import Figure
+from benchmarks.providers import Call, Provider
+
+ROOT = Path(__file__).parent.parent
+TINY = measure.EFFORT["tiny"]
+TRAINED = shapes.Lora(M=6, K=40, N=24, rank=4, backward=True)
+DROPPED = shapes.Lora(M=64, K=64, N=24, rank=4, backward=True, dropout=0.1)
+
+WRONG_PROVIDER = """
+from benchmarks import providers
+
+def build(problem, adapters):
+    call = providers.build_ours(problem, adapters)
+    return call._replace(forward=lambda: 1.01 * call.forward())
+
+everybody = providers.providers
+wrong = providers.Provider("wrong-fp32", build, "fp32")
+providers.providers = lambda case, device: [*everybody(case, device), wrong]
+"""
+
+
+def run(*arguments, path=()):
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=600)
+
+
+def test_suite_end_to_end(tmp_path):
+    (tmp_path / "wrong_provider.py").write_text(WRONG_PROVIDER)
+    results = tmp_path / "tiny.json"
+    done = run("benchmarks", "--size", "tiny", "--json", results, "--", "-p", "wrong_provider", path=[tmp_path])
+    assert done.returncode == 1, done.stdout + done.stderr  # the wrong provider's entries fail, and they alone
+    found = json.loads(results.read_text())
+    entries = {(each["group"], each["extra_info"]["provider"]): each for each in found["benchmarks"]}
+    cases = [case for op in shapes.CASES for case in shapes.cases(op, "tiny", machine.device())]
+    expected = {(case.name, each.name) for case in cases for each in providers.providers(case, machine.device())}
+    assert set(entries) == expected
+    for (_, name), entry in entries.items():
+        info = entry["extra_info"]
+        assert info["seconds"]["p20"] <= info["seconds"]["median"] <= info["seconds"]["p80"]
+        assert info["rounds"] == entry["stats"]["rounds"] == TINY.rounds
+        assert entry["stats"]["median"] == pytest.approx(info["seconds"]["median"], rel=1e-3)
+        assert bool(info["errors"]) == (name != "base")
+        assert "data" not in entry["stats"]
+    for case in cases:
+        assert f"wrong-fp32 on {case.name}: Wrong: output has relative error" in done.stdout
+        assert f"| {case.label} |" in done.stdout
+    assert found["machine_info"]["versions"]["torch"] == torch.__version__
+    assert str(ROOT) not in results.read_text()
+    assert "node" not in found["machine_info"]
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the cap is of x86-64 CPUs")
+def test_figures_as_an_avx2_machine(tmp_path):
+    results = tmp_path / "figures.json"
+    done = run("benchmarks.figures", "--tiny", "--isa", "avx2", "--json", results)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(results.read_text())
+    assert found["machine_info"]["isa"] == "avx2"
+    assert found["machine_info"]["isa_capped"]
+    assert len(found["figures"]) == 6 * 2 + 3 * 2 + 3 + 1 + 1
+    assert all(figure["rounds"] >= 1 and isinstance(figure["met"], bool) for figure in found["figures"])
+    assert report.markdown(found) in done.stdout
+
+
+def off(problem, adapters):
+    leaves = problem.leaves(adapters)
+    return Call(lambda: 1.001 * problem.formula(problem.weight, None, *leaves), leaves)
+
+
+def unwritten(problem, adapters):
+    leaves = problem.leaves(adapters)
+    hole = torch.zeros(problem.case.M, problem.case.N)
+    hole[-1, -1] = torch.nan
+    return Call(lambda: problem.formula(problem.weight, None, *leaves) + hole, leaves)
+
+
+def small_gradient(problem, adapters):
+    x, lora_A, lora_B = leaves = problem.leaves(adapters)
+    return Call(
+        lambda: problem.formula(problem.weight, None, x, 0.99 * lora_A + 0.01 * lora_A.detach(), lora_B), leaves
+    )
+
+
+def no_dropout(problem, adapters):
+    leaves = problem.leaves(adapters)
+    return Call(lambda: problem.formula(problem.weight, None, *leaves), leaves)
+
+
+def two_masks(problem, adapters):
+    leaves = problem.leaves(adapters)
+
+    def forward():
+        first, second = (F.dropout(torch.ones_like(problem.x), problem.case.dropout) for _ in range(2))
+        y = problem.formula(problem.weight, second, *leaves)
+        return y + (problem.formula(problem.weight, first, *leaves) - y).detach()
+
+    return Call(forward, leaves)
+
+
+def broken(problem, adapters):
+    raise RuntimeError("no kernel image")
+
+
+def one_mask(problem, adapters):
+    leaves = problem.leaves(adapters)
+
+    def forward():
+        factor = F.dropout(torch.ones_like(problem.x), problem.case.dropout)
+        return problem.formula(problem.weight, factor, *leaves)
+
+    return Call(forward, leaves)
+
+
+@pytest.mark.parametrize(
+    ("case", "build", "why"),
+    [
+        (TRAINED, off, "output has relative error 0.001; torch's own plus tolerance is"),
+        (TRAINED, unwritten, "output has relative error nan"),
+        (TRAINED, small_gradient, "gradient 0 of the adapter has relative error 0.01"),
+        (DROPPED, no_dropout, "dropout keeps 1.0000 of x"),
+        (DROPPED, two_masks, "output has relative error"),
+        (TRAINED, broken, "RuntimeError: no kernel image"),
+    ],
+)
+def test_wrong_providers_are_refused(case, build, why):
+    contenders = [Provider("base", providers.build_base), Provider("wrong", build, "fp32")]
+    found = measure.measure(case, "cpu", TINY, contenders)
+    assert why in found["wrong"].refused
+    assert not found["wrong"].seconds
+    assert len(found["base"].seconds) == TINY.rounds
+
+
+def test_right_dropout_is_accepted():
+    found = measure.measure(DROPPED, "cpu", TINY, [Provider("right", one_mask, "fp32")])["right"]
+    assert not found.refused
+    assert set(found.errors) == {"output", "gradient of x", "gradient 0 of the adapter", "gradient 1 of the adapter"}
+
+
+def test_rounds_are_interleaved():
+    met = []
+    runs = {Provider(name, None): lambda name=name: met.append(name) for name in "abc"}
+    seconds = measure.interleave(runs, TINY, "cpu")
+    assert [len(each) for each in seconds.values()] == [TINY.rounds] * 3
+    rounds = met[len(met) - 3 * TINY.rounds :]
+    assert all(sorted(rounds[i : i + 3]) == ["a", "b", "c"] for i in range(0, len(rounds), 3))
+
+
+def test_memory_is_weighed():
+    problem = providers.problem(TRAINED, "cpu")
+    leaves = problem.leaves("fp32")
+    kept = F.linear(problem.x, problem.weight).exp  # exp keeps its result, F.linear only the frozen weight
+    assert measure.saved_bytes(problem, Call(kept, leaves)) == TRAINED.M * TRAINED.N * 4
+    assert measure.saved_bytes(problem, Call(lambda: F.linear(problem.x, problem.weight), leaves)) == 0
+    assert measure.peak_bytes(lambda: torch.empty(1000).neg().neg_(), "cpu") == 8000
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 32, 64])
+def test_popularity_mixes(tokens):
+    mixes = {mix: shapes.popularity(mix, tokens) for mix in ("distinct", "uniform", "skewed", "identical")}
+    assert all(sum(counts) == tokens and min(counts) > 0 for counts in mixes.values())
+    assert len(mixes["distinct"]) == tokens
+    assert max(mixes["uniform"]) - min(mixes["uniform"]) <= 1
+    assert list(mixes["skewed"]) == sorted(mixes["skewed"], reverse=True)
+    assert mixes["identical"] == (tokens,)
+
+
+@pytest.mark.parametrize(
+    ("relation", "values", "met"),
+    [("<=", [1, 2, 9], True), ("<=", [1, 3, 3], False), (">=", [1, 2, 2], True), (">=", [], None)],
+)
+def test_a_figure_is_met_by_its_median(relation, values, met):
+    assert Figure("figure", relation, 2.0, values).as_dict()["met"] is met
+
+
+def test_tables_go_between_their_markers():
+    text = f"before\n{report.START}\nold\n{report.END}\nafter"
+    assert report.insert(text, "new") == f"before\n{report.START}\n\nnew\n\n{report.END}\nafter"
+    with pytest.raises(ValueError, match="benchmark table start"):
+        report.insert("no markers", "new")

@@ -1,0 +1,358 @@
+"""LoRALinear, IA3Linear and MultiLoRALinear: their formulas, merging, sharing, state and errors."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from error_rule import assert_error_rule, poisoned_memory, unfused_ia3, unfused_lora, unfused_multi_lora
+from torch import nn
+from torch.func import functional_call
+
+from pyfastpeft import ops
+from pyfastpeft.layers import IA3Linear, LoRALinear, MultiLoRALinear
+from pyfastpeft.ops.reference import dropout_factor
+
+K, N, L, R = 13, 9, 4, 6
+SLOTS = torch.tensor([2, -1, 0, 2, 3, 0, -1, 1])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def make(kind, **options):
+    """A layer of every kind with random adapters."""
+    layer = {
+        "lora": lambda: LoRALinear(K, N, R, alpha=15, **options),
+        "ia3": lambda: IA3Linear(K, N, feedforward=False, **options),
+        "ia3 feedforward": lambda: IA3Linear(K, N, feedforward=True, **options),
+        "multi_lora": lambda: MultiLoRALinear(K, N, L, R, alpha=15, **options),
+    }[kind]()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.startswith(("lora", "ia3")):
+                parameter.normal_()
+    return layer
+
+
+KINDS = ["lora", "ia3", "ia3 feedforward", "multi_lora"]
+
+
+def call(layer, x):
+    return layer(x, SLOTS) if isinstance(layer, MultiLoRALinear) else layer(x)
+
+
+def formula(layer):
+    """The unfused formula, as a function of x and of the layer's parameters."""
+    if isinstance(layer, LoRALinear):
+        return lambda x, weight, bias, lora_A, lora_B: unfused_lora(x, weight, bias, lora_A, lora_B, layer.scaling)
+    if isinstance(layer, IA3Linear):
+        return lambda x, weight, bias, ia3_l: unfused_ia3(x, weight, bias, ia3_l, layer.feedforward)
+    return lambda x, weight, bias, lora_A, lora_B: unfused_multi_lora(
+        F.linear(x, weight, bias), x, lora_A, lora_B, SLOTS, layer.scaling, layer.ranks
+    )
+
+
+# --- formulas ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_gradients(kind, dtype):
+    layer = make(kind, dtype=dtype)
+    x = torch.randn(len(SLOTS), K, dtype=dtype, requires_grad=True)
+    parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
+
+    def fused(x, **parameters):
+        return functional_call(layer, parameters, (x, SLOTS) if kind == "multi_lora" else (x,))
+
+    assert_error_rule(fused, formula(layer), {"x": x, **parameters})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_adapters_on_a_bfloat16_base(kind):
+    layer = make(kind, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    assert layer.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
+    x = torch.randn(len(SLOTS), K, dtype=torch.bfloat16, requires_grad=True)
+    parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
+
+    def fused(x, **parameters):
+        return functional_call(layer, parameters, (x, SLOTS) if kind == "multi_lora" else (x,))
+
+    assert_error_rule(fused, formula(layer), {"x": x, **parameters})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_layer_computes_what_its_base_computes(kind):
+    layer = make(kind)
+    layer.reset_parameters()
+    x = torch.randn(len(SLOTS), K)
+    torch.testing.assert_close(call(layer, x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_initial_values():
+    layer = LoRALinear(400, 300, 8)
+    bound = 1 / math.sqrt(400)  # Kaiming-uniform with a = sqrt(5)
+    assert layer.lora_A.abs().max() <= bound
+    assert layer.lora_A.abs().max() > 0.99 * bound
+    assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert not layer.lora_B.any()
+    multi = MultiLoRALinear(400, 300, 3, 8)
+    assert not multi.lora_B.any()
+    assert multi.ranks.tolist() == [8, 8, 8]
+    for lora_A in multi.lora_A:
+        assert lora_A.abs().max() <= bound
+        assert lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert not torch.equal(multi.lora_A[0], multi.lora_A[1])
+    assert (IA3Linear(4, 3).ia3_l == torch.ones(3)).all()
+    assert (IA3Linear(4, 3, feedforward=True).ia3_l == torch.ones(4)).all()
+
+
+def test_scaling():
+    assert LoRALinear(K, N, 4).scaling == 1
+    assert LoRALinear(K, N, 4, alpha=10).scaling == 2.5
+    assert LoRALinear(K, N, 4, alpha=10, use_rslora=True).scaling == 5
+    assert MultiLoRALinear(K, N, L, 4, alpha=10).scaling.tolist() == [2.5] * L
+
+
+def test_dropout_in_training_mode_alone(monkeypatch):
+    layer = make("lora", dropout_p=0.4)
+    x = torch.randn(7, K)
+    seeds = []
+    seed = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: seeds.append(seed(*args, **kwargs)) or seeds[-1])
+    dropped = layer(x)
+    [drawn] = seeds
+    masked = x * dropout_factor(drawn, 0.4, 7, K, x.dtype)
+    branch = layer.scaling * masked @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(dropped, F.linear(x, layer.weight, layer.bias) + branch)
+    layer.eval()
+    x = x.requires_grad_(False)
+    torch.testing.assert_close(layer(x), unfused_lora(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, 2.5))
+    assert len(seeds) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_adapter_trains(kind):
+    layer = make(kind)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    before = copy.deepcopy(layer.state_dict())
+    call(layer, torch.randn(len(SLOTS), K)).square().mean().backward()
+    optimizer.step()
+    changed = {name for name, tensor in layer.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == ({"ia3_l"} if "ia3" in kind else {"lora_A", "lora_B"})
+
+
+# --- from_linear ---
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        lambda linear: LoRALinear.from_linear(linear, 3, alpha=6, dropout_p=0.1, use_rslora=True),
+        lambda linear: IA3Linear.from_linear(linear, feedforward=True),
+        lambda linear: MultiLoRALinear.from_linear(linear, 5, 3),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear_shares_the_weight(adapt, bias):
+    linear = nn.Linear(K, N, bias=bias, dtype=torch.float64).eval()
+    layer = adapt(linear)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not any(p.requires_grad for p in linear.parameters())
+    assert not layer.training
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    x = torch.randn(2, 3, K, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, IA3Linear, MultiLoRALinear])
+def test_from_linear_refuses_what_is_not_exactly_a_linear_layer(kind):
+    class Quantised(nn.Linear):
+        pass
+
+    options = {LoRALinear: (2,), IA3Linear: (), MultiLoRALinear: (2, 2)}[kind]
+    for linear, name in ((Quantised(K, N), "Quantised"), (nn.Conv1d(K, N, 1), "Conv1d"), (torch.ones(2, 2), "Tensor")):
+        with pytest.raises(TypeError, match=rf"linear is a {name}; it must be exactly a torch\.nn\.Linear"):
+            kind.from_linear(linear, *options)
+
+
+# --- merging ---
+
+
+def merge(layer):
+    return layer.merge(2) if isinstance(layer, MultiLoRALinear) else layer.merge()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_rounds_once_and_unmerge_restores_every_bit(kind, dtype):
+    layer = make(kind, dtype=dtype, adapter_dtype=torch.float32 if dtype == torch.bfloat16 else None)
+    weight, bias = layer.weight, layer.bias
+    bits = weight.clone(), bias.clone()
+    exact, shift = weight.double(), bias.double()
+    if kind == "lora":
+        exact = exact + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    elif kind == "multi_lora":
+        exact = exact + layer.scaling[2].double() * layer.lora_B[2].double() @ layer.lora_A[2].double()
+    elif kind == "ia3":
+        exact, shift = exact * layer.ia3_l.double()[:, None], shift * layer.ia3_l.double()
+    else:
+        exact = exact * layer.ia3_l.double()
+    merge(layer)
+    assert layer.merged
+    assert layer.weight.dtype == dtype
+    # One rounding of a float32 sum is at most half a unit in the last place off, and a little for the sum.
+    unit = torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps
+    assert ((layer.weight.double() - exact).abs() <= unit * (exact.abs() + 1)).all()
+    assert ((layer.bias.double() - shift).abs() <= unit * (shift.abs() + 1)).all()
+    x = torch.randn(5, K, dtype=dtype)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(weight, bits[0])  # whoever shares the original is not touched
+    layer.unmerge()
+    assert not layer.merged
+    assert torch.equal(layer.weight, bits[0])
+    assert torch.equal(layer.bias, bits[1])
+    assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_twice_or_unmerging_too_often_is_an_error(kind):
+    layer = make(kind)
+    with pytest.raises(RuntimeError, match=r"unmerge\(\) needs a merged adapter"):
+        layer.unmerge()
+    merge(layer)
+    with pytest.raises(RuntimeError, match="needs an unmerged weight; call unmerge"):
+        merge(layer)
+
+
+def test_merged_layers_move_and_copy():
+    layer = make("lora", dtype=torch.float64)
+    original = layer.weight.clone()
+    layer.merge()
+    twin = copy.deepcopy(layer).float()
+    twin.unmerge()
+    assert torch.equal(twin.weight, original.float())
+
+
+# --- MultiLoRALinear ---
+
+
+def test_loading_adapters_of_smaller_rank():
+    layer = make("multi_lora", dtype=torch.float32)
+    x = torch.randn(len(SLOTS), K)
+    lora_A, lora_B = torch.randn(2, K), torch.randn(N, 2)
+    before = layer(x, SLOTS)
+    with poisoned_memory():
+        layer.load_adapter(2, lora_A.bfloat16(), lora_B.bfloat16(), 0.7)
+    assert layer.ranks.tolist() == [R, R, 2, R]
+    expected = before.clone()
+    rows = SLOTS == 2
+    own = LoRALinear.from_linear(nn.Linear(K, N), 2)
+    own.weight, own.bias, own.scaling = layer.weight, layer.bias, 0.7
+    own.lora_A.data, own.lora_B.data = lora_A.bfloat16().float(), lora_B.bfloat16().float()
+    expected[rows] = own(x[rows])
+    torch.testing.assert_close(layer(x, SLOTS), expected)
+    assert not torch.allclose(expected, before)
+    layer.merge(2)
+    torch.testing.assert_close(layer(x[rows]), expected[rows])
+
+
+def test_unloaded_slots_give_the_base():
+    layer = make("multi_lora")
+    x = torch.randn(len(SLOTS), K)
+    with torch.no_grad():
+        layer.lora_A[1].fill_(float("nan"))
+    for slot in range(L):
+        layer.unload(slot)
+    torch.testing.assert_close(layer(x, SLOTS), layer(x))
+    assert layer.ranks.tolist() == [0] * L
+
+
+def test_slots_in_all_their_forms():
+    layer = make("multi_lora")
+    x = torch.randn(2, 4, K)
+    expected = layer(x, SLOTS)
+    assert torch.equal(layer(x, SLOTS.view(2, 4)), expected)
+    assert torch.equal(layer(x, ops.route(SLOTS, L)), expected)
+    assert torch.equal(layer(x, torch.full((8,), -1)), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer.merge(0)
+    with pytest.raises(RuntimeError, match="slots need an unmerged weight"):
+        layer(x, SLOTS)
+
+
+def test_scaling_and_ranks_are_saved_and_keep_their_digits():
+    layer = make("multi_lora")
+    layer.load_adapter(1, torch.randn(3, K), torch.randn(N, 3), 0.1)
+    twin = MultiLoRALinear(K, N, L, R)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(len(SLOTS), K)
+    assert torch.equal(twin(x, SLOTS), layer(x, SLOTS))
+    layer.bfloat16()
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.scaling[1] == torch.tensor(0.1)
+
+
+# --- errors and representation ---
+
+
+def multi():
+    return MultiLoRALinear(K, N, L, R)
+
+
+BAD = [
+    (lambda: LoRALinear(K, N, 0), ValueError, "rank is 0"),
+    (lambda: LoRALinear(K, N, 2.5), ValueError, "rank is 2.5"),
+    (lambda: LoRALinear(K, N, 2, dropout_p=1.0), ValueError, "dropout_p is 1.0"),
+    (lambda: LoRALinear(K, N, 2, alpha="16"), TypeError, "alpha is 16; it must be a number"),
+    (lambda: MultiLoRALinear(K, N, 0, 2), ValueError, "num_adapters is 0"),
+    (lambda: MultiLoRALinear(K, N, 2, -1), ValueError, "rank is -1"),
+    (lambda: LoRALinear(K, N, 2)(torch.randn(3, K + 1)), ValueError, "weight is"),
+    (lambda: multi()(torch.randn(3, K), torch.tensor([0, 1])), ValueError, r"slots is .* shape \[2\]"),
+    (lambda: multi()(torch.randn(2, K), torch.tensor([0, L])), ValueError, f"slots is between 0 and {L}"),
+    (lambda: multi().load_adapter(L, torch.ones(2, K), torch.ones(N, 2), 1.0), ValueError, f"slot is {L}"),
+    (lambda: multi().load_adapter(0, torch.ones(R + 1, K), torch.ones(N, R + 1), 1.0), ValueError, "lora_A is"),
+    (lambda: multi().load_adapter(0, torch.tensor(1.0), torch.ones(N, 2), 1.0), ValueError, "lora_A is"),
+    (lambda: multi().load_adapter(0, torch.ones(2, K - 1), torch.ones(N, 2), 1.0), ValueError, "lora_A is"),
+    (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 3), 1.0), ValueError, "lora_B is"),
+    (lambda: multi().load_adapter(0, torch.ones(2, K).int(), torch.ones(N, 2), 1.0), TypeError, "lora_A is"),
+    (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 2), None), TypeError, "scaling is None"),
+    (lambda: multi().unload(-1), ValueError, "slot is -1"),
+    (lambda: multi().merge("a"), ValueError, "slot is a; it must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD, ids=[message for *_, message in BAD])
+def test_errors_name_the_argument(wrong, error, message):
+    with pytest.raises(error, match=message):
+        wrong()
+
+
+def test_a_refused_adapter_leaves_the_slot_as_it_was():
+    layer = make("multi_lora")
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="lora_B"):
+        layer.load_adapter(0, torch.ones(2, K), torch.ones(N + 1, 2), 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_representation():
+    assert repr(make("lora", dropout_p=0.1)) == (
+        "LoRALinear(in_features=13, out_features=9, bias=True, rank=6, scaling=2.5, dropout_p=0.1)"
+    )
+    assert repr(make("ia3", bias=False)) == "IA3Linear(in_features=13, out_features=9, bias=False, feedforward=False)"
+    assert repr(make("multi_lora")) == (
+        "MultiLoRALinear(in_features=13, out_features=9, bias=True, num_adapters=4, rank=6)"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_to_one_graph(kind):
+    torch._dynamo.reset()
+    layer = make(kind)
+    x = torch.randn(len(SLOTS), K)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    out = call(compiled, x) if kind != "multi_lora" else compiled(x, SLOTS)
+    torch.testing.assert_close(out, call(layer, x))
