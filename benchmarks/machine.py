@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,10 +29,13 @@ FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_ti
 
 def cap_isa(isa: str | None) -> None:
     """Run this program again, in this process, with torch's and our own kernels capped: both read the cap once."""
-    caps = ISA_CAPS.get(isa, {})
-    if any(os.environ.get(name) != value for name, value in caps.items()):
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **caps})
+    if isa is None or isa_cap() == isa:
+        return
+    # The keys of inductor's cache do not hold the cap, and a kernel compiled for another width gives wrong results.
+    caches = Path(tempfile.gettempdir(), f"torchinductor-{isa}-{os.getuid()}")
+    environment = {**os.environ, **ISA_CAPS[isa], "TORCHINDUCTOR_CACHE_DIR": str(caches)}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def isa_cap() -> str | None:

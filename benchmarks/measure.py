@@ -101,7 +101,7 @@ def measure(
                     if weigh:
                         result.saved_bytes = saved_bytes(problems[0], calls[0])
                         result.peak_bytes = peak_bytes(once[0], device)
-                    runs[result.provider] = _runner(once, device, case.graph)
+                    runs[result.provider] = _runner(once, case.mode)
                 except Exception as error:  # whatever one provider raises must not take the others with it
                     result.refused = f"{result.provider.name} on {case.name}: {type(error).__name__}: {error}"
         for provider, seconds in interleave(runs, effort, device).items():
@@ -215,14 +215,14 @@ def poisoned() -> Iterator[None]:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def _runner(once: list[Callable], device: str, graph: bool) -> Callable[[], object]:
-    """A function that runs every call once; on CUDA with `graph` as one captured graph."""
+def _runner(once: list[Callable], mode: str) -> Callable[[], object]:
+    """A function that runs every call once, in mode "graph" by replaying one captured graph."""
 
     def run():
         for call in once:
             call()
 
-    if not graph:
+    if mode != "graph":
         return run
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

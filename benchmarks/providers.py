@@ -267,7 +267,7 @@ def providers(case: Case, device: str) -> list[Provider]:
                 peers["peft"] = build_peft
                 if compiler:
                     peers["compile"] = build_compile
-            elif not case.graph:  # its lists of token numbers are copied to the device, which a graph cannot record
+            elif case.mode != "graph":  # it copies lists of token numbers to the device
                 peers["peft"] = build_peft_mixed
         if adapters == "16bit" or case.dtype == "fp32":  # torch's products take one dtype
             if isinstance(case, Lora):
@@ -277,5 +277,8 @@ def providers(case: Case, device: str) -> list[Provider]:
                 if len(case.counts) == 1:
                     peers["addmm"] = build_one_adapter_addmm
         found += [Provider(f"{name}-{adapters}", build, adapters) for name, build in peers.items()]
-        found += [Provider(f"{name}-{adapters}", build_ours, adapters, name) for name in backends(case.op, device)]
+        ours = backends(case.op, device)
+        if isinstance(case, MultiLora) and case.mode == "graph":
+            ours.remove("reference")  # it reads the segments on the host
+        found += [Provider(f"{name}-{adapters}", build_ours, adapters, name) for name in ours]
     return found

@@ -127,8 +127,13 @@ COLOURS = {
     "triton": "#00798c",
     "cuda": "#d1495b",
 }
-# Decades that an axis spans, at most, and its ticks in each of them.
-TICKS = ((0.6, (1, 1.1, 1.2, 1.5, 2, 3, 5, 7)), (2, (1, 2, 5)), (float("inf"), (1,)))
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis, the finer the fewer decades it spans."""
+    span = high / low
+    steps = (1, 1.1, 1.2, 1.5, 2, 3, 5, 7) if span < 10 else (1, 2, 5) if span < 1000 else (1,)
+    return [step * 10.0**decade for decade in range(-4, 5) for step in steps if low <= step * 10.0**decade <= high]
 
 
 def plot(results: dict, path: Path) -> None:
@@ -138,7 +143,7 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     tables = by_op(results)
     heights = [len(rows) + 1.5 for rows in tables.values()]
@@ -161,9 +166,7 @@ def plot(results: dict, path: Path) -> None:
                 panel.plot(ratio["median"], y, marker, color=colour, markerfacecolor=face, markersize=5, zorder=3)
         panel.axvline(1, color="black", linewidth=0.8, zorder=1)
         panel.set_xscale("log")
-        low, high = panel.get_xlim()
-        subs = next(subs for decades, subs in TICKS if high / low < 10**decades)
-        panel.xaxis.set_major_locator(LogLocator(subs=subs))
+        panel.xaxis.set_major_locator(FixedLocator(ticks(*panel.get_xlim())))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         panel.set_yticks(range(len(rows)), rows, fontsize=8)

@@ -23,7 +23,7 @@ class Case:
     N: int
     dtype: str = "fp32"
     backward: bool = False  # gradients of x and of the adapter; weight is frozen
-    graph: bool = False  # CUDA only: timed as a captured graph
+    mode: str = ""  # on CUDA "eager", or "graph": timed as a captured graph
 
     op = ""
     detail = ""
@@ -37,7 +37,7 @@ class Case:
         """What tells cases of one op and dtype apart."""
         run = "forward+backward" if self.backward else "forward"
         shape = f"{self.K}x{self.N} M{self.M}"
-        return " ".join(filter(None, (run, shape, self.detail, "graph" if self.graph else "")))
+        return " ".join(filter(None, (run, shape, self.detail, self.mode)))
 
     @property
     def itemsize(self) -> int:
@@ -196,4 +196,4 @@ CASES = {"lora_linear": lora_cases, "ia3_linear": ia3_cases, "multi_lora": multi
 def cases(op: str, size: str, device: str) -> list[Case]:
     """The cases of an op in one size of the suite; on CUDA each of them eagerly and as a captured graph."""
     found = CASES[op](size, device)
-    return [replace(case, graph=graph) for case in found for graph in (False, True)] if device == "cuda" else found
+    return [replace(case, mode=mode) for case in found for mode in ("eager", "graph")] if device == "cuda" else found

@@ -90,7 +90,7 @@ def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l):
 
 def _linear(x, weight, bias, scale_in, scale_out, y, base=None, other=None, total=None):
     rows, (columns, depth) = len(x), weight.shape
-    sizes = blocks("linear", x.dtype, rows)
+    sizes = blocks("ia3_linear", x.dtype, rows, x.dtype)
     tiles_m = triton.cdiv(rows, sizes["BLOCK_M"])
     wide = accumulation(x.dtype)
     sums = None if total is None else partial(total, tiles_m, wide)
@@ -104,7 +104,7 @@ def _linear(x, weight, bias, scale_in, scale_out, y, base=None, other=None, tota
 
 def _column_sums(a, b, total):
     rows, columns = a.shape
-    sizes = blocks("column_sums", a.dtype, rows)
+    sizes = blocks("column_sums", a.dtype, rows, a.dtype)
     programs = triton.cdiv(columns, sizes["BLOCK_N"])
     parts, part = split(rows, sizes["BLOCK_M"], programs)
     wide = accumulation(a.dtype)

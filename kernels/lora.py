@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import accumulation, blocks, dots, finish, launcher, partial, rank_block, split, threshold
+from .blocks import accumulation, blocks, dots, finish, launcher, partial, split
 from .tiles import dropout_mask, product
 
 
@@ -25,7 +25,7 @@ def shrink_kernel(
         seed = tl.load(seed)
     acc = product(
         acc, lora_A + ranks.to(tl.int64) * a_rank, a_column, ranks < R, x + rows.to(tl.int64) * x_row, rows < M,
-        start, tl.minimum(start + part, K), DOT, PRECISION, BLOCK_K, seed=seed, rows=rows, threshold=drop_below,
+        start, tl.minimum(start + part, K), DOT, PRECISION, BLOCK_K, seed=seed, rows=rows, drop_below=drop_below,
     )  # fmt: skip
     acc *= tl.full((1, 1), scaling, acc.dtype)
     out = s + (tl.program_id(1).to(tl.int64) * M + rows)[None, :] * R + ranks[:, None]
@@ -130,7 +130,8 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
 
 @launcher
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B):
-    """ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s;  dlora_A = ds^T drop(x);  dx = dy weight + drop'(ds lora_A).
+    """ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s;  dlora_A = ds^T drop(x);
+    dx = dy weight + drop'(ds lora_A), without weight the second term alone.
 
     dy [M, N], the rest as in lora_forward; written, each unless None: dx [M, K], dlora_A [r, K], dlora_B [N, r].
     """
@@ -155,15 +156,19 @@ def _keep(dropout_p, seed):
     return 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
 
 
+def _drop_below(dropout_p):
+    return int(dropout_p * 2**32)
+
+
 def _shrink(x, factor, s, scaling, dropout_p=0.0, seed=None):
     """s = scaling * mask(x) factor^T:  x [M, K], factor [r, K], s [M, r]."""
     (rows, depth), rank = x.shape, len(factor)
-    sizes = blocks("shrink", x.dtype, rows, factor.dtype) | {"BLOCK_R": rank_block(rank)}
+    sizes = blocks("shrink", x.dtype, rows, factor.dtype, rank)
     programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(rank, sizes["BLOCK_R"])
     parts, part = split(depth, sizes["BLOCK_K"], programs)
     sums = partial(s, parts, s.dtype)
     shrink_kernel[(programs, parts)](
-        x, factor, sums, seed, rows, depth, rank, part, x.stride(0), *factor.stride(), scaling, threshold(dropout_p),
+        x, factor, sums, seed, rows, depth, rank, part, x.stride(0), *factor.stride(), scaling, _drop_below(dropout_p),
         **dots(x.dtype, factor.dtype), **sizes,
     )  # fmt: skip
     finish(sums, s)
@@ -172,19 +177,20 @@ def _shrink(x, factor, s, scaling, dropout_p=0.0, seed=None):
 def _linear(x, weight, bias, s, factor, y, scaling, dropout_p=0.0, seed=None, add=False):
     """y (+)= x weight^T + bias + scaling * mask(s factor^T):  weight [N, K] or None, factor [N, r]."""
     (rows, columns), depth, rank = y.shape, x.shape[1], s.shape[1]
-    sizes = blocks("linear", x.dtype, rows, factor.dtype) | {"BLOCK_R": rank_block(rank)}
+    sizes = blocks("linear", x.dtype, rows, factor.dtype, rank)
     programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(columns, sizes["BLOCK_N"])
     strides = (0, 0) if weight is None else weight.stride()
     linear_kernel[(programs,)](
         x, weight, bias, s, factor, y, seed, rows, columns, depth, rank, x.stride(0), *strides, *factor.stride(),
-        y.stride(0), scaling, threshold(dropout_p), ADD=add, **dots(x.dtype, factor.dtype), **sizes,
+        y.stride(0), scaling, _drop_below(dropout_p), ADD=add, **dots(x.dtype, factor.dtype, rounded=True), **sizes,
     )  # fmt: skip
 
 
 def _factor_gradient(t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=None, lora_B=None, ds=None):
-    """gradient = scaling * s^T mask(t), its ranks on rank_axis:  t [M, F], s [M, r]; and, given ds, ds = scaling * t lora_B."""
+    """gradient = scaling * s^T mask(t), with its ranks on rank_axis:  t [M, F], s [M, r]. Given ds: ds = scaling * t lora_B.
+    """
     (rows, columns), rank = t.shape, s.shape[1]
-    sizes = blocks("factor_gradient", t.dtype, rows, gradient.dtype) | {"BLOCK_R": rank_block(rank)}
+    sizes = blocks("factor_gradient", t.dtype, rows, gradient.dtype, rank)
     column_blocks = triton.cdiv(columns, sizes["BLOCK_N"])
     programs = column_blocks * triton.cdiv(rank, sizes["BLOCK_R"])
     parts, part = split(rows, sizes["BLOCK_M"], programs)
@@ -192,7 +198,7 @@ def _factor_gradient(t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=Non
     blocks_of_ds = None if ds is None else partial(ds, column_blocks, ds.dtype)
     factor_gradient_kernel[(programs, parts)](
         t, s, sums, None if ds is None else lora_B, blocks_of_ds, seed, rows, columns, rank, part, t.stride(0),
-        gradient.stride(rank_axis), gradient.stride(1 - rank_axis), scaling, threshold(dropout_p),
+        gradient.stride(rank_axis), gradient.stride(1 - rank_axis), scaling, _drop_below(dropout_p),
         **dots(t.dtype, gradient.dtype), **sizes,
     )  # fmt: skip
     finish(sums, gradient)

@@ -6,7 +6,7 @@ Tokens stay in place; kernels reach them through `order`, where those of one ada
 import triton
 import triton.language as tl
 
-from .blocks import accumulation, blocks, dots, finish, launcher, partial, rank_block, split
+from .blocks import accumulation, blocks, dots, finish, launcher, partial, split
 from .tiles import product
 
 SCAN = tl.constexpr(128)  # adapters that a program looks at together when it searches for its tile
@@ -42,7 +42,7 @@ def multi_shrink_kernel(
     x, factor, s, scaling, ranks, order, segments, T, L, R, K, part, x_row, f_adapter, f_rank, f_column,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """s[h, t, j] = scaling[a] * sum over the k of part h of x[t, k] factor[a, j, k] on adapter a's tokens t, j < ranks[a].
+    """s[h, t, j] = scaling[a] * sum over the k of part h of x[t, k] factor[a, j, k], for adapter a's tokens t, j < ranks[a].
 
     x [T, K], factor [L, R, K], scaling [L] or None, s [parts, T, R]. The rest of s is left as it is.
     """
@@ -176,16 +176,16 @@ def _tiles(tokens, num_adapters, sizes):
     return triton.cdiv(tokens, sizes["BLOCK_M"]) + min(num_adapters, tokens)
 
 
-def _sizes(kernel, tensor, factor):
+def _sizes(kernel, tensor, factor, rank):
     """Blocks for the tokens that an adapter has on average."""
-    tokens, (num_adapters, *_) = len(tensor), factor.shape
-    return blocks(kernel, tensor.dtype, triton.cdiv(tokens, min(tokens, num_adapters)), factor.dtype)
+    tokens = triton.cdiv(len(tensor), min(len(tensor), len(factor)))
+    return blocks(kernel, tensor.dtype, tokens, factor.dtype, rank)
 
 
 def _shrink(x, factor, s, scaling, ranks, order, segments):
     """s[t] = scaling[a] * x[t] factor[a]^T:  factor [L, r, K]."""
     (tokens, depth), (num_adapters, rank, _) = x.shape, factor.shape
-    sizes = _sizes("shrink", x, factor) | {"BLOCK_R": rank_block(rank)}
+    sizes = _sizes("shrink", x, factor, rank)
     programs = _tiles(tokens, num_adapters, sizes) * triton.cdiv(rank, sizes["BLOCK_R"])
     parts, part = split(depth, sizes["BLOCK_K"], programs)
     sums = partial(s, parts, s.dtype)
@@ -199,18 +199,18 @@ def _shrink(x, factor, s, scaling, ranks, order, segments):
 def _expand(s, factor, y, scaling, ranks, order, segments, add=False):
     """y[t] (+)= scaling[a] * s[t] factor[a]^T:  factor [L, N, r]."""
     (tokens, columns), (num_adapters, _, rank) = y.shape, factor.shape
-    sizes = _sizes("multi_expand", y, factor) | {"BLOCK_R": rank_block(rank)}
+    sizes = _sizes("multi_expand", y, factor, rank)
     programs = _tiles(tokens, num_adapters, sizes) * triton.cdiv(columns, sizes["BLOCK_N"])
     multi_expand_kernel[(programs,)](
         s, factor, y, scaling, ranks, order, segments, num_adapters, rank, columns, *factor.stride(), y.stride(0),
-        ADD=add, **dots(y.dtype, factor.dtype), **sizes,
+        ADD=add, **dots(y.dtype, factor.dtype, rounded=True), **sizes,
     )  # fmt: skip
 
 
 def _factor_gradient(t, s, gradient, rank_axis, scaling, ranks, order, segments):
     """gradient[a] = scaling[a] * s^T t over adapter a's tokens, its ranks on rank_axis of [L, r, F] or [L, F, r]."""
     columns, rank = t.shape[1], s.shape[1]
-    sizes = _sizes("factor_gradient", t, gradient) | {"BLOCK_R": rank_block(rank)}
+    sizes = _sizes("factor_gradient", t, gradient, rank)
     programs = triton.cdiv(columns, sizes["BLOCK_N"]) * triton.cdiv(rank, sizes["BLOCK_R"])
     multi_factor_gradient_kernel[(programs, len(gradient))](
         t, s, gradient, scaling, ranks, order, segments, rank, columns, t.stride(0), gradient.stride(0),

@@ -9,16 +9,16 @@ import triton.language as tl
 
 
 @triton.jit
-def dropout_mask(seed, rows, first, threshold, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
-    """[COLUMNS, rows]: 1 where element (rows[m], first + k) is kept, else 0.
+def dropout_mask(seed, rows, first, drop_below, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """[COLUMNS, rows]: 1 where element (rows[m], first + k) is kept, else 0; first is a multiple of 4.
 
-    It is kept iff word k % 4 of Philox4x32-10(key seed; counter k // 4, m, 0, 0) is at least `threshold`; 4 divides first.
+    (m, k) is kept iff word k % 4 of Philox4x32-10 under the key seed, at counter (k // 4, m, 0, 0), reaches drop_below.
     """
     quads = (first // 4 + tl.arange(0, COLUMNS // 4))[None, :]
     zeros = tl.zeros((1, 1), tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, quads, rows[:, None], zeros, zeros)  # [rows, COLUMNS / 4] each
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # [rows, COLUMNS]
-    return tl.trans(tl.where(words >= threshold.to(tl.uint32), 1.0, 0.0).to(DTYPE))
+    return tl.trans(tl.where(words >= drop_below.to(tl.uint32), 1.0, 0.0).to(DTYPE))
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def product(
     scale=None,
     seed=None,
     rows=None,
-    threshold=None,
+    drop_below=None,
 ):
     """acc[l, m] + sum over start <= k < end of left[l, k] right[m, k], right multiplied by scale[k] or by the dropout
     mask of (rows[m], k) where given and rounded to its own dtype; the operands are cast to DOT."""
@@ -54,11 +54,7 @@ def product(
             factor = tl.load(scale + at, mask=inside, other=0.0).to(acc.dtype)
             rhs = (rhs.to(acc.dtype) * factor[:, None]).to(rhs.dtype)
         if seed is not None:
-            mask = dropout_mask(seed, rows, k, threshold, BLOCK_K, acc.dtype)
+            mask = dropout_mask(seed, rows, k, drop_below, BLOCK_K, acc.dtype)
             rhs = (rhs.to(acc.dtype) * mask).to(rhs.dtype)
-        if PRECISION == "tf32x3":
-            part = tl.dot(lhs.to(DOT)[None], rhs.to(DOT)[None], input_precision=PRECISION, out_dtype=acc.dtype)
-            acc += tl.reshape(part, acc.shape)
-        else:
-            acc = tl.dot(lhs.to(DOT), rhs.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        acc = tl.dot(lhs.to(DOT), rhs.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc

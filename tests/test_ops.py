@@ -581,10 +581,10 @@ def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch):
         pytest.raises(RuntimeError, match=r"triton.*forced.*cpu.*takes devices \('cuda',\)"),
     ):
         lora(**inputs)
-    monkeypatch.setenv("PYFASTPEFT_BACKEND", "cuda")
+    monkeypatch.setattr(dispatch, "_forced", "cuda")
     with pytest.raises(RuntimeError, match=re.escape(dispatch.UNAVAILABLE["cuda"])):
         lora(**inputs)
-    monkeypatch.setenv("PYFASTPEFT_BACKEND", "fast")
+    monkeypatch.setattr(dispatch, "_forced", "fast")
     with pytest.raises(RuntimeError, match="'fast' does not exist; choose one of cuda, cpu, triton, reference"):
         lora(**inputs)
     with pytest.raises(ValueError, match="name is 'fast'; it must be one of"), ops.use_backend("fast"):

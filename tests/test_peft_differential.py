@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from peft.tuners import lora
 from peft_harness import (
     BACKENDS,
     LAYERS,
@@ -23,7 +24,8 @@ import pyfastpeft
 
 COUNT = {llama: 6, gpt2: 4, MLP: 2}  # adapted linear layers
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-INITS = [True, "gaussian", "pissa", "pissa_niter_2", "olora", "orthogonal", "eva", "mica"]
+INITS = [True, "gaussian", "pissa", "pissa_niter_2", "olora", "orthogonal", "eva"]
+INITS += ["mica"] * hasattr(lora.variants, "MiCALinearVariant")  # newer versions of PEFT
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)
@@ -236,5 +238,5 @@ def test_a_broken_ia3_kernel_is_noticed(argument):
 
 def test_layers_that_do_not_run_fused_are_noticed(monkeypatch):
     monkeypatch.setattr(pyfastpeft, "accelerate", lambda model: None)
-    with pytest.raises(AssertionError, match="ran: {}, expected"):
+    with pytest.raises(AssertionError, match="fused path missed"):
         differential(adapted(MLP, lora_config(MLP)), ran("lora", 2))

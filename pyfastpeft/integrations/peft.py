@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.dispatch import FLOATS
+from ..ops.reference import accumulation
 from ..ops.rows import autocasting
 
 try:
@@ -83,7 +84,7 @@ class FusedLoraLinear(lora.Linear):
         covered = None if extra or not names else self._covered(x, names)
         if covered is None or any(adapter.dropout_p for adapter in covered[1]):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        lora_A, lora_B, scaling, ranks = _stacked(self, covered[1], adapter_names)
+        lora_A, lora_B, scaling, ranks = _stacked(self, covered[1], adapter_names, accumulation(x.dtype))
         slots = _slots(tuple(adapter_names), names, x.shape[1:-1].numel(), x.device)
         return ops.multi_lora(self.base_layer(x), x, lora_A, lora_B, slots, scaling, ranks)
 
@@ -123,25 +124,26 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 _STACKS: WeakKeyDictionary[partial, _Stack] = WeakKeyDictionary()
 
 
-def _stacked(layer: lora.Linear, adapters: list[_Adapter], adapter_names: Sequence[str]) -> _Stack:
+def _stacked(layer: lora.Linear, adapters: list[_Adapter], adapter_names: Sequence[str], dtype: torch.dtype) -> _Stack:
     trains = torch.is_grad_enabled() and any(a.lora_A.requires_grad or a.lora_B.requires_grad for a in adapters)
     if trains or torch.compiler.is_compiling():
-        return _stack(adapters)
+        return _stack(adapters, dtype)
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, partial) and hook.keywords.get("adapter_names") is adapter_names:
             if hook not in _STACKS:
-                _STACKS[hook] = _stack(adapters)
+                _STACKS[hook] = _stack(adapters, dtype)
             return _STACKS[hook]
-    return _stack(adapters)
+    return _stack(adapters, dtype)
 
 
-def _stack(adapters: list[_Adapter]) -> _Stack:
+def _stack(adapters: list[_Adapter], dtype: torch.dtype) -> _Stack:
+    """The adapters stacked, with their scaling in this dtype."""
     ranks = [len(adapter.lora_A) for adapter in adapters]
     rank, device = max(ranks), adapters[0].lora_A.device
     return _Stack(
         torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - r)) if r < rank else a.lora_A for a, r in zip(adapters, ranks)]),
         torch.stack([F.pad(a.lora_B, (0, rank - r)) if r < rank else a.lora_B for a, r in zip(adapters, ranks)]),
-        torch.tensor([adapter.scaling for adapter in adapters], dtype=torch.float64, device=device),
+        torch.tensor([adapter.scaling for adapter in adapters], dtype=dtype, device=device),
         torch.tensor(ranks, device=device),
     )
 
@@ -215,7 +217,7 @@ def _adapter(layer: lora.Linear, name: str) -> _Adapter | str:
 def _fits(x: Tensor, weight: Tensor, *adapters: Tensor) -> bool:
     """Whether x and the weight have one dtype, by themselves or by autocast, and no adapter is float64 unless x is."""
     wide = torch.float64
-    if x.dtype != weight.dtype and (wide in (x.dtype, weight.dtype) or not autocasting(x.device.type)):
+    if x.dtype != weight.dtype and (wide in (x.dtype, weight.dtype) or not autocasting(x)):
         return False
     return _plain(x) and all(_plain(t) and (t.dtype != wide or x.dtype == wide) for t in adapters)
 
@@ -238,9 +240,9 @@ def _coverage(layer: BaseTunerLayer) -> tuple[bool, list[str]]:
 # --- accelerate and restore ------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(repr=False)
 class AccelerationReport:
-    """What `accelerate` did. `print` shows it as a table with one line for each kind of layer.
+    """What `accelerate` did. It prints as a table with one line for each kind of layer.
 
     Attributes:
         replaced: (name, kind) of every layer that now runs fused kernels, for all of its adapters or those not
@@ -251,7 +253,7 @@ class AccelerationReport:
     replaced: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [(kind, "fused", name) for name, kind in self.replaced]
         rows += [(kind, f"kept: {reason}", name) for name, kind, reason in self.skipped]
         groups = [list(group) for _, group in groupby(sorted(rows), key=itemgetter(0, 1))]
@@ -272,7 +274,8 @@ def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
         strict: whether to raise where no layer could be replaced.
 
     Returns a report of the layers replaced and of those skipped, with reasons. Raises TypeError if model is not a
-    module; ValueError, under `strict`, if nothing in it was replaced. Gradients of gradients are not supported.
+    module; ValueError, under `strict`, if nothing in it was replaced. The fused layers support neither gradients of
+    gradients nor torch.func transforms.
     """
     report = AccelerationReport()
     for name, layer in _adapted_layers(model, "accelerate"):

@@ -93,15 +93,14 @@ def in_place(op: str, y: torch.Tensor, **others: torch.Tensor) -> None:
     """y is written in place: its elements must be distinct and lie apart from every other argument's."""
     if torch.compiler.is_compiling() or y.numel() == 0:
         return
-    need(
-        all(stride != 0 or size == 1 for size, stride in zip(y.shape, y.stride())),
-        op,
-        "y",
-        f"a tensor whose elements share memory (shape {list(y.shape)}, strides {list(y.stride())})",
-        "a tensor of distinct elements, since it is written in place (call .contiguous() on it)",
-    )
+    if not y.is_contiguous() and any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())):
+        given = f"a tensor whose elements share memory (shape {list(y.shape)}, strides {list(y.stride())})"
+        need(False, op, "y", given, "a tensor of distinct elements, since it is written in place: call .contiguous()")
+    storage = y.untyped_storage().data_ptr()
     for name, other in others.items():
-        need(not _overlap(y, other), op, "y", f"overlapping {name} in memory", f"apart from {name}: it is written in place")
+        if other.untyped_storage().data_ptr() == storage and _overlap(y, other):
+            given = f"overlapping {name} in memory"
+            need(False, op, "y", given, f"apart from {name}: it is written in place")
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

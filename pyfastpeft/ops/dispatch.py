@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
 TABLE: dict[str, list[Row]] = {}
 UNAVAILABLE: dict[str, str] = {}  # backend -> why it has no rows
-_forced: str | None = None
+_forced: str | None = os.environ.get("PYFASTPEFT_BACKEND") or None
 
 
 def register(op: str, backend: str, devices: tuple[str, ...], function: Callable, dtypes=FLOATS) -> None:
@@ -31,8 +31,8 @@ def register(op: str, backend: str, devices: tuple[str, ...], function: Callable
 
 
 def forced_backend() -> str | None:
-    """The backend that `use_backend` or PYFASTPEFT_BACKEND forces, or None."""
-    return _forced if _forced is not None else os.environ.get("PYFASTPEFT_BACKEND") or None
+    """The backend that `use_backend` or PYFASTPEFT_BACKEND (read when the package is imported) forces, or None."""
+    return _forced
 
 
 def select(op: str, device: str, dtype: torch.dtype, backend: str | None = None) -> Row:
@@ -41,7 +41,7 @@ def select(op: str, device: str, dtype: torch.dtype, backend: str | None = None)
     Raises RuntimeError, with the reason of every row, if none matches: only a forced backend can miss,
     since the reference rows take every device and every float dtype.
     """
-    forced = backend or forced_backend()
+    forced = backend or _forced
     for row in TABLE[op]:
         if (forced is None or row.backend == forced) and device in (row.devices or (device,)) and dtype in row.dtypes:
             return row

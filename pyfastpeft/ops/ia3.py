@@ -6,22 +6,28 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch
-from .rows import as_rows, autocast, autocast_off
+from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient
+
+
+def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
+    """(y, base, backend); base is the unscaled output, or None."""
+    row = dispatch.select("ia3_forward", x.device.type, x.dtype)
+    rows = as_rows(x)
+    y = rows.new_empty(*x.shape[:-1], weight.shape[0])
+    base = rows.new_empty(len(rows), weight.shape[0]) if keep_base else None
+    if rows.numel():
+        row.function(rows, weight, bias, ia3_l, feedforward, y.view(-1, weight.shape[0]), base)
+    return y, base, row.backend
 
 
 class _IA3(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, ia3_l, feedforward):
-        row = dispatch.select("ia3_forward", x.device.type, x.dtype)
         _, need_weight, _, need_l, _ = ctx.needs_input_grad
-        rows = as_rows(x)
-        y = rows.new_empty(*x.shape[:-1], weight.shape[0])
-        base = rows.new_empty(len(rows), weight.shape[0]) if need_l and not feedforward else None
-        if rows.numel():
-            row.function(rows, weight, bias, ia3_l, feedforward, y.view(-1, weight.shape[0]), base)
+        y, base, backend = _forward(x, weight, bias, ia3_l, feedforward, need_l and not feedforward)
         keep_x = need_weight or (need_l and feedforward)
         ctx.save_for_backward(x if keep_x else None, weight, ia3_l, base)
-        ctx.options = row.backend, feedforward, x.shape
+        ctx.options = backend, feedforward, x.shape
         return y
 
     @staticmethod
@@ -63,11 +69,16 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, fe
     """
     op = "ia3_linear"
     checks.floating(op, "x", x)
-    x, weight, bias = autocast(x, weight, bias)
+    if autocasting(x):
+        cast = autocast(x, weight, bias)
+        with autocast_off(x):
+            return ia3_linear(*cast, ia3_l, feedforward)
     checks.linear(op, x, weight, bias)
     checks.floating(op, "ia3_l", ia3_l)
     checks.shape(op, "ia3_l", ia3_l, (weight.shape[1 if feedforward else 0],), "[K]" if feedforward else "[N]")
     checks.like(op, "ia3_l", ia3_l, x, dtype=False)
     checks.no_wider(op, "ia3_l", ia3_l, x)
-    with autocast_off(x):
-        return _IA3.apply(x, weight, bias, ia3_l.contiguous(), bool(feedforward))
+    ia3_l = (ia3_l.double() if x.dtype == torch.float64 else ia3_l).contiguous()
+    if needs_gradient(x, weight, bias, ia3_l):
+        return _IA3.apply(x, weight, bias, ia3_l, bool(feedforward))
+    return _forward(x, weight, bias, ia3_l, bool(feedforward), False)[0]

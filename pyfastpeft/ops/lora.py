@@ -6,29 +6,33 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, viewable_as_rows
+from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, viewable_as_rows
+
+
+def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    """(y, s, backend). With weight, y is None and the result is new; without, y is written in place."""
+    row = dispatch.select("lora_forward", x.device.type, x.dtype)
+    rows = as_rows(x)
+    s = rows.new_empty(len(rows), lora_A.shape[0], dtype=reference.accumulation(x.dtype))
+    if weight is not None:
+        y = rows.new_empty(*x.shape[:-1], weight.shape[0])
+    if rows.numel():
+        out = y.view(-1, y.shape[-1])
+        row.function(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, out, s)
+    return y, s, row.backend
 
 
 class _LoRA(Function):
     @staticmethod
     def forward(ctx, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-        """With weight, y is None and the result is new; without, y is written in place and returned."""
-        row = dispatch.select("lora_forward", x.device.type, x.dtype)
-        rows = as_rows(x)
-        s = rows.new_empty(len(rows), lora_A.shape[0], dtype=reference.accumulation(x.dtype))
         if weight is None:
             ctx.mark_dirty(y)
-        else:
-            y = rows.new_empty(*x.shape[:-1], weight.shape[0])
-        if rows.numel():
-            row.function(
-                rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y.view(-1, y.shape[-1]), s
-            )
+        y, s, backend = _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _, _, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_A or need_weight else None, weight, lora_A, lora_B, s if need_B else None, seed
         )
-        ctx.options = row.backend, scaling, dropout_p, x.shape
+        ctx.options = backend, scaling, dropout_p, x.shape
         return y
 
     @staticmethod
@@ -83,7 +87,10 @@ def lora_linear(
     """
     op = "lora_linear"
     checks.floating(op, "x", x)
-    x, weight, bias = autocast(x, weight, bias)
+    if autocasting(x):
+        cast = autocast(x, weight, bias)
+        with autocast_off(x):
+            return lora_linear(*cast, lora_A, lora_B, scaling, dropout_p)
     checks.linear(op, x, weight, bias)
     checks.adapters(op, lora_A, lora_B, x)
     checks.shape(op, "lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), "[N, r]")
@@ -107,8 +114,9 @@ def lora_delta_(
     op = "lora_delta_"
     checks.floating(op, "y", y)
     checks.floating(op, "x", x)
-    if autocasting(x.device.type):
-        x = x.to(y.dtype)
+    if autocasting(x):
+        with autocast_off(x):
+            return lora_delta_(y, x.to(y.dtype), lora_A, lora_B, scaling, dropout_p)
     checks.adapters(op, lora_A, lora_B, x)
     checks.shape(op, "y", y, (*x.shape[:-1], lora_B.shape[0]), "[..., N]")
     checks.like(op, "y", y, x)
@@ -121,8 +129,10 @@ def lora_delta_(
 def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
     checks.number(op, "scaling", scaling)
     checks.dropout(op, dropout_p)
+    if x.dtype == torch.float64:
+        lora_A, lora_B = lora_A.double(), lora_B.double()
+    arguments = y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), float(scaling), float(dropout_p)
     seed = dropout_seed(x, dropout_p)
-    with autocast_off(x):
-        return _LoRA.apply(
-            y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), float(scaling), float(dropout_p), seed
-        )
+    if needs_gradient(y, x, weight, bias, lora_A, lora_B):
+        return _LoRA.apply(*arguments, seed)
+    return _forward(*arguments, seed)[0]

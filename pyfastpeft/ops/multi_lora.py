@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, host, reference
-from .rows import as_rows, autocast_off, autocasting, viewable_as_rows
+from .rows import as_rows, autocast_off, autocasting, needs_gradient, viewable_as_rows
 
 
 class Routing(NamedTuple):
@@ -55,25 +55,30 @@ def route(slots: Tensor | np.ndarray | Sequence[int], num_adapters: int, device:
 
 def _check_range(op, slots, num_adapters):
     if len(slots):
-        low, high = int(slots.min()), int(slots.max())
+        low, high = (int(v) for v in (slots.aminmax() if isinstance(slots, Tensor) else (slots.min(), slots.max())))
         given = f"between {low} and {high}"
         checks.need(-1 <= low and high < num_adapters, op, "slots", given, f"in [-1, {num_adapters}) (-1: base only)")
+
+
+def _forward(y, x, lora_A, lora_B, scaling, ranks, order, segments):
+    """(y, s, backend); y is written in place."""
+    row = dispatch.select("multi_lora_forward", x.device.type, x.dtype)
+    rows = as_rows(x)
+    s = rows.new_empty(len(rows), lora_A.shape[1], dtype=reference.accumulation(x.dtype))
+    if len(rows):
+        row.function(rows, lora_A, lora_B, scaling, ranks, order, segments, y.view(-1, y.shape[-1]), s)
+    return y, s, row.backend
 
 
 class _MultiLoRA(Function):
     @staticmethod
     def forward(ctx, y, x, lora_A, lora_B, scaling, ranks, order, segments):
-        row = dispatch.select("multi_lora_forward", x.device.type, x.dtype)
         ctx.mark_dirty(y)
-        rows = as_rows(x)
-        s = rows.new_empty(len(rows), lora_A.shape[1], dtype=reference.accumulation(x.dtype))
-        if len(rows):
-            out = y.view(-1, y.shape[-1])
-            row.function(rows, lora_A, lora_B, scaling, ranks, order, segments, out, s)
+        y, s, backend = _forward(y, x, lora_A, lora_B, scaling, ranks, order, segments)
         _, _, need_A, need_B, *_ = ctx.needs_input_grad
         kept = x if need_A else None, s if need_B else None
         ctx.save_for_backward(*kept, lora_A, lora_B, scaling, ranks, order, segments)
-        ctx.options = row.backend, x.shape
+        ctx.options = backend, x.shape
         return y
 
     @staticmethod
@@ -128,8 +133,9 @@ def multi_lora(
     op = "multi_lora"
     checks.floating(op, "y", y)
     checks.floating(op, "x", x)
-    if autocasting(x.device.type):
-        x = x.to(y.dtype)
+    if autocasting(x):
+        with autocast_off(x):
+            return multi_lora(y, x.to(y.dtype), lora_A, lora_B, slots, scaling, ranks)
     checks.adapters(op, lora_A, lora_B, x, lead=("L",))
     num_adapters, rank, _ = lora_A.shape
     checks.need(num_adapters > 0, op, "lora_A", lora_A, "of at least one adapter, L >= 1")
@@ -156,11 +162,11 @@ def multi_lora(
         scaling = x.new_full((num_adapters,), scaling, dtype=wide)
     if ranks is not None:
         ranks = _check_ranks(op, ranks, num_adapters, rank, x)
+    if x.dtype == torch.float64:
+        lora_A, lora_B = lora_A.double(), lora_B.double()
     arguments = x, lora_A.contiguous(), lora_B.contiguous(), scaling, ranks, slots.order, slots.segments
-    with autocast_off(x):
-        if not viewable_as_rows(y):
-            return y.copy_(_MultiLoRA.apply(y.contiguous(), *arguments))
-        return _MultiLoRA.apply(y, *arguments)
+    run = _MultiLoRA.apply if needs_gradient(y, x, lora_A, lora_B) else lambda *args: _forward(*args)[0]
+    return run(y, *arguments) if viewable_as_rows(y) else y.copy_(run(y.contiguous(), *arguments))
 
 
 def _check_ranks(op, ranks, num_adapters, rank, x):

@@ -1,7 +1,5 @@
 """What the ops do to their arguments on the way in: rows, autocast, seeds."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -21,26 +19,28 @@ def viewable_as_rows(tensor: Tensor) -> bool:
     return mergeable and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1)
 
 
-def autocasting(device: str) -> bool:
-    """Whether torch.autocast is on for this device type."""
+def autocasting(x: Tensor) -> bool:
+    """Whether torch.autocast is on for x's device."""
+    device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as torch.autocast hands them to a matmul: cast to its dtype, unless float64 or not floating."""
-    device = x.device.type
-    if not autocasting(device):
-        return x, *others
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
         t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)
     )
 
 
-def autocast_off(x: Tensor):
+def autocast_off(x: Tensor) -> torch.autocast:
     """A context in which the kernels' own matmuls keep the dtypes they are given."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if autocasting(device) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an op on these."""
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def dropout_seed(x: Tensor, p: float) -> Tensor | None:

@@ -10,8 +10,6 @@ namespace pyfastpeft {
 
 namespace {
 
-constexpr int64_t BLOCK = 128;  // rows of w cast at a time
-
 Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
   int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
   return torch::stable::from_blob(const_cast<float*>(data), {sizes, 2}, {strides, 2},
@@ -34,11 +32,12 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   Dtype dtype = dtype_of(w, "weight");
   const char* data = static_cast<const char*>(w.const_data_ptr());
   Tensor whole = view(in, m, p, p, 1);
-  int64_t count = (q + BLOCK - 1) / BLOCK;
+  // Rows of w cast at a time: few rows of `in` want the cast ones in cache, many want them to pay for packing `in`.
+  int64_t block = m < 128 ? 32 : 256, count = (q + block - 1) / block;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> cast(new float[BLOCK * p]), product(new float[m * BLOCK]);
-    for (int64_t q0 = begin * BLOCK; q0 < std::min(end * BLOCK, q); q0 += BLOCK) {
-      int64_t n = std::min(BLOCK, q - q0);
+    std::unique_ptr<float[]> cast(new float[block * p]), product(new float[m * block]);
+    for (int64_t q0 = begin * block; q0 < std::min(end * block, q); q0 += block) {
+      int64_t n = std::min(block, q - q0);
       bool along_p = stride_p == 1;  // else along q: a gap-free run of w holds one p and many q
       int64_t runs = along_p ? n : p, length = along_p ? p : n, run = along_p ? stride_q : stride_p;
       const char* first = data + q0 * stride_q * item_size(dtype);

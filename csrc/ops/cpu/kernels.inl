@@ -191,6 +191,8 @@ void dot(const C* const* x, int64_t tokens, Dtype dtype, const void* a, int64_t 
     using A = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     int64_t t = 0;
     for (; t + T <= tokens; t += T) dot_ranks<C, A, T>(x + t, rows, lda, ranks, k, s + t);
+    if constexpr (T > 4)
+      for (; t + 4 <= tokens; t += 4) dot_ranks<C, A, 4>(x + t, rows, lda, ranks, k, s + t);
     for (; t + 2 <= tokens; t += 2) dot_ranks<C, A, 2>(x + t, rows, lda, ranks, k, s + t);
     for (; t < tokens; ++t) dot_ranks<C, A, 1>(x + t, rows, lda, ranks, k, s + t);
   });
@@ -244,6 +246,7 @@ inline void axpy_all(const C* const* s, int64_t step, int64_t rows, const C* c, 
                      int64_t columns) {
   int64_t t = 0;
   for (; t + 6 <= rows; t += 6) axpy_rows<C, 6, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
+  for (; t + 4 <= rows; t += 4) axpy_rows<C, 4, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
   for (; t + 2 <= rows; t += 2) axpy_rows<C, 2, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
   for (; t < rows; ++t) axpy_rows<C, 1, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
 }

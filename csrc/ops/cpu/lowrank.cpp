@@ -9,7 +9,7 @@ namespace pyfastpeft {
 
 namespace {
 
-constexpr int64_t TOKEN_BLOCK = 24;    // tokens of one task or one staged block: a multiple of every tile's height
+constexpr int64_t TOKEN_BLOCK = 12;    // tokens of one task or one staged block: a multiple of every tile's height
 constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task
 constexpr int64_t FEW_TOKENS = 4;         // up to here a transposed B does not pay
 constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
@@ -180,18 +180,21 @@ void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64
 template <class C>
 void shrink(const Branch<C>& branch, Rows x, C* s, int64_t s_stride) {
   int64_t k = branch.features_in;
-  // Few tokens leave threads idle unless the ranks are shared out as well.
+  // Few tokens leave threads idle unless the ranks are shared out instead.
   constexpr int64_t RANKS = 4;
   auto tasks = cut(branch.adapters, 1, [](const Adapter& a) {
-    return blocks(a.tokens.count, TOKEN_BLOCK) * (a.tokens.count > TOKEN_BLOCK ? 1 : blocks(a.rank, RANKS));
+    return a.tokens.count > 2 * TOKEN_BLOCK ? blocks(a.tokens.count, TOKEN_BLOCK) : blocks(a.rank, RANKS);
   });
   parallel(tasks, multiply_adds(branch, k), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
-    bool many = adapter.tokens.count > TOKEN_BLOCK;
-    int64_t t0 = many ? task.begin * TOKEN_BLOCK : 0;
-    int64_t r0 = many ? 0 : task.begin * RANKS;
-    int64_t t1 = std::min(t0 + TOKEN_BLOCK, adapter.tokens.count);
-    int64_t r1 = many ? adapter.rank : std::min(r0 + RANKS, adapter.rank);
+    int64_t t0 = 0, t1 = adapter.tokens.count, r0 = 0, r1 = adapter.rank;
+    if (t1 > 2 * TOKEN_BLOCK) {
+      t0 = task.begin * TOKEN_BLOCK;
+      t1 = std::min(t0 + TOKEN_BLOCK, t1);
+    } else {
+      r0 = task.begin * RANKS;
+      r1 = std::min(r0 + RANKS, r1);
+    }
     shrink_block<C>(x, adapter.tokens, t0, t1, k, branch.dropout, adapter.a, r0, r1,
                     [&](int64_t i) { return s + adapter.tokens[i] * s_stride + r0; });
   });
