@@ -89,13 +89,13 @@ def blocks(kernel: str, dtype: torch.dtype, tokens: int, adapters: torch.dtype, 
 
 def dots(dtype: torch.dtype, adapters: torch.dtype, rounded: bool = False) -> dict:
     """How the low-rank branch multiplies: in the activations' dtype where the adapters share it, else in the dtype of
-    sums. NVIDIA's tensor cores form a float32 product from three of tf32; where the sum is `rounded` to bfloat16, which
-    has three bits less than tf32, one is enough."""
+    sums, exactly. A sum that is `rounded` to 16 bits need not be exact: there NVIDIA's tensor cores take tf32, once for
+    bfloat16, which has three bits less, and in three parts for float16, which has as many."""
     if dtype == adapters:
         return {"DOT": DTYPES[dtype], "PRECISION": "ieee"}
     precision = "ieee"
-    if dtype.itemsize == 2 and not torch.version.hip:
-        precision = "tf32" if rounded and dtype == torch.bfloat16 else "tf32x3"
+    if rounded and dtype.itemsize == 2 and not torch.version.hip:
+        precision = "tf32" if dtype == torch.bfloat16 else "tf32x3"
     return {"DOT": DTYPES[accumulation(dtype)], "PRECISION": precision}
 
 

@@ -187,8 +187,7 @@ def _linear(x, weight, bias, s, factor, y, scaling, dropout_p=0.0, seed=None, ad
 
 
 def _factor_gradient(t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=None, lora_B=None, ds=None):
-    """gradient = scaling * s^T mask(t), with its ranks on rank_axis:  t [M, F], s [M, r]. Given ds: ds = scaling * t lora_B.
-    """
+    """gradient = scaling * s^T mask(t), its ranks on rank_axis, and, given ds, ds = scaling * t lora_B:  t [M, F]."""
     (rows, columns), rank = t.shape, s.shape[1]
     sizes = blocks("factor_gradient", t.dtype, rows, gradient.dtype, rank)
     column_blocks = triton.cdiv(columns, sizes["BLOCK_N"])

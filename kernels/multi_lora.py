@@ -42,7 +42,8 @@ def multi_shrink_kernel(
     x, factor, s, scaling, ranks, order, segments, T, L, R, K, part, x_row, f_adapter, f_rank, f_column,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """s[h, t, j] = scaling[a] * sum over the k of part h of x[t, k] factor[a, j, k], for adapter a's tokens t, j < ranks[a].
+    """On adapter a's tokens t, for j < ranks[a]:  s[h, t, j] = scaling[a] * sum over the k of part h of
+    x[t, k] factor[a, j, k].
 
     x [T, K], factor [L, R, K], scaling [L] or None, s [parts, T, R]. The rest of s is left as it is.
     """

@@ -48,7 +48,7 @@ def _same_strides(tensor):
 
 
 def assert_error_rule(fused: Callable, unfused: Callable, inputs: dict[str, Tensor], seed: int = 1) -> None:
-    """Both functions take `inputs` by name and return one tensor. Raises AssertionError naming what is off, by how much."""
+    """Both functions take `inputs` by name and return one tensor. AssertionError names what is off, and by how much."""
     exact = _run(unfused, {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}, seed)
     own = _run(unfused, inputs, seed)
     with poisoned_memory():

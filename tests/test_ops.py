@@ -596,7 +596,7 @@ def test_the_backward_pass_runs_where_the_forward_pass_ran():
     with ops.use_backend("reference"):
         out = lora(**inputs)
     rows = dispatch.TABLE["lora_backward"]
-    assert [row.backend for row in rows if "cpu" in (row.devices or ("cpu",))][0] == "cpu"
+    assert next(row.backend for row in rows if "cpu" in (row.devices or ("cpu",))) == "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(dispatch.TABLE, "lora_backward", [row for row in rows if row.backend == "reference"])
         out.sum().backward()

@@ -8,7 +8,8 @@ from . import dispatch, native, reference, schemas
 _DEVICE = ("cuda",)  # ROCm tensors are of this device type too
 
 
-def _fill() -> None:
+def register_all() -> None:
+    """Register the rows of every backend that this installation has, and the reasons for those it has not."""
     dispatch.UNAVAILABLE["cuda"] = "this version holds no CUDA C++ kernels"
     for op in schemas.SCHEMAS:
         function = getattr(reference, op)
@@ -18,17 +19,18 @@ def _fill() -> None:
     if native.AVAILABLE:
         for op in schemas.SCHEMAS:
             dispatch.register(op, "cpu", ("cpu",), schemas.native(op))
-    _fill_triton()
+    _register_triton()
 
 
-def _fill_triton() -> None:
+def _register_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         dispatch.UNAVAILABLE["triton"] = "the package triton is not installed"
         return
     devices = (*_DEVICE, "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else _DEVICE
     for op in schemas.SCHEMAS:
-        if op != "group_tokens":
-            dispatch.register(op, "triton", devices, schemas.define("triton", op, _launcher(op)))
+        # Grouping is a sort, which torch has on every device.
+        function = reference.group_tokens if op == "group_tokens" else _launcher(op)
+        dispatch.register(op, "triton", devices, schemas.define("triton", op, function))
 
 
 def _launcher(op: str):
@@ -40,6 +42,3 @@ def _launcher(op: str):
         getattr(launchers, op)(*args)
 
     return launch
-
-
-_fill()

@@ -14,7 +14,7 @@ def _describe(value) -> str:
 
 
 def need(condition: bool, op: str, argument: str, given, needed: str, error=ValueError) -> None:
-    """Raise `error` unless `condition` holds."""
+    """Raise `error` unless `condition` holds. `given` is the argument's value, or what is wrong with it as a string."""
     if not condition:
         given = given if isinstance(given, str) else _describe(given)
         raise error(f"{op}: {argument} is {given}; it must be {needed}")
@@ -86,7 +86,8 @@ def dropout(op: str, p: float) -> None:
 
 
 def number(op: str, argument: str, value) -> None:
-    need(isinstance(value, (int, float)), op, argument, value, "a number", TypeError)
+    if not isinstance(value, (int, float)):
+        need(False, op, argument, _describe(value), "a number", TypeError)
 
 
 def in_place(op: str, y: torch.Tensor, **others: torch.Tensor) -> None:

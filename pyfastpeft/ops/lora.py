@@ -6,7 +6,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, viewable_as_rows
+from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, viewable_as_rows, written
 
 
 def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
@@ -29,9 +29,7 @@ class _LoRA(Function):
             ctx.mark_dirty(y)
         y, s, backend = _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _, _, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_A or need_weight else None, weight, lora_A, lora_B, s if need_B else None, seed
-        )
+        ctx.save_for_backward(x if need_A or need_weight else None, weight, lora_A, lora_B, s if need_B else None, seed)
         ctx.options = backend, scaling, dropout_p, x.shape
         return y
 
@@ -97,9 +95,7 @@ def lora_linear(
     return _apply(op, None, x, weight, bias, lora_A, lora_B, scaling, dropout_p)
 
 
-def lora_delta_(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0
-) -> Tensor:
+def lora_delta_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
     """y += scaling * drop(x) lora_A^T lora_B^T, in place: the low-rank branch on the output of any base layer.
 
     Args:
@@ -135,4 +131,7 @@ def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
     seed = dropout_seed(x, dropout_p)
     if needs_gradient(y, x, weight, bias, lora_A, lora_B):
         return _LoRA.apply(*arguments, seed)
-    return _forward(*arguments, seed)[0]
+    out, *_ = _forward(*arguments, seed)
+    if weight is None:
+        written(out)
+    return out

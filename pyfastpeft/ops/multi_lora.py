@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, host, reference
-from .rows import as_rows, autocast_off, autocasting, needs_gradient, viewable_as_rows
+from .rows import as_rows, autocast_off, autocasting, needs_gradient, viewable_as_rows, written
 
 
 class Routing(NamedTuple):
@@ -20,7 +20,9 @@ class Routing(NamedTuple):
     segments: Tensor  # [L + 1] int64: adapter a's tokens are order[segments[a] : segments[a + 1]]
 
 
-def route(slots: Tensor | np.ndarray | Sequence[int], num_adapters: int, device: torch.device | str | None = None) -> Routing:
+def route(
+    slots: Tensor | np.ndarray | Sequence[int], num_adapters: int, device: torch.device | str | None = None
+) -> Routing:
     """Group tokens by adapter.
 
     Args:
@@ -57,7 +59,7 @@ def _check_range(op, slots, num_adapters):
     if len(slots):
         low, high = (int(v) for v in (slots.aminmax() if isinstance(slots, Tensor) else (slots.min(), slots.max())))
         given = f"between {low} and {high}"
-        checks.need(-1 <= low and high < num_adapters, op, "slots", given, f"in [-1, {num_adapters}) (-1: base only)")
+        checks.need(low >= -1 and high < num_adapters, op, "slots", given, f"in [-1, {num_adapters}) (-1: base only)")
 
 
 def _forward(y, x, lora_A, lora_B, scaling, ranks, order, segments):
@@ -98,9 +100,7 @@ class _MultiLoRA(Function):
             row = dispatch.select("multi_lora_backward", dy.device.type, dy.dtype, backend)
             x_rows = None if x is None else as_rows(x)
             dx_rows = None if dx is None else dx.view(-1, shape[-1])
-            row.function(
-                rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx_rows, dlora_A, dlora_B
-            )
+            row.function(rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx_rows, dlora_A, dlora_B)
         return (dy if need_y else None), dx, dlora_A, dlora_B, None, None, None, None
 
 
@@ -165,8 +165,13 @@ def multi_lora(
     if x.dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
     arguments = x, lora_A.contiguous(), lora_B.contiguous(), scaling, ranks, slots.order, slots.segments
-    run = _MultiLoRA.apply if needs_gradient(y, x, lora_A, lora_B) else lambda *args: _forward(*args)[0]
-    return run(y, *arguments) if viewable_as_rows(y) else y.copy_(run(y.contiguous(), *arguments))
+    rows = y if viewable_as_rows(y) else y.contiguous()
+    if needs_gradient(y, x, lora_A, lora_B):
+        rows = _MultiLoRA.apply(rows, *arguments)
+    else:
+        _forward(rows, *arguments)
+        written(rows)
+    return rows if rows is y else y.copy_(rows)
 
 
 def _check_ranks(op, ranks, num_adapters, rank, x):
@@ -176,5 +181,5 @@ def _check_ranks(op, ranks, num_adapters, rank, x):
     checks.like(op, "ranks", ranks, x, dtype=False)
     if checks.values_on(ranks.device):
         given = f"between {int(ranks.min())} and {int(ranks.max())}"
-        checks.need(bool(((0 <= ranks) & (ranks <= rank)).all()), op, "ranks", given, f"in [0, r] = [0, {rank}]")
+        checks.need(bool(((ranks >= 0) & (ranks <= rank)).all()), op, "ranks", given, f"in [0, r] = [0, {rank}]")
     return ranks.to(torch.int64).contiguous()

@@ -24,4 +24,3 @@ if not AVAILABLE:
     UNAVAILABLE["cpu"] = WHY_NOT
     if os.environ.get("PYFASTPEFT_REQUIRE_NATIVE") == "1":
         raise ImportError(f"PYFASTPEFT_REQUIRE_NATIVE=1, but {WHY_NOT}")
-

@@ -57,7 +57,10 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> None:
-    """s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T.  Without weight: y += scaling * s lora_B^T."""
+    """s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T.
+
+    Without weight, y += scaling * s lora_B^T.
+    """
     torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
     base = y if weight is None else F.linear(x, weight, bias)
     y.copy_(base.to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T))
@@ -65,7 +68,7 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
 
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> None:
     """ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s;  dlora_A = ds^T drop(x);
-    dx = dy weight + drop'(ds lora_A), without weight the second term alone. A gradient passed as None is not formed."""
+    dx = dy weight + drop'(ds lora_A), without weight the second term alone. What is None is not formed."""
     wide = dy.to(accumulation(dy.dtype))
     ds = scaling * (wide @ lora_B.to(wide.dtype))
     if dlora_B is not None:
@@ -99,7 +102,7 @@ def ia3_forward(x, weight, bias, ia3_l, feedforward, y, base) -> None:
 
 def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l) -> None:
     """feedforward: g = dy weight;  dx = g * ia3_l;  dia3_l = sum over rows of g * x.
-    Otherwise: dia3_l = sum over rows of dy * base;  dx = (dy * ia3_l) weight. A gradient passed as None is not formed."""
+    Otherwise: dia3_l = sum over rows of dy * base;  dx = (dy * ia3_l) weight. What is None is not formed."""
     scale = ia3_l.to(accumulation(dy.dtype))
     if feedforward:
         inner = (dy @ weight).to(scale.dtype)
@@ -118,9 +121,8 @@ def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l) -> None:
 
 
 def group_tokens(slots, order, segments) -> None:
-    """order [T]: the tokens sorted by slot, stably; segments [L + 1]: adapter a's are order[segments[a] : segments[a+1]].
-
-    Tokens of slot -1 stand before segments[0]; slots of L or more stand after segments[L] and belong to no adapter.
+    """order [T]: the tokens sorted by slot, stably. segments [L + 1]: adapter a's tokens are
+    order[segments[a] : segments[a + 1]]; those of slot -1 stand before, those of L or more after all of these.
     """
     ordered, indices = torch.sort(slots, stable=True)
     order.copy_(indices)
@@ -148,7 +150,7 @@ def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s)
 
 def multi_lora_backward(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B) -> None:
     """On the tokens of every adapter a:  ds = scaling[a] * dy lora_B[a];  dx = ds lora_A[a];
-    dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s. Zero for base-only tokens, idle adapters and unused ranks."""
+    dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s.  Zero for base-only tokens, idle adapters, unused ranks."""
     for gradient in (dx, dlora_A, dlora_B):
         if gradient is not None:
             gradient.zero_()

@@ -1,5 +1,7 @@
 """What the ops do to their arguments on the way in: rows, autocast, seeds."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def viewable_as_rows(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         return True
     lead = [(n, s) for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1]) if n != 1]
-    mergeable = all(s0 == n1 * s1 for (_, s0), (n1, s1) in zip(lead, lead[1:]))
+    mergeable = all(s0 == n1 * s1 for (_, s0), (n1, s1) in pairwise(lead))
     return mergeable and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1)
 
 
@@ -41,6 +43,12 @@ def autocast_off(x: Tensor) -> torch.autocast:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an op on these."""
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def written(tensor: Tensor) -> None:
+    """Tell autograd that `tensor` was written in place, so that nobody goes back through what it held."""
+    if not (torch.compiler.is_compiling() or tensor.is_inference()):
+        torch.autograd.graph.increment_version(tensor)
 
 
 def dropout_seed(x: Tensor, p: float) -> Tensor | None:

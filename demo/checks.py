@@ -1,0 +1,193 @@
+"""What must hold, with figures: losses, gradients, checkpoints and mixed batches against PEFT."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import pyfastpeft
+from pyfastpeft import ops
+
+OPS = ("lora_linear", "ia3_linear", "multi_lora")
+CURVE_LIMIT = 1e-3  # relative; rounding grows from step to step as Adam divides by small gradients
+LOGITS_LIMIT = 1e-4  # of the largest logit
+# How much a gradient's relative error against float64 may exceed that of PEFT: of a whole model, not of one op.
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Check:
+    """One property. `passed` is `measured` <= `limit`; NaN fails."""
+
+    name: str
+    measured: float
+    limit: float
+    meaning: str
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.limit
+
+
+@contextmanager
+def fused(model: PeftModel) -> Iterator[None]:
+    """Within the block the model runs fused kernels, before and after it PEFT's own code."""
+    pyfastpeft.accelerate(model)
+    try:
+        yield
+    finally:
+        pyfastpeft.restore(model)
+
+
+def fused_path(label: str, model: PeftModel, ids: Tensor) -> Check:
+    """Without this, PEFT might be compared with itself."""
+    calls, originals = [], {name: getattr(ops, name) for name in OPS}
+    layers = len(pyfastpeft.accelerate(model).replaced)
+    try:
+        for name, op in originals.items():
+            setattr(ops, name, lambda *args, op=op: calls.append(op) or op(*args))
+        model(input_ids=ids)
+    finally:
+        for name, op in originals.items():
+            setattr(ops, name, op)
+        pyfastpeft.restore(model)
+    return Check(
+        f"{label}: fused path",
+        layers - len(calls),
+        0,
+        f"adapted layers that did not run a fused op in one forward pass; {len(calls)} of {layers} did",
+    )
+
+
+def loss_curves(label: str, model: PeftModel, batches: list[Tensor], lr: float) -> tuple[Check, dict[str, list[float]]]:
+    """Train from one start on the same batches, with PEFT's code and fused. The model keeps what PEFT trained."""
+    start = trainable(model)
+    with fused(model):
+        ours = _losses(model, batches, lr)
+    restart(model, start)
+    stock = _losses(model, batches, lr)
+    difference = max(abs(a - b) / b for a, b in zip(ours, stock))
+    meaning = f"largest relative difference from PEFT's loss in {len(batches)} training steps, dropout off"
+    return Check(f"{label}: loss curve", difference, CURVE_LIMIT, meaning), {"ours": ours, "peft": stock}
+
+
+def trainable(model: PeftModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restart(model: PeftModel, start: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in start:
+            parameter.copy_(start[name])
+
+
+def _losses(model, batches, lr):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=lr), []
+    for ids in batches:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def gradients(label: str, model: PeftModel, ids: Tensor) -> Check:
+    """Every trained parameter's gradient g: ||g - g64|| / ||g64|| may exceed that of PEFT by the dtype's tolerance.
+
+    g64 is the gradient in PEFT's model in float64 (in which transformers' norms and loss still round to float32).
+    """
+    exact = _gradients(copy.deepcopy(model).double(), ids)
+    stock = _gradients(model, ids)
+    with fused(model):
+        ours = _gradients(model, ids)
+    theirs, mine = ({n: _distance(g[n], exact[n]) for n in exact} for g in (stock, ours))
+    tolerance = GRADIENT_TOLERANCE[next(model.get_base_model().parameters()).dtype]
+    return Check(
+        f"{label}: gradients",
+        max(mine[name] - theirs[name] for name in exact),
+        tolerance,
+        f"largest excess of a gradient's relative error against float64 over PEFT's own, of {len(exact)} parameters; "
+        f"largest error {max(mine.values()):.1e}, PEFT's {max(theirs.values()):.1e}",
+    )
+
+
+def _gradients(model, ids):
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _distance(given: Tensor, exact: Tensor) -> float:
+    return ((given - exact).norm() / exact.norm()).item()
+
+
+@torch.no_grad()
+def reloaded(label: str, model: PeftModel, base: torch.nn.Module, folder: Path, ids: Tensor) -> Check:
+    """The active adapter, read back from `folder` by PEFT into `base` and run fused, gives the logits it gave."""
+    again = PeftModel.from_pretrained(base, folder).eval()
+    with fused(model), fused(again):
+        difference = _worst(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    return Check(
+        f"{label}: saved and reloaded",
+        difference,
+        LOGITS_LIMIT,
+        "largest difference of a logit after save_pretrained and from_pretrained, relative to the largest logit"
+        + ("; equal to the last bit" if difference == 0 else ""),
+    )
+
+
+def _worst(given: Tensor, expected: Tensor) -> float:
+    return ((given - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def mixed_batch(model: PeftModel, ids: Tensor, names: list[str]) -> list[Check]:
+    """Row i of `ids` goes through the adapter names[i]; against PEFT's mixed batch, and one adapter at a time."""
+    stock = model(input_ids=ids, adapter_names=names).logits
+    with fused(model):
+        mixed = model(input_ids=ids, adapter_names=names).logits
+        alone = torch.empty_like(mixed)
+        for rows, output in one_at_a_time(model, names, lambda rows: model(input_ids=ids[rows]).logits):
+            alone[rows] = output
+    suffix = f"in {len(names)} rows through {len(set(names))} adapters, relative to the largest logit"
+    return [
+        Check(f"mixed batch: {what}", _worst(mixed, other), LOGITS_LIMIT, f"largest difference of a logit {suffix}")
+        for what, other in (("against PEFT's", stock), ("against one at a time", alone))
+    ]
+
+
+def one_at_a_time(model: PeftModel, names: list[str], run) -> list[tuple[list[int], object]]:
+    """run(rows) for the rows of each adapter in turn, with that adapter active; "__base__" with none."""
+    results = []
+    for name in dict.fromkeys(names):
+        rows = [row for row, other in enumerate(names) if other == name]
+        if name == "__base__":
+            with model.disable_adapter():
+                results.append((rows, run(rows)))
+        else:
+            model.set_adapter(name)
+            results.append((rows, run(rows)))
+    return results
+
+
+def adaptation(label: str, before: float, after: float) -> Check:
+    return Check(
+        f"{label}: learns",
+        after,
+        before,
+        f"held-out loss with the adapter; the limit is the base model's ({100 * (after / before - 1):+.1f} %)",
+    )
+
+
+def take(batches: Iterator[Tensor], count: int, device: torch.device) -> list[Tensor]:
+    return [ids.to(device) for ids in islice(batches, count)]

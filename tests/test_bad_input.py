@@ -1,0 +1,234 @@
+"""Bad input gets an error at the boundary that names the argument, what was given and what is needed."""
+
+# ruff: noqa: E501 — the tables read best with one case a line
+
+import re
+
+import pytest
+import torch
+from error_rule import random
+
+from pyfastpeft import ops
+
+
+def lora_arguments(**changed):
+    arguments = {
+        "x": random(4, 8),
+        "weight": random(6, 8),
+        "bias": random(6),
+        "lora_A": random(2, 8),
+        "lora_B": random(6, 2),
+        "scaling": 0.5,
+        "dropout_p": 0.0,
+    }
+    return arguments | changed
+
+
+def ia3_arguments(**changed):
+    arguments = {"x": random(4, 8), "weight": random(6, 8), "bias": random(6), "ia3_l": random(6), "feedforward": False}
+    return arguments | changed
+
+
+def multi_arguments(**changed):
+    arguments = {
+        "y": random(4, 6, grad=False),
+        "x": random(4, 8),
+        "lora_A": random(3, 2, 8),
+        "lora_B": random(3, 6, 2),
+        "slots": torch.tensor([0, -1, 2, 1]),
+        "scaling": 0.5,
+        "ranks": torch.tensor([2, 1, 0]),
+    }
+    return arguments | changed
+
+
+INTEGER = torch.zeros(4, 8, dtype=torch.int64)
+META = torch.zeros(2, 8, device="meta")
+
+# fmt: off
+LORA = [
+    ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
+    ({"x": [1.0]}, TypeError, "x is [1.0] (list); it must be a float64"),
+    (
+        {"x": torch.tensor(1.0)},
+        ValueError,
+        "x is a torch.float32 tensor of shape [] on cpu; it must be of shape [..., K]",
+    ),
+    (
+        {"weight": random(6, 9)},
+        ValueError,
+        "weight is a torch.float32 tensor of shape [6, 9] on cpu; it must be of shape",
+    ),
+    (
+        {"weight": random(6)},
+        ValueError,
+        "weight is a torch.float32 tensor of shape [6] on cpu; it must be of shape [N, K]",
+    ),
+    (
+        {"weight": random(6, 8).bfloat16()},
+        TypeError,
+        "weight is a torch.bfloat16 tensor of shape [6, 8] on cpu; it must be of dtype torch.float32, as x is",
+    ),
+    (
+        {"bias": random(5)},
+        ValueError,
+        "bias is a torch.float32 tensor of shape [5] on cpu; it must be of shape [N] = [6]",
+    ),
+    (
+        {"lora_A": random(2, 7)},
+        ValueError,
+        "lora_A is a torch.float32 tensor of shape [2, 7] on cpu; it must be of shape [r, K] = [2, 8]",
+    ),
+    (
+        {"lora_A": META},
+        ValueError,
+        "lora_A is a torch.float32 tensor of shape [2, 8] on meta; it must be on cpu, where x is",
+    ),
+    ({"lora_A": torch.zeros(0, 8), "lora_B": torch.zeros(6, 0)}, ValueError, "it must be of rank r >= 1"),
+    (
+        {"lora_A": random(2, 8).double(), "lora_B": random(6, 2).double()},
+        TypeError,
+        "it must be no wider than float32 while x is torch.float32",
+    ),
+    (
+        {"lora_B": random(6, 3)},
+        ValueError,
+        "lora_B is a torch.float32 tensor of shape [6, 3] on cpu; it must be of shape [N, r] = [6, 2]",
+    ),
+    ({"lora_B": random(5, 2)}, ValueError, "it must be of shape [N, r] = [6, 2]"),
+    (
+        {"lora_B": random(6, 2).half()},
+        TypeError,
+        "lora_B is a torch.float16 tensor of shape [6, 2] on cpu; it must be of dtype torch.float32, as lora_A is",
+    ),
+    ({"lora_B": INTEGER}, TypeError, "lora_B is a torch.int64 tensor"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0 (float); it must be a probability with 0 <= p < 1"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1 (float)"),
+]
+
+IA3 = [
+    ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor"),
+    (
+        {"ia3_l": random(8)},
+        ValueError,
+        "ia3_l is a torch.float32 tensor of shape [8] on cpu; it must be of shape [N] = [6]",
+    ),
+    (
+        {"feedforward": True},
+        ValueError,
+        "ia3_l is a torch.float32 tensor of shape [6] on cpu; it must be of shape [K] = [8]",
+    ),
+    ({"ia3_l": random(6).double()}, TypeError, "ia3_l is a torch.float64 tensor"),
+    ({"weight": random(6, 9)}, ValueError, "weight is a torch.float32 tensor of shape [6, 9]"),
+]
+
+MULTI = [
+    ({"slots": torch.tensor([0, 1, 3, 2])}, ValueError, "slots is between 0 and 3; it must be in [-1, 3) (-1: base only)"),
+    ({"slots": torch.tensor([0, 1, -2, 2])}, ValueError, "slots is between -2 and 2; it must be in [-1, 3)"),
+    ({"slots": torch.tensor([0.0, 1, 2, 2])}, TypeError, "slots is a torch.float32 tensor of shape [4] on cpu; it must be an integer tensor"),
+    ({"slots": torch.tensor([0, 1])}, ValueError, "slots is a torch.int64 tensor of shape [2] on cpu; it must be of shape [T] = [4]"),
+    ({"slots": [0, 1, 2, 2]}, TypeError, "slots is [0, 1, 2, 2] (list); it must be a tensor of T integers or a Routing"),
+    ({"slots": ops.route([0, 1], 3)}, ValueError, "slots.order is a torch.int64 tensor of shape [2] on cpu; it must be of shape [T] = [4]"),
+    ({"slots": ops.route([0, 1, 1, 0], 2)}, ValueError, "slots.segments is a torch.int64 tensor of shape [3]"),
+    ({"ranks": torch.tensor([2, 1, 3])}, ValueError, "ranks is between 1 and 3; it must be in [0, r] = [0, 2]"),
+    ({"ranks": torch.tensor([2, 1])}, ValueError, "ranks is a torch.int64 tensor of shape [2] on cpu; it must be of shape [L] = [3]"),
+    ({"ranks": torch.tensor([2.0, 1, 1])}, TypeError, "ranks is a torch.float32 tensor"),
+    ({"scaling": torch.ones(2)}, ValueError, "scaling is a torch.float32 tensor of shape [2] on cpu; it must be of shape [L] = [3]"),
+    ({"lora_A": torch.zeros(3, 0, 8), "lora_B": torch.zeros(3, 6, 0)}, ValueError, "it must be of rank r >= 1"),
+    ({"lora_A": torch.zeros(0, 2, 8), "lora_B": torch.zeros(0, 6, 2)}, ValueError, "it must be of at least one adapter, L >= 1"),
+    ({"lora_A": random(2, 8)}, ValueError, "lora_A is a torch.float32 tensor of shape [2, 8] on cpu; it must be of shape [L, r, K]"),
+    ({"lora_B": random(2, 6, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [2, 6, 2] on cpu; it must be of shape [L, N, r]"),
+    ({"y": random(4, 5)}, ValueError, "y is a torch.float32 tensor of shape [4, 5] on cpu; it must be of shape [..., N] = [4, 6]"),
+    ({"y": random(4, 6).bfloat16()}, TypeError, "y is a torch.bfloat16 tensor of shape [4, 6] on cpu; it must be of dtype torch.float32"),
+    ({"y": torch.zeros(1, 6).expand(4, 6)}, ValueError, "y is a tensor whose elements share memory"),
+]
+# fmt: on
+
+
+def refused(op, arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        op(**arguments)
+    assert str(raised.value).startswith(f"{op.__name__}: ")
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), LORA)
+def test_lora_linear(changed, error, message):
+    refused(ops.lora_linear, lora_arguments(**changed), error, message)
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), IA3)
+def test_ia3_linear(changed, error, message):
+    refused(ops.ia3_linear, ia3_arguments(**changed), error, message)
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), MULTI)
+def test_multi_lora(changed, error, message):
+    refused(ops.multi_lora, multi_arguments(**changed), error, message)
+
+
+def test_what_the_tables_change_is_all_that_was_wrong():
+    ops.lora_linear(**lora_arguments())
+    ops.ia3_linear(**ia3_arguments())
+    ops.multi_lora(**multi_arguments())
+
+
+def test_in_place_ops_refuse_an_output_that_overlaps_an_input():
+    storage = torch.randn(4, 20)
+    lora_A, lora_B = random(2, 8, grad=False), random(8, 2, grad=False)
+    side_by_side = {"y": storage[:, :8], "x": storage[:, 10:18]}
+    ops.lora_delta_(**side_by_side, lora_A=lora_A, lora_B=lora_B, scaling=1.0)
+    for columns in (storage[:, 4:12], storage[:, :8], storage.view(-1)[6:38].view(4, 8)):
+        arguments = {"y": storage[:, :8], "x": columns, "lora_A": lora_A, "lora_B": lora_B, "scaling": 1.0}
+        refused(ops.lora_delta_, arguments, ValueError, "y is overlapping x in memory; it must be apart from x")
+    shared = torch.randn(8, 8)
+    arguments = {
+        "y": shared[:, :],
+        "x": random(8, 8, grad=False),
+        "lora_A": shared[:2],
+        "lora_B": lora_B,
+        "scaling": 1.0,
+    }
+    refused(ops.lora_delta_, arguments, ValueError, "y is overlapping lora_A in memory")
+
+
+def test_a_leaf_that_requires_grad_is_not_written():
+    y = torch.zeros(4, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        ops.multi_lora(**multi_arguments(y=y))
+
+
+def test_a_tensor_kept_for_a_backward_pass_is_not_written_unnoticed():
+    x = torch.ones(4, 6, requires_grad=True)
+    y = x * 2
+    loss = y.square().sum()
+    with torch.no_grad():
+        ops.multi_lora(**multi_arguments(y=y))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("slots", "error", "message"),
+    [
+        ([0, 3], ValueError, "slots is between 0 and 3; it must be in [-1, 3)"),
+        ([0.5], TypeError, "slots is of dtype float64; it must be of integers"),
+        ([[0], [1]], ValueError, "slots is of shape [2, 1]; it must be of shape [T]"),
+        (torch.zeros(2, 2, dtype=torch.int64), ValueError, "it must be of shape [T]"),
+    ],
+)
+def test_route(slots, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        ops.route(slots, 3)
+
+
+def test_raw_ops_refuse_what_would_read_foreign_memory():
+    x, lora_A, lora_B = torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(6, 2)
+    y, s = torch.zeros(4, 6), torch.zeros(4, 2)
+    raw = torch.ops.pyfastpeft.lora_forward
+    for changed in ({0: torch.zeros(4, 7)}, {4: torch.zeros(6, 3)}, {8: torch.zeros(3, 6)}, {9: torch.zeros(4, 1)}):
+        arguments = [x, None, None, lora_A, lora_B, 1.0, 0.0, None, y, s]
+        for position, tensor in changed.items():
+            arguments[position] = tensor
+        with pytest.raises(RuntimeError, match=r"must be|wrong size"):
+            raw(*arguments)

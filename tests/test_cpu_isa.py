@@ -1,0 +1,32 @@
+"""The op tests again with the CPU kernels held to a lower instruction set, in a process of its own: it is chosen once.
+
+A lower one also takes 16-bit matmuls through blocks cast to float32, as a CPU without AVX512-BF16 does.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyfastpeft  # noqa: F401 - loads the op library
+
+LEVELS = ["baseline", "avx2", "avx512"]
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_ops_on_a_lower_instruction_set(level):
+    best = torch.ops.pyfastpeft.cpu_capability()
+    if LEVELS.index(level) >= LEVELS.index(best):
+        pytest.skip(f"{level} is not below {best}, which test_ops.py ran on")
+    select = "cpu and not compiles and not gradcheck and not any_shape"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "test_ops.py", "-k", select]
+    env = os.environ | {"PYFASTPEFT_CPU_ISA": level}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    probe = "import torch, pyfastpeft; print(torch.ops.pyfastpeft.cpu_capability())"
+    assert subprocess.check_output([sys.executable, "-c", probe], env=env, text=True).strip() == level
