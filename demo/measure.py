@@ -1,6 +1,5 @@
 """Time and memory of training steps and of serving: the bare base model, PEFT, and PEFT accelerated, in turns."""
 
-import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,12 +9,12 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.measure import peak_bytes, spread
 
 from .checks import fused, one_at_a_time
+from .model import progress
 
 LEAST_ROUNDS = 3
 
@@ -30,17 +29,19 @@ def interleave(contenders: dict[str, Contender], rounds: int, seconds: float, la
     `rounds` or `seconds`, but at least LEAST_ROUNDS."""
     taken, start = {name: [] for name in contenders}, time.perf_counter()
     order = list(contenders)
-    with tqdm(total=rounds, desc=f"  {label}", leave=True, mininterval=1) as bar:
-        for done in range(-1, rounds):
-            if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+    with progress(label) as bar:
+        for finished in range(-1, rounds):
+            done = max(0, finished / rounds, (time.perf_counter() - start) / seconds)
+            if done >= 1 and finished >= LEAST_ROUNDS:
                 break
+            bar.update(min(done, 1) - bar.n)
             for name in order:
                 with contenders[name].setting():
                     elapsed = _timed(contenders[name].run)
-                if done >= 0:
+                if finished >= 0:
                     taken[name].append(elapsed)
             order.reverse()
-            bar.update(done >= 0)
+        bar.update(1 - bar.n)
     return taken
 
 
@@ -126,11 +127,6 @@ def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
     for tensor in (*model.parameters(), *model.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def twin(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares its parameters with `base`."""
-    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 # --- serving ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-PACKAGES = ("json", "email", "asyncio")  # what the base model does not see and adapters learn
+PACKAGES = ("asyncio", "email", "json", "logging")  # what the base model does not see and adapters learn
 # Installed packages, and what is data or fixtures more than Python.
 PASSED_OVER = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 BASE_CHARACTERS = 2_000_000
@@ -62,7 +62,7 @@ def files(given: list[str]) -> dict[str, str]:
         if not equals:
             name, path = re.sub(r"\W", "_", Path(entry).stem), entry
         # PEFT keeps adapters in an nn.ModuleDict under their names and "default" apart from others on disk.
-        if not re.fullmatch(r"[\w-]+", name) or name in ("default", "__base__") or hasattr(nn.ModuleDict, name):
+        if not re.fullmatch(r"[\w-]+", name) or name in ("default", "__base__") or hasattr(nn.ModuleDict(), name):
             raise Misuse(f"--data {entry}: {name!r} cannot name an adapter; give another name: --data NAME={path}")
         if name in found:
             raise Misuse(f"--data {entry}: the name {name!r} is given twice; give another: --data NAME={path}")

@@ -54,9 +54,10 @@ BLOCKS = {
     },
     "column_sums": {kind: [(ANY, _entry(32, 128, 0, 4, 1))] for kind in ("half", "single", "double")},
 }
-# Wider ones make mma.sync operands spill, and narrower ones are no matrix multiplication.
+# Ranks that a program works on together; higher ranks take several. A matrix multiplication starts at 16, and beyond
+# these registers spill.
 RANK_BLOCKS = {"half": (16, 32), "mixed": (16,), "mixed float16": (16,), "single": (16,), "double": (16,)}
-PROGRAMS = 256  # what a launch is cut into at least, where it may be: about two for every multiprocessor
+PROGRAMS = 256  # that a long sum is cut for: about two for every multiprocessor of a large GPU
 
 DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -103,7 +104,7 @@ def split(length: int, block: int, programs: int) -> tuple[int, int]:
     """(parts, length of a part): cuts a sum over `length` so that about PROGRAMS programs run, each over at least four
     blocks. The cut depends on shapes alone, so that results do too."""
     steps = triton.cdiv(length, block)
-    parts = max(1, min(triton.cdiv(PROGRAMS, programs), steps // 4))
+    parts = max(1, min(triton.cdiv(PROGRAMS, max(1, programs)), steps // 4))
     part = triton.cdiv(steps, parts) * block
     return triton.cdiv(length, part), part
 
@@ -115,7 +116,11 @@ def partial(out: torch.Tensor, parts: int, dtype: torch.dtype) -> torch.Tensor:
 
 def finish(sums: torch.Tensor, out: torch.Tensor) -> None:
     """Add partial sums up, always in the same order, and round once."""
-    if len(sums) > 1:
+    if len(sums) == 1:
+        return
+    if out.dtype == sums.dtype:
+        torch.sum(sums, 0, out=out)
+    else:
         out.copy_(sums.sum(0))
 
 

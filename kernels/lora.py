@@ -197,7 +197,7 @@ def _factor_gradient(t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=Non
     blocks_of_ds = None if ds is None else partial(ds, column_blocks, ds.dtype)
     factor_gradient_kernel[(programs, parts)](
         t, s, sums, None if ds is None else lora_B, blocks_of_ds, seed, rows, columns, rank, part, t.stride(0),
-        gradient.stride(rank_axis), gradient.stride(1 - rank_axis), scaling, _drop_below(dropout_p),
+        sums.stride(1 + rank_axis), sums.stride(2 - rank_axis), scaling, _drop_below(dropout_p),
         **dots(t.dtype, gradient.dtype), **sizes,
     )  # fmt: skip
     finish(sums, gradient)

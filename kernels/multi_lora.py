@@ -109,9 +109,9 @@ def multi_factor_gradient_kernel(
     t [T, F], s [T, R], scaling [L] or None, gradient [L, R, F] of any strides.
     """
     rank_blocks = tl.cdiv(R, BLOCK_R)
-    adapter = tl.program_id(1)
-    columns = tl.program_id(0) // rank_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks_at = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    adapter = tl.program_id(0)
+    columns = tl.program_id(1) // rank_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks_at = tl.program_id(1) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     rank = R
     if ranks is not None:
         rank = tl.load(ranks + adapter)
@@ -213,7 +213,7 @@ def _factor_gradient(t, s, gradient, rank_axis, scaling, ranks, order, segments)
     columns, rank = t.shape[1], s.shape[1]
     sizes = _sizes("factor_gradient", t, gradient, rank)
     programs = triton.cdiv(columns, sizes["BLOCK_N"]) * triton.cdiv(rank, sizes["BLOCK_R"])
-    multi_factor_gradient_kernel[(programs, len(gradient))](
+    multi_factor_gradient_kernel[(len(gradient), programs)](
         t, s, gradient, scaling, ranks, order, segments, rank, columns, t.stride(0), gradient.stride(0),
         gradient.stride(1 + rank_axis), gradient.stride(2 - rank_axis), **dots(t.dtype, gradient.dtype), **sizes,
     )  # fmt: skip

@@ -52,7 +52,7 @@ LORA = [
     (
         {"x": torch.tensor(1.0)},
         ValueError,
-        "x is a torch.float32 tensor of shape [] on cpu; it must be of shape [..., K]",
+        "x is a torch.float32 tensor of shape [] on cpu; it must be of shape [..., K] with K >= 1",
     ),
     (
         {"weight": random(6, 9)},
@@ -102,6 +102,8 @@ LORA = [
         "lora_B is a torch.float16 tensor of shape [6, 2] on cpu; it must be of dtype torch.float32, as lora_A is",
     ),
     ({"lora_B": INTEGER}, TypeError, "lora_B is a torch.int64 tensor"),
+    ({"x": torch.zeros(4, 0), "weight": torch.zeros(6, 0)}, ValueError, "it must be of shape [..., K] with K >= 1"),
+    ({"weight": torch.zeros(0, 8)}, ValueError, "it must be of shape [N, K] with N >= 1"),
     ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0 (float); it must be a probability with 0 <= p < 1"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1 (float)"),
@@ -129,8 +131,8 @@ MULTI = [
     ({"slots": torch.tensor([0.0, 1, 2, 2])}, TypeError, "slots is a torch.float32 tensor of shape [4] on cpu; it must be an integer tensor"),
     ({"slots": torch.tensor([0, 1])}, ValueError, "slots is a torch.int64 tensor of shape [2] on cpu; it must be of shape [T] = [4]"),
     ({"slots": [0, 1, 2, 2]}, TypeError, "slots is [0, 1, 2, 2] (list); it must be a tensor of T integers or a Routing"),
-    ({"slots": ops.route([0, 1], 3)}, ValueError, "slots.order is a torch.int64 tensor of shape [2] on cpu; it must be of shape [T] = [4]"),
-    ({"slots": ops.route([0, 1, 1, 0], 2)}, ValueError, "slots.segments is a torch.int64 tensor of shape [3]"),
+    ({"slots": ops.route([0, 1], 3)}, ValueError, "slots.order [T] is a torch.int64 tensor of shape [2] on cpu; it must be a torch.int64 tensor of shape [4] on cpu"),
+    ({"slots": ops.route([0, 1, 1, 0], 2)}, ValueError, "slots.segments [L + 1] is a torch.int64 tensor of shape [3]"),
     ({"ranks": torch.tensor([2, 1, 3])}, ValueError, "ranks is between 1 and 3; it must be in [0, r] = [0, 2]"),
     ({"ranks": torch.tensor([2, 1])}, ValueError, "ranks is a torch.int64 tensor of shape [2] on cpu; it must be of shape [L] = [3]"),
     ({"ranks": torch.tensor([2.0, 1, 1])}, TypeError, "ranks is a torch.float32 tensor"),
@@ -194,8 +196,9 @@ def test_in_place_ops_refuse_an_output_that_overlaps_an_input():
 
 def test_a_leaf_that_requires_grad_is_not_written():
     y = torch.zeros(4, 6, requires_grad=True)
-    with pytest.raises(RuntimeError, match="leaf Variable"):
+    with pytest.raises(RuntimeError, match="y is a leaf that requires grad; it must be no such leaf"):
         ops.multi_lora(**multi_arguments(y=y))
+    assert not y.any()
 
 
 def test_a_tensor_kept_for_a_backward_pass_is_not_written_unnoticed():

@@ -4,6 +4,7 @@ The Triton backend runs the same checks under its interpreter (test_triton_inter
 """
 
 import functools
+import os
 import re
 
 import pytest
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from pyfastpeft import ops
 from pyfastpeft.ops import dispatch, native, reference, schemas
 
-BACKENDS = ["reference", "cpu"]
+BACKENDS = os.environ.get("PYFASTPEFT_TEST_BACKENDS", "reference cpu").split()  # test_triton_interpreter.py sets it
 SHAPES = [
     (1, 1, 1, 1),
     (3, 7, 5, 2),
@@ -250,6 +251,31 @@ def test_multi_lora_takes_any_shape(backend, shape, dtypes, ranked, seed):
 
 
 @backends
+@dtypes
+@pytest.mark.parametrize("shape", [(5, 12, 10), (60, 1, 30), (60, 12, 1)])
+def test_weights_and_biases_of_odd_strides(backend, dtype, adapter_dtype, shape):
+    m, k, n = shape
+    for weight in (random(n, 2 * k, dtype=dtype)[:, ::2], random(k, 2 * n, dtype=dtype)[:, ::2].T):
+        inputs = lora_inputs(m, k, n, 2, dtype, adapter_dtype)
+        inputs |= {"weight": weight.detach(), "bias": random(2 * n, dtype=dtype)[::2].detach()}
+        assert_error_rule(lora, plain_lora, inputs)
+        scaled = {name: inputs[name] for name in ("x", "weight", "bias")} | {"ia3_l": random(k, dtype=dtype)}
+        assert_error_rule(
+            functools.partial(ops.ia3_linear, feedforward=True),
+            functools.partial(unfused_ia3, feedforward=True),
+            scaled,
+        )
+
+
+@backends
+@pytest.mark.parametrize("trains", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_A"), ("y", "lora_B")])
+def test_multi_lora_forms_the_gradients_asked_for(backend, trains):
+    inputs = multi_inputs(12, 20, 18, 4, 3, torch.float32)
+    inputs = {name: t.detach().requires_grad_(name in trains) for name, t in inputs.items()}
+    assert_multi_lora(inputs, torch.randint(-1, 3, (12,)), torch.randn(3))
+
+
+@backends
 @pytest.mark.parametrize("layout", ["columns", "permuted", "sliced"])
 def test_in_place_ops_write_through_any_strides(backend, layout):
     storage = torch.zeros(4, 6, 20)
@@ -389,6 +415,30 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
 
 
 @backends
+@pytest.mark.parametrize("n", [6, 9])
+def test_compiled_in_place_ops_keep_the_gradients_of_views(backend, n):
+    """The output of a linear with a bias on three dimensions is a view."""
+    inputs = [random(*s) for s in ((2, 5, 6), (n, 6), (n,), (2, 6), (n, 2))]
+
+    def model(x, weight, bias, lora_A, lora_B):
+        y = torch.nn.functional.linear(x, weight, bias)
+        y = ops.multi_lora(y, x, lora_A[None], lora_B[None], torch.zeros(10, dtype=torch.int64), 0.5).sin()
+        return (
+            ops.lora_delta_(torch.nn.functional.linear(x, weight, bias)[:, 1:], x[:, 1:], lora_A, lora_B, 0.3)
+            + y[:, 1:]
+        )
+
+    def run(function):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        function(*leaves).square().sum().backward()
+        return [t.grad for t in leaves]
+
+    torch.compiler.reset()
+    for mine, theirs in zip(run(torch.compile(model, fullgraph=True, backend="aot_eager")), run(model)):
+        torch.testing.assert_close(mine, theirs)
+
+
+@backends
 def test_two_runs_are_bit_identical(backend):
     def run():
         torch.manual_seed(2)
@@ -505,6 +555,25 @@ def test_double_backward_is_refused():
         gradient.sum().backward()
 
 
+def test_forward_mode_is_refused():
+    inputs = {n: t.detach() for n, t in lora_inputs(3, 4, 5, 2, torch.float32).items()}
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: lora(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))
+
+
+@backends
+def test_a_backward_pass_under_autocast_keeps_its_dtypes(backend):
+    def gradients(under):
+        inputs = {n: t.detach().requires_grad_(t.requires_grad) for n, t in held.items()}
+        out = lora(**inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            out.square().sum().backward()
+        return [t.grad for t in inputs.values() if t.requires_grad]
+
+    held = lora_inputs(6, 16, 12, 4, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False)))
+
+
 # --- NaN and infinity ---
 
 
@@ -565,6 +634,15 @@ def test_a_routing_serves_in_place_of_slots(backend):
     assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_a_routing_made_by_hand_is_checked(backend):
+    inputs = {n: t.detach() for n, t in multi_inputs(4, 8, 6, 2, 1, torch.float32).items()}
+    for order in ([0, 1, 2, 9], [0, 1, 1, 2], [-1, 0, 1, 2]):
+        routing = ops.Routing(torch.tensor(order), torch.tensor([0, 4]))
+        with pytest.raises(RuntimeError, match="order must be a permutation"):
+            ops.multi_lora(**inputs, slots=routing, scaling=1.0)
+
+
 # --- dispatch ---
 
 
@@ -606,3 +684,5 @@ def test_the_backward_pass_runs_where_the_forward_pass_ran():
 def test_meta_tensors_give_shapes():
     inputs = {n: t.to("meta") for n, t in lora_inputs(3, 4, 5, 2, torch.float32).items()}
     assert lora(**inputs).shape == (3, 5)
+    y = torch.zeros(3, 5, device="meta")
+    assert ops.lora_delta_(y, inputs["x"], inputs["lora_A"], inputs["lora_B"], 0.5).shape == (3, 5)

@@ -47,6 +47,13 @@ inline Rows rows_of(const Tensor& t, int64_t rows, int64_t columns, const char* 
   return {dtype_of(t, name), static_cast<char*>(t.mutable_data_ptr()), t.stride(0)};
 }
 
+// The base layer's weight, of any strides.
+inline void check_weight(const Tensor& weight, int64_t rows, int64_t columns, Dtype dtype) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns && rows > 0 && columns > 0,
+                  "weight must be of shape [", rows, ", ", columns, "], none of them 0");
+  STD_TORCH_CHECK(dtype_of(weight, "weight") == dtype, "weight must be of the activations' dtype");
+}
+
 inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns, const char* name) {
   return t ? rows_of(*t, rows, columns, name) : Rows{};
 }
@@ -58,6 +65,20 @@ inline char* contiguous(const Tensor& t, std::initializer_list<int64_t> shape, c
   int64_t dim = 0;
   for (int64_t size : shape) STD_TORCH_CHECK(t.size(dim++) == size, name, " has a wrong size in a dimension");
   return static_cast<char*>(t.mutable_data_ptr());
+}
+
+// t of the given shape without gaps, of the dtype C of sums; its elements.
+template <class C>
+C* sums(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+  STD_TORCH_CHECK(dtype_of(t, name) == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32), name, " must be of the dtype of sums");
+  return reinterpret_cast<C*>(contiguous(t, shape, name));
+}
+
+// Whether adapters of this dtype go with sums in C: float64 with double, all others with float.
+template <class C>
+void check_adapters(Dtype dtype, Dtype other) {
+  STD_TORCH_CHECK(dtype == other && (dtype == Dtype::f64) == (sizeof(C) == 8),
+                  "adapters must be of one dtype, float64 exactly where the activations are");
 }
 
 inline int64_t* integers(const Tensor& t, int64_t size, const char* name) {

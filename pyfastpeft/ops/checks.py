@@ -1,6 +1,7 @@
 """Argument checks shared by the ops. Every message names the argument, what was given and what is needed."""
 
 import os
+from numbers import Real
 
 import torch
 
@@ -31,6 +32,10 @@ def floating(op: str, argument: str, tensor) -> None:
     )
 
 
+def features(op: str, argument: str, tensor: torch.Tensor) -> None:
+    need(tensor.dim() >= 1 and tensor.shape[-1] > 0, op, argument, tensor, "of shape [..., K] with K >= 1")
+
+
 def shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...], names: str) -> None:
     if tuple(tensor.shape) != expected:
         need(False, op, argument, tensor, f"of shape {names} = {list(expected)}")
@@ -51,9 +56,10 @@ def adapters(op: str, lora_A: torch.Tensor, lora_B: torch.Tensor, x: torch.Tenso
     names = ", ".join((*lead, ""))
     need(lora_A.dim() == 2 + len(lead), op, "lora_A", lora_A, f"of shape [{names}r, K]")
     need(lora_B.dim() == 2 + len(lead), op, "lora_B", lora_B, f"of shape [{names}N, r]")
-    rank, features = lora_A.shape[-2], x.shape[-1]
+    rank = lora_A.shape[-2]
     need(rank > 0, op, "lora_A", lora_A, "of rank r >= 1")
-    shape(op, "lora_A", lora_A, (*lora_A.shape[:-2], rank, features), f"[{names}r, K]")
+    need(lora_B.shape[-2] > 0, op, "lora_B", lora_B, f"of shape [{names}N, r] with N >= 1")
+    shape(op, "lora_A", lora_A, (*lora_A.shape[:-2], rank, x.shape[-1]), f"[{names}r, K]")
     shape(op, "lora_B", lora_B, (*lora_A.shape[:-2], lora_B.shape[-2], rank), f"[{names}N, r]")
     like(op, "lora_A", lora_A, x, dtype=False)
     like(op, "lora_B", lora_B, x, dtype=False)
@@ -71,8 +77,8 @@ def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """x [..., K], weight [N, K] and bias [N] of one floating dtype on one device."""
     floating(op, "x", x)
     floating(op, "weight", weight)
-    need(x.dim() >= 1, op, "x", x, "of shape [..., K]")
-    need(weight.dim() == 2, op, "weight", weight, "of shape [N, K]")
+    features(op, "x", x)
+    need(weight.dim() == 2 and len(weight) > 0, op, "weight", weight, "of shape [N, K] with N >= 1")
     shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[N, K]")
     like(op, "weight", weight, x)
     if bias is not None:
@@ -82,35 +88,46 @@ def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def dropout(op: str, p: float) -> None:
-    need(isinstance(p, (int, float)) and 0 <= p < 1, op, "dropout_p", p, "a probability with 0 <= p < 1")
+    need(isinstance(p, (int, float, Real)) and 0 <= p < 1, op, "dropout_p", p, "a probability with 0 <= p < 1")
 
 
 def number(op: str, argument: str, value) -> None:
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float, Real)):
         need(False, op, argument, _describe(value), "a number", TypeError)
 
 
 def in_place(op: str, y: torch.Tensor, **others: torch.Tensor) -> None:
-    """y is written in place: its elements must be distinct and lie apart from every other argument's."""
+    """y is written in place: nobody may differentiate with respect to what it holds as a leaf, and its elements must be
+    distinct and lie apart from every other argument's."""
     if torch.compiler.is_compiling() or y.numel() == 0:
         return
+    if y.requires_grad and y.is_leaf and torch.is_grad_enabled():
+        need(False, op, "y", "a leaf that requires grad", "no such leaf, since it is written in place", RuntimeError)
+    if y.is_inference() and not torch.is_inference_mode_enabled():
+        given = "an inference tensor outside torch.inference_mode"
+        need(False, op, "y", given, "an ordinary tensor, since it is written in place", RuntimeError)
     if not y.is_contiguous() and any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride())):
         given = f"a tensor whose elements share memory (shape {list(y.shape)}, strides {list(y.stride())})"
         need(False, op, "y", given, "a tensor of distinct elements, since it is written in place: call .contiguous()")
-    storage = y.untyped_storage().data_ptr()
+    storage = y.untyped_storage()
+    if storage.device.type == "meta":  # nothing lies anywhere
+        return
     for name, other in others.items():
-        if other.untyped_storage().data_ptr() == storage and _overlap(y, other):
+        if other.untyped_storage().data_ptr() == storage.data_ptr() and _overlap(y, other):
             given = f"overlapping {name} in memory"
             need(False, op, "y", given, f"apart from {name}: it is written in place")
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two strided tensors may share an element. Exact for columns of one row-major matrix."""
+    """Whether two tensors of one storage may share an element; exact for columns of one row-major matrix."""
     if b.numel() == 0 or a.data_ptr() + _extent(a) <= b.data_ptr() or b.data_ptr() + _extent(b) <= a.data_ptr():
         return False
+    a, b = a.squeeze(), b.squeeze()
     if a.dtype != b.dtype or a.stride() != b.stride() or a.dim() < 2 or a.stride(-1) != 1:
         return True
-    row = a.stride(-2)
+    row = min(a.stride()[:-1])
+    if row == 0 or any(stride % row for stride in a.stride()[:-1]):
+        return True
     gap = (b.data_ptr() - a.data_ptr()) // a.element_size() % row
     return gap < a.shape[-1] or gap + b.shape[-1] > row
 

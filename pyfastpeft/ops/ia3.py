@@ -6,7 +6,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch
-from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient
+from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient, without_autocast
 
 
 def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
@@ -32,6 +32,7 @@ class _IA3(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, weight, ia3_l, base = ctx.saved_tensors
         backend, feedforward, shape = ctx.options
@@ -78,6 +79,7 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, fe
     checks.shape(op, "ia3_l", ia3_l, (weight.shape[1 if feedforward else 0],), "[K]" if feedforward else "[N]")
     checks.like(op, "ia3_l", ia3_l, x, dtype=False)
     checks.no_wider(op, "ia3_l", ia3_l, x)
+    bias = None if bias is None else bias.contiguous()
     ia3_l = (ia3_l.double() if x.dtype == torch.float64 else ia3_l).contiguous()
     if needs_gradient(x, weight, bias, ia3_l):
         return _IA3.apply(x, weight, bias, ia3_l, bool(feedforward))

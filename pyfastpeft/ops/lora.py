@@ -6,7 +6,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, viewable_as_rows, written
+from .rows import (
+    as_rows,
+    autocast,
+    autocast_off,
+    autocasting,
+    dropout_seed,
+    needs_gradient,
+    without_autocast,
+    writable_rows,
+    written,
+)
 
 
 def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
@@ -35,6 +45,7 @@ class _LoRA(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
         backend, scaling, dropout_p, shape = ctx.options
@@ -110,6 +121,7 @@ def lora_delta_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     op = "lora_delta_"
     checks.floating(op, "y", y)
     checks.floating(op, "x", x)
+    checks.features(op, "x", x)
     if autocasting(x):
         with autocast_off(x):
             return lora_delta_(y, x.to(y.dtype), lora_A, lora_B, scaling, dropout_p)
@@ -117,9 +129,8 @@ def lora_delta_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     checks.shape(op, "y", y, (*x.shape[:-1], lora_B.shape[0]), "[..., N]")
     checks.like(op, "y", y, x)
     checks.in_place(op, y, x=x, lora_A=lora_A, lora_B=lora_B)
-    if not viewable_as_rows(y):
-        return y.copy_(_apply(op, y.contiguous(), x, None, None, lora_A, lora_B, scaling, dropout_p))
-    return _apply(op, y, x, None, None, lora_A, lora_B, scaling, dropout_p)
+    rows = _apply(op, writable_rows(y), x, None, None, lora_A, lora_B, scaling, dropout_p)
+    return rows if rows is y else y.copy_(rows)
 
 
 def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
@@ -127,6 +138,7 @@ def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
     checks.dropout(op, dropout_p)
     if x.dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
+    bias = None if bias is None else bias.contiguous()
     arguments = y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), float(scaling), float(dropout_p)
     seed = dropout_seed(x, dropout_p)
     if needs_gradient(y, x, weight, bias, lora_A, lora_B):

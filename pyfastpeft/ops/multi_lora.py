@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, host, reference
-from .rows import as_rows, autocast_off, autocasting, needs_gradient, viewable_as_rows, written
+from .rows import as_rows, autocast_off, autocasting, needs_gradient, without_autocast, writable_rows, written
 
 
 class Routing(NamedTuple):
@@ -85,6 +85,7 @@ class _MultiLoRA(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, s, lora_A, lora_B, scaling, ranks, order, segments = ctx.saved_tensors
         backend, shape = ctx.options
@@ -133,6 +134,7 @@ def multi_lora(
     op = "multi_lora"
     checks.floating(op, "y", y)
     checks.floating(op, "x", x)
+    checks.features(op, "x", x)
     if autocasting(x):
         with autocast_off(x):
             return multi_lora(y, x.to(y.dtype), lora_A, lora_B, slots, scaling, ranks)
@@ -148,9 +150,9 @@ def multi_lora(
         checks.shape(op, "slots", slots, (tokens,), "[T]")
         checks.like(op, "slots", slots, x, dtype=False)
         slots = route(slots, num_adapters)
-    checks.shape(op, "slots.order", slots.order, (tokens,), "[T]")
-    checks.shape(op, "slots.segments", slots.segments, (num_adapters + 1,), "[L + 1]")
-    checks.like(op, "slots.order", slots.order, x, dtype=False)
+    for name, tensor, size in zip(("order [T]", "segments [L + 1]"), slots, (tokens, num_adapters + 1)):
+        fits = tensor.shape == (size,) and tensor.dtype == torch.int64 and tensor.device == x.device
+        checks.need(fits, op, f"slots.{name}", tensor, f"a torch.int64 tensor of shape [{size}] on {x.device}")
     wide = reference.accumulation(x.dtype)
     if isinstance(scaling, Tensor):
         checks.floating(op, "scaling", scaling)
@@ -165,7 +167,7 @@ def multi_lora(
     if x.dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
     arguments = x, lora_A.contiguous(), lora_B.contiguous(), scaling, ranks, slots.order, slots.segments
-    rows = y if viewable_as_rows(y) else y.contiguous()
+    rows = writable_rows(y)
     if needs_gradient(y, x, lora_A, lora_B):
         rows = _MultiLoRA.apply(rows, *arguments)
     else:

@@ -10,6 +10,9 @@ from .dispatch import UNAVAILABLE
 AVAILABLE = False
 WHY_NOT = ""
 
+if (_level := os.environ.get("PYFASTPEFT_CPU_ISA")) not in (None, "", "baseline", "avx2", "avx512"):
+    raise ValueError(f"PYFASTPEFT_CPU_ISA is {_level!r}; it must be baseline, avx2 or avx512")
+
 _libraries = sorted((Path(__file__).parent.parent).glob("_ops*.so"))
 if not _libraries:
     WHY_NOT = "the op library is not built: install from source with a C++ compiler and torch present"

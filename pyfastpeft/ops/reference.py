@@ -154,12 +154,13 @@ def multi_lora_backward(dy, x, lora_A, lora_B, scaling, ranks, order, segments, 
     for gradient in (dx, dlora_A, dlora_B):
         if gradient is not None:
             gradient.zero_()
+    sums = accumulation(dy.dtype)
     for a, tokens, r in _segments(order, segments, ranks, lora_A.shape[1]):
-        wide = dy[tokens].to(s.dtype) * scaling[a]
-        ds = wide @ lora_B[a, :, :r].to(s.dtype)
+        wide = dy[tokens].to(sums) * scaling[a]
+        ds = wide @ lora_B[a, :, :r].to(sums)
         if dx is not None:
-            dx[tokens] = (ds @ lora_A[a, :r].to(s.dtype)).to(dx.dtype)
+            dx[tokens] = (ds @ lora_A[a, :r].to(sums)).to(dx.dtype)
         if dlora_A is not None:
-            dlora_A[a, :r] = (ds.T @ x[tokens].to(s.dtype)).to(dlora_A.dtype)
+            dlora_A[a, :r] = (ds.T @ x[tokens].to(sums)).to(dlora_A.dtype)
         if dlora_B is not None:
             dlora_B[a, :, :r] = (wide.T @ s[tokens, :r]).to(dlora_B.dtype)

@@ -1,5 +1,7 @@
 """What the ops do to their arguments on the way in: rows, autocast, seeds."""
 
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
 
 import torch
@@ -12,8 +14,17 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def viewable_as_rows(tensor: Tensor) -> bool:
-    """Whether [..., N] is a view of [M, N] with unit stride in N, so that rows written to it reach the tensor."""
+def writable_rows(y: Tensor) -> Tensor:
+    """y [..., N] itself where rows [M, N] are a view of it, else a copy, which has to be copied back.
+
+    While compiling it is always a copy: torch's graphs lose gradients where a Function writes into a view.
+    """
+    if torch.compiler.is_compiling():
+        return y.clone(memory_format=torch.contiguous_format)
+    return y if _viewable_as_rows(y) else y.contiguous()
+
+
+def _viewable_as_rows(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         return True
     lead = [(n, s) for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1]) if n != 1]
@@ -40,8 +51,23 @@ def autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def without_autocast(backward: Callable) -> Callable:
+    """A backward pass that keeps its dtypes also when it is called under autocast."""
+
+    @wraps(backward)
+    def run(ctx, dy):
+        if not autocasting(dy):
+            return backward(ctx, dy)
+        with autocast_off(dy):
+            return backward(ctx, dy)
+
+    return run
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an op on these."""
+    """Whether autograd has to see an op on these; forward mode, to refuse it."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 

@@ -26,6 +26,8 @@ void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTe
 
 void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
                    const std::function<void(int64_t q0, int64_t n, Rows block)>& done) {
+  if (w.stride(0) != 1 && w.stride(1) != 1 && w.size(0) != 1 && w.size(1) != 1)
+    return matmul_upcast(in, m, torch::stable::contiguous(w), transposed, done);
   const auto& k = kernels<float>();
   int64_t q = w.size(transposed ? 1 : 0), p = w.size(transposed ? 0 : 1);
   int64_t stride_q = w.stride(transposed ? 1 : 0), stride_p = w.stride(transposed ? 0 : 1);
@@ -38,7 +40,7 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
     std::unique_ptr<float[]> cast(new float[block * p]), product(new float[m * block]);
     for (int64_t q0 = begin * block; q0 < std::min(end * block, q); q0 += block) {
       int64_t n = std::min(block, q - q0);
-      bool along_p = stride_p == 1;  // else along q: a gap-free run of w holds one p and many q
+      bool along_p = stride_p == 1 || p == 1;  // else along q: a gap-free run of w holds one p and many q
       int64_t runs = along_p ? n : p, length = along_p ? p : n, run = along_p ? stride_q : stride_p;
       const char* first = data + q0 * stride_q * item_size(dtype);
       for (int64_t i = 0; i < runs; ++i)

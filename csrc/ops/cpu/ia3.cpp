@@ -56,6 +56,7 @@ void scale_and_reduce(Rows g, Rows v, const C* l, Rows out, Rows dl, int64_t row
 template <class C>
 std::unique_ptr<C[]> vector(const Tensor& ia3_l, int64_t n) {
   std::unique_ptr<C[]> l(new C[n]);
+  check_adapters<C>(dtype_of(ia3_l, "ia3_l"), dtype_of(ia3_l, "ia3_l"));
   kernels<C>().widen(dtype_of(ia3_l, "ia3_l"), contiguous(ia3_l, {n}, "ia3_l"), l.get(), n);
   return l;
 }
@@ -65,6 +66,7 @@ void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
              Tensor& y, const OptionalTensor& base) {
   int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y"), product = rows_of(base, m, n, "base");
+  check_weight(weight, n, k, in.dtype);
   auto l = vector<C>(ia3_l, feedforward ? k : n);
   if constexpr (sizeof(C) == 4) {
     if (!fast_matmul(in.dtype)) {
@@ -101,13 +103,14 @@ void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
 
 template <class C>
 void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& ia3_l, bool feedforward,
-              const OptionalTensor& base, const OptionalTensor& dx, const OptionalTensor& dia3_l) {
+              const OptionalTensor& base, OptionalTensor& dx, const OptionalTensor& dia3_l) {
   int64_t m = dy.size(0), n = weight.size(0), k = weight.size(1);
   int64_t features = feedforward ? k : n;
   STD_TORCH_CHECK(!dia3_l || (feedforward ? x : base), "dia3_l needs ", feedforward ? "x" : "base");
   Rows gradient = rows_of(dy, m, n, "dy"), in = rows_of(x, m, k, "x"), product = rows_of(base, m, n, "base");
   Rows out = rows_of(dx, m, k, "dx");
   Rows dl = dia3_l ? Rows{dtype_of(*dia3_l, "dia3_l"), contiguous(*dia3_l, {features}, "dia3_l"), 0} : Rows{};
+  check_weight(weight, n, k, gradient.dtype);
   auto l = vector<C>(ia3_l, features);
 
   if constexpr (sizeof(C) == 4) {
@@ -131,6 +134,10 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
       return;
     }
   }
+  if (!feedforward && !dx) {
+    scale_and_reduce<C>(gradient, product, l.get(), Rows{}, dl, m, n);
+    return;
+  }
   int64_t shape[] = {m, features};
   Tensor middle = torch::stable::new_empty(dy, {shape, 2});
   Rows middle_rows = rows_of(middle, m, features, "middle");
@@ -138,9 +145,8 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
     matmul(dy, weight, true, std::nullopt, middle);
     scale_and_reduce<C>(middle_rows, in, l.get(), out, dl, m, k);
   } else {
-    scale_and_reduce<C>(gradient, product, l.get(), dx ? middle_rows : Rows{}, dl, m, n);
-    Tensor result = dx ? *dx : middle;
-    if (dx) matmul(middle, weight, true, std::nullopt, result);
+    scale_and_reduce<C>(gradient, product, l.get(), middle_rows, dl, m, n);
+    matmul(middle, weight, true, std::nullopt, *dx);
   }
 }
 

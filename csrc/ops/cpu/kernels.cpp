@@ -98,14 +98,15 @@ struct Cpu {
   Cpu() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = AVX2;
+    unsigned eax, ebx, ecx, edx;
+    bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c) level = AVX2;
     if (level == AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       level = AVX512;
     if (const char* cap = std::getenv("PYFASTPEFT_CPU_ISA"))
       for (int lower = BASELINE; lower < level; ++lower)
         if (!std::strcmp(cap, level_names[lower])) level = Level(lower);
-    unsigned eax, ebx, ecx, edx;
     bf16 = level == AVX512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);  // AVX512_BF16
     f16 = level == AVX512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 23 & 1);  // AVX512_FP16
 #endif

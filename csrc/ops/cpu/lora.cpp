@@ -14,6 +14,7 @@ Branch<C> single(const Tensor& lora_A, const Tensor& lora_B, double scaling, int
                  const OptionalTensor& seed) {
   int64_t rank = lora_A.size(0), k = lora_A.size(1), n = lora_B.size(0);
   Rows a = rows_of(lora_A, rank, k, "lora_A"), b = rows_of(lora_B, n, rank, "lora_B");
+  check_adapters<C>(a.dtype, b.dtype);
   Dropout dropout;
   if (seed) dropout = {p, (uint64_t)*integers(*seed, 1, "seed")};
   return {{{a, b, rank, scaling, {nullptr, tokens}}}, k, n, dropout};
@@ -25,7 +26,8 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
   auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
   Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y");
-  C* shrunk = reinterpret_cast<C*>(contiguous(s, {m, rank}, "s"));
+  C* shrunk = sums<C>(s, {m, rank}, "s");
+  if (weight) check_weight(*weight, n, k, in.dtype);
   if constexpr (sizeof(C) == 4) {
     if (weight && !fast_matmul(in.dtype)) {
       Buffer<float> wide(m, k);
@@ -61,7 +63,8 @@ void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& w
   STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
   STD_TORCH_CHECK(!dlora_B || s, "dlora_B needs s");
   Rows gradient = rows_of(dy, m, n, "dy"), in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
-  const C* shrunk = s ? reinterpret_cast<const C*>(contiguous(*s, {m, rank}, "s")) : nullptr;
+  const C* shrunk = s ? sums<C>(*s, {m, rank}, "s") : nullptr;
+  if (weight) check_weight(*weight, n, k, gradient.dtype);
   if constexpr (sizeof(C) == 4) {
     if (weight && dx && !fast_matmul(gradient.dtype)) {
       Buffer<float> wide(m, n), sum(m, k);

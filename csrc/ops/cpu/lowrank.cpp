@@ -268,6 +268,7 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
     }
   });
 
+  if (!need_ds) return;
   parallel(rank_columns(k), multiply_adds(branch, k), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
     int64_t columns = task.end - task.begin, rank = adapter.rank;

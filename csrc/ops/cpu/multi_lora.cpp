@@ -15,16 +15,19 @@ Branch<C> grouped(const Tensor& lora_A, const Tensor& lora_B, const Tensor& scal
                   const Tensor& order, const Tensor& segments, int64_t tokens) {
   int64_t count = lora_A.size(0), rank = lora_A.size(1), k = lora_A.size(2), n = lora_B.size(1);
   Dtype dtype = dtype_of(lora_A, "lora_A");
-  STD_TORCH_CHECK(dtype_of(lora_B, "lora_B") == dtype, "lora_B must be of lora_A's dtype");
-  STD_TORCH_CHECK(scaling.scalar_type() == (sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float),
-                  "scaling must be of the dtype of sums");
+  check_adapters<C>(dtype, dtype_of(lora_B, "lora_B"));
   char* a = contiguous(lora_A, {count, rank, k}, "lora_A");
   char* b = contiguous(lora_B, {count, n, rank}, "lora_B");
-  auto* scales = reinterpret_cast<const C*>(contiguous(scaling, {count}, "scaling"));
+  const C* scales = sums<C>(scaling, {count}, "scaling");
   const int64_t* true_ranks = ranks ? integers(*ranks, count, "ranks") : nullptr;
   const int64_t* position = integers(order, tokens, "order");
   const int64_t* bounds = integers(segments, count + 1, "segments");
   STD_TORCH_CHECK(bounds[0] >= 0 && bounds[count] <= tokens, "segments must lie in order");
+  std::vector<bool> seen(tokens, false);  // a token in two places would be written by two threads
+  for (int64_t i = 0; i < tokens; ++i) {
+    STD_TORCH_CHECK(0 <= position[i] && position[i] < tokens && !seen[position[i]], "order must be a permutation");
+    seen[position[i]] = true;
+  }
 
   Branch<C> branch{{}, k, n};
   for (int64_t i = 0; i < count; ++i) {
@@ -45,7 +48,7 @@ void forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const 
              const OptionalTensor& ranks, const Tensor& order, const Tensor& segments, Tensor& y, Tensor& s) {
   int64_t tokens = x.size(0);
   auto branch = grouped<C>(lora_A, lora_B, scaling, ranks, order, segments, tokens);
-  C* shrunk = reinterpret_cast<C*>(contiguous(s, {tokens, lora_A.size(1)}, "s"));
+  C* shrunk = sums<C>(s, {tokens, lora_A.size(1)}, "s");
   shrink<C>(branch, rows_of(x, tokens, branch.features_in, "x"), shrunk, lora_A.size(1));
   expand<C>(branch, shrunk, lora_A.size(1), rows_of(y, tokens, branch.features_out, "y"), 0, branch.features_out);
 }
@@ -81,7 +84,7 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, c
   for (int64_t t = 0; out && t < tokens; ++t)
     if (!reached[t]) std::memset(out.at(t), 0, k * item_size(out.dtype));
 
-  const C* shrunk = s ? reinterpret_cast<const C*>(contiguous(*s, {tokens, rank}, "s")) : nullptr;
+  const C* shrunk = s ? sums<C>(*s, {tokens, rank}, "s") : nullptr;
   backward<C>(branch, rows_of(dy, tokens, n, "dy"), rows_of(x, tokens, k, "x"), shrunk, rank, out, false);
 }
 

@@ -1,0 +1,115 @@
+"""Compiles what the launchers ask for, for targets that are not here.
+
+The launchers run on meta tensors under a driver that claims to be the target; Triton's cache hook takes down every
+kernel they want with its signature, and nothing is launched. So signatures and options are the launchers' own.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+class Target(NamedTuple):
+    name: str
+    gpu: GPUTarget
+    shared: int  # bytes of shared memory that one block may have
+    device: int  # an index that no device has
+
+
+TARGETS = {
+    name: Target(name, gpu, shared, 1000 + i)
+    for i, (name, gpu, shared) in enumerate(
+        [
+            ("sm_80", GPUTarget("cuda", 80, 32), 166_912),
+            ("sm_90", GPUTarget("cuda", 90, 32), 232_448),
+            ("sm_100", GPUTarget("cuda", 100, 32), 232_448),
+            ("gfx942", GPUTarget("hip", "gfx942", 64), 65_536),
+        ]
+    )
+}
+
+
+class Driver:
+    """As much of a Triton driver as a launch needs before it compiles."""
+
+    def __init__(self, target: Target):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target.gpu
+
+    def get_current_device(self) -> int:
+        return self.target.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Kernel(NamedTuple):
+    """One kernel as a launcher asked for it."""
+
+    name: str
+    source: ASTSource
+    constants: dict  # of its constexpr parameters
+    options: dict
+    target: Target
+
+    def __str__(self) -> str:
+        blocks = {n: v for n, v in self.constants.items() if n.startswith("BLOCK") or n == "PRECISION"}
+        types = [t for t in self.source.signature.values() if t.startswith("*")]
+        return f"{self.name} {' '.join(types)} {blocks} {self.options} on {self.target.name}"
+
+
+def kernels_of(launch: Callable[[], None], target: Target) -> list[Kernel]:
+    """Every distinct kernel that `launch` would run on `target`."""
+    found = {}
+
+    def take_down(*, key, fn, compile, **_):
+        function = fn.jit_function
+        source = ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0])
+        constants = {function.arg_names[path[0]]: value for path, value in compile["constants"].items()}
+        options = {name: compile[name] for name in ("num_warps", "num_stages")}
+        found[str(key)] = Kernel(function.__name__, source, constants, options, target)
+        return True  # neither compile nor launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", Driver(target))
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", take_down)
+        patch.setattr(torch.version, "hip", "7.0" if target.gpu.backend == "hip" else None)
+        launch()
+    return list(found.values())
+
+
+def faults(kernel: Kernel) -> list[str]:
+    """Compiles it. What is wrong with the machine code: spills, too much shared memory, or, on Hopper, a wgmma whose
+    left operand is in registers, which ptxas before 13.3 may overwrite too early (triton #9433, #11781)."""
+    compiled = triton.compile(kernel.source, target=kernel.target.gpu, options=kernel.options)
+    figures = {"shared bytes": max(0, compiled.metadata.shared - kernel.target.shared)}
+    if kernel.target.gpu.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        for name in ("vgpr_spill_count", "private_segment_fixed_size"):
+            figures[name] = int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+    else:
+        figures |= _usage(compiled.asm["cubin"])
+        figures["left operands of wgmma in registers"] = len(
+            re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\},\s*\{", compiled.asm["ptx"])
+        )
+    return [f"{kernel}: {count} {name}" for name, count in figures.items() if count]
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Memory of a thread's own. Registers spill to its stack: where there is none, no load or store is local."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {f"{name.lower()} bytes": int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("STACK", "LOCAL")}

@@ -1,0 +1,172 @@
+"""What the Triton kernels promise beyond test_ops.py; run by test_triton_interpreter.py under TRITON_INTERPRET=1."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, random
+from test_ops import assert_multi_lora, lora, multi_inputs, plain_lora, raw_arguments
+
+from pyfastpeft import ops
+from pyfastpeft.kernels.multi_lora import SCAN
+from pyfastpeft.ops import reference, schemas
+
+dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + MIXED)
+triton_ops = torch.ops.pyfastpeft_triton
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with ops.use_backend("triton"):
+        yield
+
+
+# --- every block size, strides ---
+
+
+@dtypes
+def test_many_tokens_through_strided_tensors(dtype, adapter_dtype):
+    """Several tiles each way, a rank of several blocks; x is a slice of columns, weight the transpose of a Conv1D's."""
+    # K = 64, since torch's own bfloat16 linear on a CPU lets what lies between rows into its result at some others.
+    inputs = lora_inputs(130, 64, 150, 33, dtype, adapter_dtype)
+    inputs["x"] = random(130, 75, dtype=dtype)[:, 2:66].detach().requires_grad_()
+    inputs["weight"] = random(64, 150, dtype=dtype, grad=False).T
+    assert_error_rule(lora, plain_lora, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 7, 5, 256), (17, 257, 31, 129), (255, 31, 33, 1)])
+def test_odd_shapes(dtype, shape):
+    assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype))
+
+
+@dtypes
+def test_many_tokens_of_few_adapters(dtype, adapter_dtype):
+    inputs = multi_inputs(150, 70, 140, 33, 2, dtype, adapter_dtype)
+    assert_multi_lora(inputs, torch.randint(-1, 2, (150,)), torch.tensor([0.7, -1.3]), torch.tensor([33, 18]))
+
+
+def test_more_adapters_than_one_scan_of_the_segments():
+    num_adapters = 2 * SCAN.value + 3
+    slots = torch.tensor([num_adapters - 1, 0, -1, SCAN.value, 5, SCAN.value - 1, num_adapters - 1])
+    assert_multi_lora(multi_inputs(7, 20, 9, 2, num_adapters, torch.float32), slots, torch.randn(num_adapters))
+
+
+def test_tokens_of_no_segment_are_left_alone():
+    """Slots out of range, where nobody looks: order goes on after segments[L]."""
+    x, many_A, many_B = random(6, 8, grad=False), random(2, 3, 8, grad=False), random(2, 5, 3, grad=False)
+    order, segments = torch.tensor([4, 0, 2, 5, 1, 3]), torch.tensor([1, 3, 4])
+    common = many_A, many_B, torch.tensor([0.5, 2.0]), None, order, segments
+    dy = random(6, 5, grad=False)
+    results = []
+    for namespace in (triton_ops, reference):
+        y, s, dx = torch.ones(6, 5), torch.zeros(6, 3), torch.full((6, 8), float("nan"))
+        namespace.multi_lora_forward(x, *common, y, s)
+        namespace.multi_lora_backward(dy, x, *common, s, dx, None, None)
+        assert (y[[4, 1, 3]] == 1).all()
+        assert not dx[[4, 1, 3]].any()
+        results.append((y, dx))
+    torch.testing.assert_close(*results)
+
+
+# --- dropout ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", [0, 123456789012345, -5])
+@pytest.mark.parametrize("p", [2.0**-32, 0.3, 0.99])
+def test_all_three_uses_of_the_mask_drop_what_the_reference_drops(dtype, seed, p):
+    m, k = 21, 150
+    seed, wide = torch.tensor([seed]), reference.accumulation(dtype)
+    factor = reference.dropout_factor(seed, p, m, k, wide)
+    x, ones = torch.ones(m, k, dtype=dtype), torch.ones(1, k, dtype=dtype)
+    s = torch.empty(m, k, dtype=wide)
+    y = torch.zeros(m, 1, dtype=dtype)
+    triton_ops.lora_forward(
+        x, None, None, torch.eye(k, dtype=dtype), torch.zeros(1, k, dtype=dtype), 1.0, p, seed, y, s
+    )
+    torch.testing.assert_close(s, factor)
+    dx = torch.empty(m, k, dtype=dtype)
+    one = torch.ones(1, 1, dtype=dtype)
+    triton_ops.lora_backward(y + 1, None, None, ones, one, 1.0, p, seed, None, dx, None, None)
+    torch.testing.assert_close(dx, factor.to(dtype))
+    dlora_A, eye = torch.empty(m, k, dtype=dtype), torch.eye(m, dtype=dtype)
+    triton_ops.lora_backward(eye, x, None, dlora_A, eye, 1.0, p, seed, None, None, dlora_A, None)
+    torch.testing.assert_close(dlora_A, factor.to(dtype))
+
+
+# --- gradients ---
+
+
+def test_gradcheck():
+    double = functools.partial(random, dtype=torch.float64)
+    check = functools.partial(torch.autograd.gradcheck, fast_mode=True)
+    x, weight, bias, lora_A, lora_B = double(2, 3, 5), double(4, 5), double(4), double(2, 5), double(4, 2)
+
+    def dropped(*args):
+        torch.manual_seed(7)
+        return ops.lora_linear(*args, 0.7, 0.4)
+
+    assert check(dropped, (x, weight, bias, lora_A, lora_B))
+    y = double(2, 3, 4)
+    assert check(lambda y, *a: ops.lora_delta_(y.clone(), *a, 0.7), (y, x, lora_A, lora_B))
+    for feedforward in (False, True):
+        ia3 = functools.partial(ops.ia3_linear, feedforward=feedforward)
+        assert check(ia3, (x, weight, bias, double(5 if feedforward else 4)))
+    routing = torch.tensor([1, -1, 0, 2, 2, 0]), torch.tensor([0.5, -1.0, 2.0]), torch.tensor([2, 1, 2])
+    multi = lambda y, *a: ops.multi_lora(y.clone(), *a, *routing)  # noqa: E731
+    assert check(multi, (y, x, double(3, 2, 5), double(3, 4, 2)))
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+@pytest.mark.parametrize("op", ["lora_backward", "multi_lora_backward", "ia3_backward"])
+def test_every_choice_of_gradients(op, rank):
+    """Gradients asked for together or alone are the same, whichever way the launcher takes to them."""
+    m, k, n = 20, 30, 25
+    dy, x, weight, s = (random(*shape, grad=False) for shape in ((m, n), (m, k), (n, k), (m, rank)))
+    lora_A, lora_B = random(2, rank, k, grad=False), random(2, n, rank, grad=False)
+    arguments, shapes = {
+        "lora_backward": ((dy, x, weight, lora_A[0], lora_B[0], 0.7, 0.0, None, s), [(m, k), (rank, k), (n, rank)]),
+        "multi_lora_backward": (
+            (dy, x, lora_A, lora_B, torch.tensor([0.7, 2.0]), None, torch.arange(m), torch.tensor([2, 9, m]), s),
+            [(m, k), (2, rank, k), (2, n, rank)],
+        ),
+        "ia3_backward": ((dy, x, weight, random(k, grad=False), True, None), [(m, k), (k,)]),
+    }[op]
+    expected = [torch.empty(shape) for shape in shapes]
+    getattr(reference, op)(*arguments, *expected)
+    for wanted in itertools.product([False, True], repeat=len(shapes)):
+        outputs = [torch.full(shape, float("nan")) if want else None for shape, want in zip(shapes, wanted)]
+        getattr(triton_ops, op)(*arguments, *outputs)
+        for output, exact in zip(outputs, expected):
+            if output is not None:
+                torch.testing.assert_close(output, exact)
+
+
+def test_two_runs_are_bit_identical_where_sums_are_split():
+    def run():
+        inputs = lora_inputs(200, 900, 40, 8, torch.float32)
+        out = lora(**inputs) + ops.ia3_linear(inputs["x"], inputs["weight"], inputs["bias"], ia3_l := random(40), False)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in (*inputs.values(), ia3_l) if t.requires_grad)]
+
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(run())
+    assert all(torch.equal(one, other) for one, other in zip(*runs))
+
+
+# --- registration ---
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_opcheck(op):
+    torch.library.opcheck(getattr(triton_ops, op).default, raw_arguments()[op])
+
+
+def test_compiles_as_one_graph():
+    inputs = lora_inputs(3, 8, 6, 2, torch.float32)
+    expected = lora(**inputs)
+    torch.testing.assert_close(torch.compile(lora, fullgraph=True, backend="aot_eager")(**inputs), expected)

@@ -1,0 +1,111 @@
+"""Every Triton kernel in every configuration of the launchers, compiled for GPUs that are not here."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 triton compiles nothing", allow_module_level=True)
+
+from ahead_of_time import TARGETS, faults, kernels_of
+
+from pyfastpeft.kernels import ia3, lora, multi_lora
+from pyfastpeft.kernels.blocks import BLOCKS, RANK_BLOCKS, accumulation
+
+KERNELS = [
+    "linear",
+    "shrink",
+    "factor_gradient",
+    "ia3_linear",
+    "column_sums",
+    "multi_shrink",
+    "multi_expand",
+    "multi_factor_gradient",
+]
+half, single, double = torch.bfloat16, torch.float32, torch.float64
+KINDS = {
+    "half": (half, half),
+    "mixed": (half, single),
+    "mixed float16": (torch.float16, single),
+    "single": (single, single),
+    "double": (double, double),
+}
+
+
+def meta(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_lora(tokens, rank, dtype, adapters, k=512, n=512):
+    wide, seed = accumulation(dtype), meta(1, dtype=torch.int64)
+    x, y, s = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype), meta(tokens, rank, dtype=wide)
+    weight, bias = meta(n, k, dtype=dtype), meta(n, dtype=dtype)
+    factors = meta(rank, k, dtype=adapters), meta(n, rank, dtype=adapters)
+    lora.lora_forward(x, weight, bias, *factors, 0.5, 0.1, seed, y, s)
+    lora.lora_forward(x, None, None, *factors, 0.5, 0.1, seed, y, s)
+    lora.lora_backward(y, x, weight, *factors, 0.5, 0.1, seed, s, x, *factors)
+    lora.lora_backward(y, x, None, *factors, 0.5, 0.1, seed, None, None, factors[0], None)
+
+
+def launch_ia3(tokens, dtype, k=512, n=512):
+    x, y, weight, bias = (meta(*shape, dtype=dtype) for shape in ((tokens, k), (tokens, n), (n, k), (n,)))
+    scale = meta(k, dtype=single if dtype == half else dtype)
+    for feedforward in (False, True):
+        ia3.ia3_forward(x, weight, bias, scale, feedforward, y, y)
+        ia3.ia3_backward(y, x, weight, scale, feedforward, y, x, scale)
+
+
+def launch_multi_lora(tokens, rank, dtype, adapters, k=512, n=512, num_adapters=4):
+    tokens *= num_adapters
+    integers = [meta(size, dtype=torch.int64) for size in (num_adapters, tokens, num_adapters + 1)]
+    x, y = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype)
+    s = meta(tokens, rank, dtype=accumulation(dtype))
+    factors = meta(num_adapters, rank, k, dtype=adapters), meta(num_adapters, n, rank, dtype=adapters)
+    arguments = *factors, meta(num_adapters, dtype=s.dtype), *integers
+    multi_lora.multi_lora_forward(x, *arguments, y, s)
+    multi_lora.multi_lora_backward(y, x, *arguments, s, x, *factors)
+
+
+def launch_all():
+    for dtype, adapters in KINDS.values():
+        for tokens in (16, 64, 128):
+            for rank in (16, 64):
+                launch_lora(tokens, rank, dtype, adapters)
+                launch_multi_lora(tokens, rank, dtype, adapters)
+            if dtype == adapters:
+                launch_ia3(tokens, dtype)
+    # To Triton an argument of 1 is a constant; nothing is aligned here either.
+    launch_lora(1, 1, half, half, k=1, n=1)
+    launch_multi_lora(1, 1, half, half, k=1, n=1, num_adapters=1)
+    launch_ia3(1, half, k=1, n=1)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """target -> kernel -> what the launchers ask for."""
+    found = {}
+    for name, target in TARGETS.items():
+        for kernel in kernels_of(launch_all, target):
+            found.setdefault((name, kernel.name), []).append(kernel)
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills_inside_shared_memory(kernels, target, name):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [fault for some in pool.map(faults, kernels[target, f"{name}_kernel"]) for fault in some]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_configuration_is_asked_for(kernels, name):
+    asked = [{**kernel.constants, **kernel.options} for kernel in kernels["sm_90", f"{name}_kernel"]]
+    for kind, entries in (BLOCKS.get(name) or BLOCKS[name.removeprefix("multi_")]).items():
+        for most, entry in entries:
+            for rank_block in RANK_BLOCKS[kind]:
+                wanted = entry | ({"BLOCK_R": rank_block} if "BLOCK_R" in asked[0] else {})
+                assert any(wanted.items() <= one.items() for one in asked), (kind, most, wanted)
