@@ -33,6 +33,7 @@ from .texts import Misuse
 class Effort:
     """Whatever is counted in steps or rounds ends early where its seconds are over: a slow machine does less."""
 
+    packages: int = len(texts.PACKAGES)  # of the standard library, adapted to where no text is given
     base_steps: int = 1000
     base_seconds: float = 50
     steps: int = 100  # of each adapter
@@ -44,7 +45,7 @@ class Effort:
     new_tokens: int = 24  # generated for each of its rows
 
 
-QUICK = Effort(80, 6, 12, 2, 4, 4, 1, 2, 6)
+QUICK = Effort(2, 80, 6, 12, 2, 4, 4, 1, 2, 6)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -139,7 +140,7 @@ class Demo:
     def open(self) -> None:
         """The model, trained or not, and the texts: what cannot be used is told before time is spent."""
         options, path = self.options, self.options.model
-        given = texts.files(options.data) or texts.package_texts()
+        given = texts.files(options.data) or texts.package_texts(self.effort.packages)
         if path is None:
             self.tokenizer = byte_tokenizer()
             base = small_llama(self.tokenizer)
@@ -255,6 +256,8 @@ class Demo:
         ids = torch.stack([rows[i % len(rows)] for i, rows in enumerate(texts_of)]).to(self.device)
         self.check(*checks.mixed_batch(model, ids, names))
         self.results["samples"] = self.samples(model)
+        for sample in self.results["samples"][:2]:
+            print(f"  {sample['adapter']}: {sample['prompt']!r} -> {sample['continued']!r}")
         self.results["serving"] = {
             "rows": len(names),
             "length": ids.shape[1],
@@ -275,7 +278,7 @@ class Demo:
             ids = measure.generate(model, ids, 64, adapter_names=names, do_sample=True, temperature=0.6)
         decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True)
         return [
-            {"adapter": name, "prompt": prompt, "continued": continued}
+            {"adapter": name.replace("__base__", "base model"), "prompt": prompt, "continued": continued}
             for name, prompt, continued in zip(names, decode(ids[:, :length]), decode(ids[:, length:]))
         ]
 

@@ -60,10 +60,12 @@ def load(path: str, length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         raise Misuse(f"--model {path} does not load as a causal language model: {_summary(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        known = set(tokenizer("text", add_special_tokens=False)["input_ids"]) - set(tokenizer.all_special_ids)
+        why = "" if known else "its vocabulary is empty"  # what some of them are without their files
     except Exception as error:  # transformers raises whatever its tokenizers do
-        raise Misuse(
-            f"--model {path} comes without a tokenizer that transformers can load: {_summary(error)}"
-        ) from error
+        why = _summary(error)
+    if why:
+        raise Misuse(f"--model {path} comes without a tokenizer that transformers can load: {why}")
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise Misuse(f"--model {path}: its tokenizer has {len(tokenizer)} tokens, its embeddings only {vocabulary}")

@@ -423,7 +423,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr));
 dt { font-weight: 600; }
 dd { margin: 0; }
 pre {
-  margin: 0; padding: .75rem; overflow-x: auto; border-radius: .375rem;
+  margin: 0; padding: .75rem; border-radius: .375rem; white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--band); font: .8125rem/1.45 ui-monospace, monospace;
 }
 pre span { color: var(--faint); }

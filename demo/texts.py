@@ -85,9 +85,9 @@ def base_text() -> str:
     return text
 
 
-def package_texts() -> dict[str, str]:
-    """The text of each of PACKAGES. Raises Misuse where this Python comes without its sources."""
-    texts = {name: "".join(map(_read, _sources(STDLIB / name))) for name in PACKAGES}
+def package_texts(count: int) -> dict[str, str]:
+    """The text of the first `count` of PACKAGES. Raises Misuse where this Python comes without its sources."""
+    texts = {name: "".join(map(_read, _sources(STDLIB / name))) for name in PACKAGES[:count]}
     if not all(texts.values()):
         raise Misuse(f"this Python's standard library ({STDLIB}) holds no sources; give --model and --data")
     return texts

@@ -92,7 +92,7 @@ def faults(kernel: Kernel) -> list[str]:
     """Compiles it. What is wrong with the machine code: spills, too much shared memory, or, on Hopper, a wgmma whose
     left operand is in registers, which ptxas before 13.3 may overwrite too early (triton #9433, #11781)."""
     compiled = triton.compile(kernel.source, target=kernel.target.gpu, options=kernel.options)
-    figures = {"shared bytes": max(0, compiled.metadata.shared - kernel.target.shared)}
+    figures = {"bytes of shared memory too many": max(0, compiled.metadata.shared - kernel.target.shared)}
     if kernel.target.gpu.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         for name in ("vgpr_spill_count", "private_segment_fixed_size"):

@@ -70,6 +70,19 @@ def test_tokens_of_no_segment_are_left_alone():
     torch.testing.assert_close(*results)
 
 
+def test_unused_ranks_get_zero_gradients_from_nan_too():
+    inputs = multi_inputs(4, 8, 5, 3, 1, torch.float32)
+    with torch.no_grad():
+        inputs["x"][1] = float("nan")
+    slots, ranks = torch.zeros(4, dtype=torch.int64), torch.tensor([2])
+    y = inputs.pop("y").detach()
+    ops.multi_lora(y, **inputs, slots=slots, scaling=1.0, ranks=ranks).sum().backward()
+    assert inputs["lora_A"].grad[0, :2].isnan().all()
+    assert inputs["lora_B"].grad[0, :, :2].isnan().all()
+    assert not inputs["lora_A"].grad[0, 2:].any()
+    assert not inputs["lora_B"].grad[0, :, 2:].any()
+
+
 # --- dropout ---
 
 

@@ -43,6 +43,7 @@ static inline void from_float(float v, bf16& out) {
 }  // namespace pyfastpeft
 
 #if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds one in its own AVX-512 header
 #endif
 

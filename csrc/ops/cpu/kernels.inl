@@ -93,6 +93,22 @@ inline Four<C> sums(Four<C> a, Four<C> b, Four<C> c, Four<C> d) {
   return SHUFFLE(ab, cd, 0, 1, 4, 5) + SHUFFLE(ab, cd, 2, 3, 6, 7);
 }
 
+// The lower half of the lanes plus the upper one.
+template <class V, class Half>
+inline Half halved(V v) {
+#if BYTES == 64
+  if constexpr (sizeof(V) == 64)
+    return (Half)_mm512_castsi512_si256((__m512i)v) + (Half)_mm512_extracti64x4_epi64((__m512i)v, 1);
+#endif
+#if BYTES >= 32
+  if constexpr (sizeof(V) == 32)
+    return (Half)_mm256_castsi256_si128((__m256i)v) + (Half)_mm256_extracti128_si256((__m256i)v, 1);
+#endif
+  char bytes[sizeof(V)];
+  store_bits(bytes, v);
+  return load_bits<Half>(bytes) + load_bits<Half>(bytes + sizeof(Half));
+}
+
 template <class C, int N>
 inline Four<C> fold(typename Lanes<C, N>::V v) {
   if constexpr (N == 4) {
@@ -100,10 +116,7 @@ inline Four<C> fold(typename Lanes<C, N>::V v) {
   } else if constexpr (N < 4) {  // two lanes of double
     return Four<C>{v[0], v[1], 0, 0};
   } else {
-    C lanes[N];
-    store_bits(lanes, v);
-    using Half = typename Lanes<C, N / 2>::V;
-    return fold<C, N / 2>(load_bits<Half>(lanes) + load_bits<Half>(lanes + N / 2));
+    return fold<C, N / 2>(halved<typename Lanes<C, N>::V, typename Lanes<C, N / 2>::V>(v));
   }
 }
 
@@ -157,17 +170,20 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
       for (int r = 0; r < R; ++r) acc[t][r] += v * row[r];
     }
   }
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    C total[4];
+    Four<C> total;
     if constexpr (R == 4) {
-      store_bits(total, sums<C>(fold<C, L>(acc[t][0]), fold<C, L>(acc[t][1]), fold<C, L>(acc[t][2]), fold<C, L>(acc[t][3])));
+      total = sums<C>(fold<C, L>(acc[t][0]), fold<C, L>(acc[t][1]), fold<C, L>(acc[t][2]), fold<C, L>(acc[t][3]));
     } else {
-      Four<C> zero = {};
-      store_bits(total, sums<C>(fold<C, L>(acc[t][0]), zero, zero, zero));
+      total = sums<C>(fold<C, L>(acc[t][0]), Four<C>{}, Four<C>{}, Four<C>{});
     }
-    for (int r = 0; r < R; ++r) {
-      for (int64_t j = i; j < end; ++j) total[r] += x[t][j] * to_float(a[r * lda + j]);
-      s[t][rank + r] = accumulate ? s[t][rank + r] + total[r] : total[r];
+    for (int64_t j = i; j < end; ++j)
+      for (int r = 0; r < R; ++r) total[r] += x[t][j] * to_float(a[r * lda + j]);
+    if constexpr (R == 4) {
+      store_bits(s[t] + rank, accumulate ? load_bits<Four<C>>(s[t] + rank) + total : total);
+    } else {
+      s[t][rank] = accumulate ? s[t][rank] + total[0] : total[0];
     }
   }
 }
