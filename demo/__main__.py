@@ -35,12 +35,12 @@ class Effort:
 
     packages: int = len(texts.PACKAGES)  # of the standard library, adapted to where no text is given
     base_steps: int = 1000
-    base_seconds: float = 50
+    base_seconds: float = 45
     steps: int = 100  # of each adapter
-    seconds: float = 6
-    checked_steps: int = 15
+    seconds: float = 5
+    checked_steps: int = 12
     rounds: int = 15  # of each measurement
-    measured_seconds: float = 7
+    measured_seconds: float = 5
     rows_of_each: int = 4  # adapter, in the mixed batch
     new_tokens: int = 24  # generated for each of its rows
 

@@ -163,11 +163,11 @@ def bars(panels: list[tuple[str, dict]], value, spread, unit: str, text: str) ->
 
 
 def curves(panels: dict[str, list[tuple]], unit: str, text: str) -> str:
-    """A panel for each title, of lines (label, values, style)."""
+    """A panel for each title, of lines (label, values, colour, width)."""
     figure, axes = drawing(len(panels), 2.4)
     for axis, (name, lines) in zip(axes, panels.items()):
-        for label, values, style in lines:
-            axis.plot(range(1, len(values) + 1), values, label=label, **style)
+        for label, values, colour, width in lines:
+            axis.plot(range(1, len(values) + 1), values, label=label, color=COLOURS[colour], linewidth=width)
         axis.set_title(name, loc="left")
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -312,11 +312,7 @@ def sections(results: dict):
         curves(
             {
                 part: [
-                    (
-                        found["method"],
-                        found["losses"],
-                        {"color": COLOURS[METHODS[found["method"]][0]], "linewidth": 1.2},
-                    )
+                    (found["method"], smooth(found["losses"]), METHODS[found["method"]][0], 1.5)
                     for found in results["adapters"]
                     if found["part"] == part
                 ]
@@ -328,9 +324,9 @@ def sections(results: dict):
         f"Training loss of each adapter, as the mean of {SMOOTHED} steps; LoRA and IA3 see the same batches.",
     )
     if "losses" in base:
-        line = ("", base["losses"], {"color": COLOURS["ink"], "linewidth": 1})
+        lines = [("", base["losses"], "ink", 1)]
         yield chart(
-            curves({"base model": [line]}, "loss, nats per token", "Training loss of the base model, falling."),
+            curves({"base model": lines}, "loss, nats per token", "Training loss of the base model, falling."),
             f"Training loss of the base model; after {len(base['losses'])} steps {base['held_out_loss']:.3f} on "
             "held-out text.",
         )
@@ -340,10 +336,7 @@ def sections(results: dict):
     yield chart(
         curves(
             {
-                method: [
-                    ("PEFT", found["peft"], {"color": COLOURS["peft"], "linewidth": 6}),
-                    ("pyfastpeft", found["ours"], {"color": COLOURS["ours"], "linewidth": 1.5}),
-                ]
+                method: [("PEFT", found["peft"], "peft", 7), ("pyfastpeft", found["ours"], "ours", 2.5)]
                 for method, found in results["curves"].items()
             },
             "loss, nats per token",

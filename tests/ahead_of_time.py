@@ -91,7 +91,10 @@ def kernels_of(launch: Callable[[], None], target: Target) -> list[Kernel]:
 def faults(kernel: Kernel) -> list[str]:
     """Compiles it. What is wrong with the machine code: spills, too much shared memory, or, on Hopper, a wgmma whose
     left operand is in registers, which ptxas before 13.3 may overwrite too early (triton #9433, #11781)."""
-    compiled = triton.compile(kernel.source, target=kernel.target.gpu, options=kernel.options)
+    try:
+        compiled = triton.compile(kernel.source, target=kernel.target.gpu, options=kernel.options)
+    except Exception as error:
+        return [f"{kernel}: {error!r}"]
     figures = {"bytes of shared memory too many": max(0, compiled.metadata.shared - kernel.target.shared)}
     if kernel.target.gpu.backend == "hip":
         assembly = compiled.asm["amdgcn"]

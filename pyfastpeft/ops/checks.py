@@ -22,14 +22,14 @@ def need(condition: bool, op: str, argument: str, given, needed: str, error=Valu
 
 
 def floating(op: str, argument: str, tensor) -> None:
-    need(
-        isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS,
-        op,
-        argument,
-        tensor,
-        "a float64, float32, bfloat16 or float16 tensor",
-        TypeError,
-    )
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOATS:
+        need(False, op, argument, tensor, "a float64, float32, bfloat16 or float16 tensor", TypeError)
+
+
+def integers(op: str, argument: str, tensor: torch.Tensor, size: int, x: torch.Tensor) -> None:
+    """int64 of shape [size], on x's device."""
+    if tensor.shape != (size,) or tensor.dtype != torch.int64 or tensor.device != x.device:
+        need(False, op, argument, tensor, f"a torch.int64 tensor of shape [{size}] on {x.device}")
 
 
 def features(op: str, argument: str, tensor: torch.Tensor) -> None:
@@ -53,14 +53,16 @@ def adapters(op: str, lora_A: torch.Tensor, lora_B: torch.Tensor, x: torch.Tenso
     """lora_A [*lead, r, K] and lora_B [*lead, N, r]: dtypes, devices and shapes that fit each other and x."""
     floating(op, "lora_A", lora_A)
     floating(op, "lora_B", lora_B)
-    names = ", ".join((*lead, ""))
-    need(lora_A.dim() == 2 + len(lead), op, "lora_A", lora_A, f"of shape [{names}r, K]")
-    need(lora_B.dim() == 2 + len(lead), op, "lora_B", lora_B, f"of shape [{names}N, r]")
-    rank = lora_A.shape[-2]
+    names, dims = "".join([f"{name}, " for name in lead]), 2 + len(lead)
+    if lora_A.dim() != dims or lora_B.dim() != dims:
+        need(lora_A.dim() == dims, op, "lora_A", lora_A, f"of shape [{names}r, K]")
+        need(False, op, "lora_B", lora_B, f"of shape [{names}N, r]")
+    *stack, rank, _ = lora_A.shape
+    features_out = lora_B.shape[-2]
     need(rank > 0, op, "lora_A", lora_A, "of rank r >= 1")
-    need(lora_B.shape[-2] > 0, op, "lora_B", lora_B, f"of shape [{names}N, r] with N >= 1")
-    shape(op, "lora_A", lora_A, (*lora_A.shape[:-2], rank, x.shape[-1]), f"[{names}r, K]")
-    shape(op, "lora_B", lora_B, (*lora_A.shape[:-2], lora_B.shape[-2], rank), f"[{names}N, r]")
+    need(features_out > 0, op, "lora_B", lora_B, "of at least one output feature, N >= 1")
+    shape(op, "lora_A", lora_A, (*stack, rank, x.shape[-1]), f"[{names}r, K]")
+    shape(op, "lora_B", lora_B, (*stack, features_out, rank), f"[{names}N, r]")
     like(op, "lora_A", lora_A, x, dtype=False)
     like(op, "lora_B", lora_B, x, dtype=False)
     like(op, "lora_B", lora_B, lora_A, other="lora_A")
@@ -78,7 +80,7 @@ def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     floating(op, "x", x)
     floating(op, "weight", weight)
     features(op, "x", x)
-    need(weight.dim() == 2 and len(weight) > 0, op, "weight", weight, "of shape [N, K] with N >= 1")
+    need(weight.dim() == 2 and weight.shape[0] > 0, op, "weight", weight, "of shape [N, K] with N >= 1")
     shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[N, K]")
     like(op, "weight", weight, x)
     if bias is not None:

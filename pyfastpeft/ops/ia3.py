@@ -14,7 +14,7 @@ def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
     row = dispatch.select("ia3_forward", x.device.type, x.dtype)
     rows = as_rows(x)
     y = rows.new_empty(*x.shape[:-1], weight.shape[0])
-    base = rows.new_empty(len(rows), weight.shape[0]) if keep_base else None
+    base = rows.new_empty(rows.shape[0], weight.shape[0]) if keep_base else None
     if rows.numel():
         row.function(rows, weight, bias, ia3_l, feedforward, y.view(-1, weight.shape[0]), base)
     return y, base, row.backend

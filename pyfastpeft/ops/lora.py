@@ -23,7 +23,7 @@ def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     """(y, s, backend). With weight, y is None and the result is new; without, y is written in place."""
     row = dispatch.select("lora_forward", x.device.type, x.dtype)
     rows = as_rows(x)
-    s = rows.new_empty(len(rows), lora_A.shape[0], dtype=reference.accumulation(x.dtype))
+    s = rows.new_empty(rows.shape[0], lora_A.shape[0], dtype=reference.accumulation(x.dtype))
     if weight is not None:
         y = rows.new_empty(*x.shape[:-1], weight.shape[0])
     if rows.numel():

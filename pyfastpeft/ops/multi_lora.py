@@ -48,7 +48,7 @@ def route(
     checks.need(slots.dim() == 1, op, "slots", slots, "of shape [T]")
     if checks.values_on(slots.device):
         _check_range(op, slots, num_adapters)
-    order = slots.new_empty(len(slots), dtype=torch.int64)
+    order = slots.new_empty(slots.shape[0], dtype=torch.int64)
     segments = slots.new_empty(num_adapters + 1, dtype=torch.int64)
     row = dispatch.select("group_tokens", slots.device.type, torch.float32)
     row.function(slots.to(torch.int64).contiguous(), order, segments)
@@ -56,18 +56,20 @@ def route(
 
 
 def _check_range(op, slots, num_adapters):
-    if len(slots):
-        low, high = (int(v) for v in (slots.aminmax() if isinstance(slots, Tensor) else (slots.min(), slots.max())))
-        given = f"between {low} and {high}"
-        checks.need(low >= -1 and high < num_adapters, op, "slots", given, f"in [-1, {num_adapters}) (-1: base only)")
+    if slots.shape[0] == 0:
+        return
+    low, high = slots.aminmax() if isinstance(slots, Tensor) else (slots.min(), slots.max())
+    if low < -1 or high >= num_adapters:
+        given = f"between {int(low)} and {int(high)}"
+        checks.need(False, op, "slots", given, f"in [-1, {num_adapters}) (-1: base only)")
 
 
 def _forward(y, x, lora_A, lora_B, scaling, ranks, order, segments):
     """(y, s, backend); y is written in place."""
     row = dispatch.select("multi_lora_forward", x.device.type, x.dtype)
     rows = as_rows(x)
-    s = rows.new_empty(len(rows), lora_A.shape[1], dtype=reference.accumulation(x.dtype))
-    if len(rows):
+    s = rows.new_empty(rows.shape[0], lora_A.shape[1], dtype=reference.accumulation(x.dtype))
+    if rows.shape[0]:
         row.function(rows, lora_A, lora_B, scaling, ranks, order, segments, y.view(-1, y.shape[-1]), s)
     return y, s, row.backend
 
@@ -150,9 +152,8 @@ def multi_lora(
         checks.shape(op, "slots", slots, (tokens,), "[T]")
         checks.like(op, "slots", slots, x, dtype=False)
         slots = route(slots, num_adapters)
-    for name, tensor, size in zip(("order [T]", "segments [L + 1]"), slots, (tokens, num_adapters + 1)):
-        fits = tensor.shape == (size,) and tensor.dtype == torch.int64 and tensor.device == x.device
-        checks.need(fits, op, f"slots.{name}", tensor, f"a torch.int64 tensor of shape [{size}] on {x.device}")
+    checks.integers(op, "slots.order [T]", slots.order, tokens, x)
+    checks.integers(op, "slots.segments [L + 1]", slots.segments, num_adapters + 1, x)
     wide = reference.accumulation(x.dtype)
     if isinstance(scaling, Tensor):
         checks.floating(op, "scaling", scaling)
