@@ -43,7 +43,9 @@ def _run(function, inputs, seed):
 
 
 def _same_strides(tensor):
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    """A leaf of the same values and strides, with zeros in the gaps: torch's own bfloat16 products read them."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    copy = torch.zeros(extent, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, tensor.stride())
     return copy.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 
 
