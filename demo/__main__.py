@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft
 from benchmarks import machine
+from pyfastpeft.ops import dispatch
 
 from . import checks, measure, report, texts
 from .checks import Check, fused
@@ -39,13 +40,26 @@ class Effort:
     steps: int = 100  # of each adapter
     seconds: float = 5
     checked_steps: int = 12
+    checked_seconds: float = 5
     rounds: int = 15  # of each measurement
     measured_seconds: float = 5
     rows_of_each: int = 4  # adapter, in the mixed batch
     new_tokens: int = 24  # generated for each of its rows
 
 
-QUICK = Effort(2, 80, 6, 12, 2, 4, 4, 1, 2, 6)
+QUICK = Effort(
+    packages=2,
+    base_steps=80,
+    base_seconds=6,
+    steps=12,
+    seconds=2,
+    checked_steps=4,
+    checked_seconds=2,
+    rounds=4,
+    measured_seconds=1,
+    rows_of_each=2,
+    new_tokens=6,
+)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,6 +122,7 @@ class Demo:
         described = machine.describe()
         self.results = {
             "machine": described | {"title": machine.title(described)},
+            "backend": dispatch.select("lora_forward", self.device.type, torch.float32).backend,
             "settings": {name: getattr(options, name) for name in ("rank", "dropout", "lr", "length", "rows", "quick")},
             "adapters": [],
             "training": [],
@@ -115,7 +130,7 @@ class Demo:
 
     def run(self) -> int:
         torch.manual_seed(0)
-        print(f"pyfastpeft on {self.results['machine']['title']}")
+        print(f"pyfastpeft's {self.results['backend']} backend on {self.results['machine']['title']}")
         self.open()
         if self.options.model is None:
             self.train_base()
@@ -195,10 +210,9 @@ class Demo:
 
     def compare_with_peft(self) -> None:
         first, part = next(iter(self.parts.items()))
-        steps = self.effort.checked_steps
-        self.phase("Check against PEFT", f"From the same start on the same {steps} batches of {first}, dropout off.")
+        self.phase("Check against PEFT", f"From the same start on the same batches of {first}, dropout off.")
         batches = part.batches(self.options.rows, seed=1)
-        batches = [ids.to(self.device) for ids in islice(batches, steps)]
+        batches = [ids.to(self.device) for ids in islice(batches, self.effort.checked_steps)]
         self.results["curves"] = {}
         for method, model in self.models.items():
             accelerated = pyfastpeft.accelerate(model)
@@ -206,7 +220,8 @@ class Demo:
             print("  " + str(accelerated).replace("\n", "\n  "))
             start = checks.trainable(model)
             self.check(checks.fused_path(method, model, batches[0]))
-            check, self.results["curves"][method] = checks.loss_curves(method, model, batches, self.rates[method])
+            rate, seconds = self.rates[method], self.effort.checked_seconds
+            check, self.results["curves"][method] = checks.loss_curves(method, model, batches, rate, seconds)
             self.check(check, checks.gradients(method, model, batches[0]))
             checks.restart(model, start)
 

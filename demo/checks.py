@@ -1,6 +1,8 @@
 """What must hold, with figures: losses, gradients, checkpoints and mixed batches against PEFT."""
 
 import copy
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,15 +70,18 @@ def fused_path(label: str, model: PeftModel, ids: Tensor) -> Check:
     )
 
 
-def loss_curves(label: str, model: PeftModel, batches: list[Tensor], lr: float) -> tuple[Check, dict[str, list[float]]]:
-    """Train from one start on the same batches, with PEFT's code and fused. The model keeps what PEFT trained."""
-    start = trainable(model)
+def loss_curves(
+    label: str, model: PeftModel, batches: list[Tensor], lr: float, seconds: float
+) -> tuple[Check, dict[str, list[float]]]:
+    """Train from one start on the same batches, fused and with PEFT's code: all of them, or as many as the fused model
+    takes in `seconds`. The model keeps what PEFT trained."""
+    start, end = trainable(model), time.perf_counter() + seconds
     with fused(model):
-        ours = _losses(model, batches, lr)
+        ours = _losses(model, batches, lr, end)
     restart(model, start)
-    stock = _losses(model, batches, lr)
+    stock = _losses(model, batches[: len(ours)], lr)
     difference = max(abs(a - b) / b for a, b in zip(ours, stock))
-    meaning = f"largest relative difference from PEFT's loss in {len(batches)} steps, dropout off"
+    meaning = f"largest relative difference from PEFT's loss in {len(ours)} steps, dropout off"
     return Check(f"{label}: loss curve", difference, CURVE_LIMIT, meaning), {"ours": ours, "peft": stock}
 
 
@@ -91,7 +96,7 @@ def restart(model: PeftModel, start: dict[str, Tensor]) -> None:
             parameter.copy_(start[name])
 
 
-def _losses(model, batches, lr):
+def _losses(model, batches, lr, end=math.inf):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.AdamW(parameters, lr=lr), []
     for ids in batches:
@@ -100,6 +105,8 @@ def _losses(model, batches, lr):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        if time.perf_counter() > end:
+            break
     return losses
 
 

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from demo.__main__ import main
 from demo.model import byte_tokenizer
+from pyfastpeft.ops import dispatch
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--quick", "--rows", 4, "--length", 32, "--steps", 12)
@@ -65,6 +66,7 @@ def test_the_short_form_on_its_own_model(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = read(tmp_path)
 
+    assert report["backend"] in dispatch.BACKENDS
     checks = {check["name"]: check for check in report["checks"]}
     assert report["passed"]
     assert all(check["passed"] and check["measured"] <= check["limit"] for check in checks.values())

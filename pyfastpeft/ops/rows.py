@@ -10,7 +10,7 @@ from torch import Tensor
 
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., F] as [M, F] with unit stride in F; copies only where the strides leave no other way."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -12,17 +12,32 @@ namespace {
 
 constexpr int64_t CHUNKS = 32;  // partial sums of the reduction over rows: fixed, so that threads do not change it
 
+// Row i of x as C: where it lies if it is of that type, else in `stage`.
+template <class C>
+const C* row_of(const Rows& x, int64_t i, int64_t n, C* stage) {
+  if (item_size(x.dtype) == sizeof(C)) return reinterpret_cast<const C*>(x.at(i));
+  kernels<C>().widen(x.dtype, x.at(i), stage, n);
+  return stage;
+}
+
+// Row i of out = x * l.
+template <class C>
+void scale_row(const C* x, const C* l, const Rows& out, int64_t i, int64_t n, C* stage) {
+  if (item_size(out.dtype) == sizeof(C)) {
+    kernels<C>().multiply(x, l, reinterpret_cast<C*>(out.at(i)), n);
+  } else {
+    kernels<C>().multiply(x, l, stage, n);
+    kernels<C>().narrow(out.dtype, stage, out.at(i), n);
+  }
+}
+
 // out[i] = in[i] * l, row by row.  in, out: [rows, n];  l: [n]
 template <class C>
 void scale(Rows in, const C* l, Rows out, int64_t rows, int64_t n) {
-  const auto& k = kernels<C>();
   torch::stable::parallel_for(0, rows, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<C[]> row(new C[n]);
-    for (int64_t i = begin; i < end; ++i) {
-      k.widen(in.dtype, in.at(i), row.get(), n);
-      k.multiply(row.get(), l, n);
-      k.narrow(out.dtype, row.get(), out.at(i), n);
-    }
+    std::unique_ptr<C[]> stage(new C[n]);
+    for (int64_t i = begin; i < end; ++i)
+      scale_row(row_of(in, i, n, stage.get()), l, out, i, n, stage.get());
   });
 }
 
@@ -36,15 +51,9 @@ void scale_and_reduce(Rows g, Rows v, const C* l, Rows out, Rows dl, int64_t row
   torch::stable::parallel_for(0, CHUNKS, rows * n < 32768 ? CHUNKS : 1, [&](int64_t begin, int64_t end) {
     std::unique_ptr<C[]> left(new C[n]), right(new C[n]);
     for (int64_t i = begin * chunk; i < std::min(end * chunk, rows); ++i) {
-      k.widen(g.dtype, g.at(i), left.get(), n);
-      if (dl) {
-        k.widen(v.dtype, v.at(i), right.get(), n);
-        k.multiply_add(left.get(), right.get(), partial.get() + i / chunk * n, n);
-      }
-      if (out) {
-        k.multiply(left.get(), l, n);
-        k.narrow(out.dtype, left.get(), out.at(i), n);
-      }
+      const C* gradient = row_of(g, i, n, left.get());
+      if (dl) k.multiply_add(gradient, row_of(v, i, n, right.get()), partial.get() + i / chunk * n, n);
+      if (out) scale_row(gradient, l, out, i, n, left.get());
     }
   });
   if (!dl) return;
@@ -83,7 +92,7 @@ void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
           auto* row = reinterpret_cast<float*>(block.at(t));
           if (bias) kernels<float>().add(row, shift.get() + n0, columns);
           if (product) kernels<float>().narrow(product.dtype, row, product.at(t, n0), columns);
-          if (!feedforward) kernels<float>().multiply(row, l.get() + n0, columns);
+          if (!feedforward) kernels<float>().multiply(row, l.get() + n0, row, columns);
           kernels<float>().narrow(out.dtype, row, out.at(t, n0), columns);
         }
       });

@@ -29,8 +29,8 @@ struct Kernels {
   void (*transpose)(const C* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo);
   // x[i] += b[i] for i < n.
   void (*add)(C* x, const C* b, int64_t n);
-  // x[i] *= l[i] for i < n.
-  void (*multiply)(C* x, const C* l, int64_t n);
+  // out[i] = x[i] l[i] for i < n; out may be x.
+  void (*multiply)(const C* x, const C* l, C* out, int64_t n);
   // sum[i] += a[i] b[i] for i < n.
   void (*multiply_add)(const C* a, const C* b, C* sum, int64_t n);
   // x[i] *= kept(seed; token, k0 + i) ? 1 / (1 - p) : 0 for i < n; k0 is a multiple of 4. The mask is that of

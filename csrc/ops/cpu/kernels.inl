@@ -337,8 +337,8 @@ void add(C* x, const C* b, int64_t n) {
 }
 
 template <class C>
-void multiply(C* x, const C* l, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= l[i];
+void multiply(const C* x, const C* l, C* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * l[i];
 }
 
 template <class C>
