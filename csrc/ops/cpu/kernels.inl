@@ -360,11 +360,13 @@ inline Bits64 multiply_words(Bits64 a, uint64_t b) {
 template <class C>
 void drop(C* x, int64_t n, int64_t k0, int64_t token, uint64_t seed, double p) {
   constexpr int64_t L = BYTES / 8;  // counters at a time
-  const uint64_t mask = 0xffffffff, threshold = (uint64_t)(p * 4294967296.0);
+  const uint64_t mask = 0xffffffff;
+  const uint32_t threshold = (uint32_t)(p * 4294967296.0);
   const C kept = C(1) / C(1 - p);
+  Bits64 lane;
+  for (int64_t l = 0; l < L; ++l) lane[l] = l;
   for (int64_t i = 0; i < n; i += 4 * L) {
-    Bits64 c0 = {}, c1 = {}, c2 = {}, c3 = {};
-    for (int64_t l = 0; l < L; ++l) c0[l] = (uint64_t)(k0 + i) / 4 + l, c1[l] = (uint64_t)token;
+    Bits64 c0 = lane + (uint64_t)(k0 + i) / 4, c1 = Bits64{} + (uint64_t)token, c2 = {}, c3 = {};
     uint64_t key0 = seed & mask, key1 = seed >> 32;
     for (int round = 0; round < 10; ++round) {
       Bits64 p0 = multiply_words(c0, 0xD2511F53), p1 = multiply_words(c2, 0xCD9E8D57);
@@ -375,13 +377,18 @@ void drop(C* x, int64_t n, int64_t k0, int64_t token, uint64_t seed, double p) {
       key0 = (key0 + 0x9E3779B9) & mask;
       key1 = (key1 + 0xBB67AE85) & mask;
     }
-    uint64_t words[4][L];
-    store_bits(words[0], c0);
-    store_bits(words[1], c1);
-    store_bits(words[2], c2);
-    store_bits(words[3], c3);
+    // Counter l's four words belong to elements 4 l .. 4 l + 3.
+    Bits64 low = c0 | c1 << 32, high = c2 | c3 << 32;
+    uint64_t pairs[2 * L];
+    for (int64_t l = 0; l < L; ++l) pairs[2 * l] = low[l], pairs[2 * l + 1] = high[l];
+    uint32_t words[4 * L];
+    __builtin_memcpy(words, pairs, sizeof words);
     int64_t count = n - i < 4 * L ? n - i : 4 * L;
-    for (int64_t e = 0; e < count; ++e) x[i + e] *= words[e % 4][e / 4] >= threshold ? kept : C(0);
+    if (count == 4 * L) {
+      for (int64_t e = 0; e < 4 * L; ++e) x[i + e] *= words[e] >= threshold ? kept : C(0);
+    } else {
+      for (int64_t e = 0; e < count; ++e) x[i + e] *= words[e] >= threshold ? kept : C(0);
+    }
   }
 }
 
