@@ -254,7 +254,8 @@ def sections(results: dict):
     parts = list(dict.fromkeys(found["part"] for found in results["adapters"]))
     yield f"<h1>pyfastpeft on this machine</h1><p class=lead>{html.escape(headline(results))}</p>"
     yield paragraph(
-        f"Measured on {results['machine']['title']}, with the {results['backend']} backend. The model: {base['name']}, {base['type']} of "
+        f"Measured on {results['machine']['title']}, with the {results['backend']} backend. "
+        f"The model: {base['name']}, {base['type']} of "
         f"{base['parameters'] / 1e6:.1f} million parameters. LoRA of rank {settings['rank']} with dropout "
         f"{settings['dropout']}, adapters in float32. The demo took {results['seconds']:.0f} s and at most "
         f"{results['peak_resident_bytes'] / 1e9:.1f} GB of memory."
