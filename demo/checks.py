@@ -169,9 +169,8 @@ def mixed_batch(model: PeftModel, ids: Tensor, names: list[str]) -> list[Check]:
         alone = torch.empty_like(mixed)
         for rows, output in one_at_a_time(model, names, lambda rows: model(input_ids=ids[rows]).logits):
             alone[rows] = output
-    meaning = (
-        f"largest difference of a logit to the largest logit, {len(names)} rows through {len(set(names))} adapters"
-    )
+    through = f"{len(names)} rows through {len(set(names)) - 1} adapters and none"
+    meaning = f"largest difference of a logit to the largest logit, {through}"
     return [
         Check(f"mixed batch: {what}", _worst(mixed, other), LOGITS_LIMIT, meaning)
         for what, other in (("as PEFT's", stock), ("as one at a time", alone))
