@@ -21,5 +21,12 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "multi_lora_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks,"
       " Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()");
+  // An inference call whole, checks included; false or none, with nothing written, where it is out of the ordinary.
+  m.def(
+      "lora_serve(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor?");
+  m.def("lora_serve_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> bool");
+  m.def(
+      "multi_lora_serve_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
+      " Tensor? scalings, float scaling, Tensor? ranks) -> bool");
   m.def("cpu_capability() -> str");
 }
