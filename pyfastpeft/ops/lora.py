@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import checks, dispatch, reference, serve
+from . import checks, dispatch, inference, reference
 from .rows import (
     as_rows,
     autocast,
@@ -94,7 +94,7 @@ def lora_linear(
     Kept for the backward pass: x, s = drop(x) lora_A^T [M, r] and the seed. Under autocast x, weight and bias are
     cast first. Raises ValueError or TypeError naming the argument that does not fit.
     """
-    served = serve.lora(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+    served = inference.lora(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
     if served is not None:
         return served
     op = "lora_linear"
@@ -121,7 +121,7 @@ def lora_delta_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     Returns y. Gradients reach y, x, lora_A and lora_B. Raises ValueError or TypeError naming the argument that does
     not fit.
     """
-    if serve.lora_(y, x, lora_A, lora_B, scaling, dropout_p):
+    if inference.lora_(y, x, lora_A, lora_B, scaling, dropout_p):
         return y
     op = "lora_delta_"
     checks.floating(op, "y", y)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import checks, dispatch, host, reference, serve
+from . import checks, dispatch, host, inference, reference
 from .rows import as_rows, autocast_off, autocasting, needs_gradient, without_autocast, writable_rows, written
 
 
@@ -134,7 +134,7 @@ def multi_lora(
     counts as base only.
     """
     order, segments = slots if type(slots) is Routing else (slots, None)
-    if serve.multi_lora_(y, x, lora_A, lora_B, order, segments, scaling, ranks):
+    if inference.multi_lora_(y, x, lora_A, lora_B, order, segments, scaling, ranks):
         return y
     op = "multi_lora"
     checks.floating(op, "y", y)

@@ -109,7 +109,7 @@ bool ordinary(const Tensor& x, const Rows& in, const Tensor& lora_A, const Tenso
 }
 
 template <class C>
-OptionalTensor serve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                      const Tensor& lora_B, double scaling) {
   Rows in = separate_rows(x);
   if (weight.dim() != 2 || weight.numel() == 0 || float_dtype(weight) != in.dtype) return {};
@@ -124,7 +124,7 @@ OptionalTensor serve(const Tensor& x, const Tensor& weight, const OptionalTensor
 }
 
 template <class C>
-bool serve_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
   Rows in = separate_rows(x), out = separate_rows(y);
   if (!out || out.dtype != in.dtype) return false;
   int64_t n = y.size(-1), m = y.numel() / n;
@@ -139,17 +139,17 @@ bool serve_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, cons
   return true;
 }
 
-OptionalTensor lora_serve(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+OptionalTensor lora_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                           const Tensor& lora_B, double scaling) {
   if (!on_cpu(x) || !on_cpu(weight) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
-  auto run = x.scalar_type() == ScalarType::Double ? serve<double> : serve<float>;
+  auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
   return run(x, weight, bias, lora_A, lora_B, scaling);
 }
 
-bool lora_serve_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+bool lora_inference_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                          double scaling) {
   if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
-  auto run = x.scalar_type() == ScalarType::Double ? serve_in_place<double> : serve_in_place<float>;
+  auto run = x.scalar_type() == ScalarType::Double ? infer_in_place<double> : infer_in_place<float>;
   return run(y, x, lora_A, lora_B, scaling);
 }
 
@@ -161,8 +161,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("lora_serve", TORCH_BOX(&lora_serve));
-  m.impl("lora_serve_", TORCH_BOX(&lora_serve_in_place));
+  m.impl("lora_inference", TORCH_BOX(&lora_inference));
+  m.impl("lora_inference_", TORCH_BOX(&lora_inference_in_place));
 }
 
 }  // namespace pyfastpeft

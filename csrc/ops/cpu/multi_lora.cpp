@@ -128,7 +128,7 @@ void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor
 }
 
 template <class C>
-bool serve(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
+bool infer(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
            const OptionalTensor& segments, const OptionalTensor& scalings, double scaling,
            const OptionalTensor& ranks) {
   Rows in = separate_rows(x), out = separate_rows(y);
@@ -165,11 +165,11 @@ bool serve(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor&
   return true;
 }
 
-bool multi_lora_serve(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+bool multi_lora_inference(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                       const Tensor& slots, const OptionalTensor& segments, const OptionalTensor& scalings,
                       double scaling, const OptionalTensor& ranks) {
   if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
-  auto run = x.scalar_type() == ScalarType::Double ? serve<double> : serve<float>;
+  auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
   return run(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks);
 }
 
@@ -191,7 +191,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("multi_lora_serve_", TORCH_BOX(&multi_lora_serve));
+  m.impl("multi_lora_inference_", TORCH_BOX(&multi_lora_inference));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability_string));
 }
 
