@@ -1,0 +1,53 @@
+"""Every method of parameter-efficient fine-tuning: a config, its injection into a model, and what training needs."""
+
+from .adapt import (
+    Adaptation,
+    adapt,
+    adapter_parameters,
+    add_weighted_adapter,
+    count_parameters,
+    delete_adapter,
+    disable_adapter,
+    merge_adapter,
+    merged_adapters,
+    set_adapter,
+    unload,
+    unmerge_adapter,
+)
+from .configs import (
+    AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    Config,
+    DyLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SelectiveConfig,
+)
+
+__all__ = [
+    "AdaLoraConfig",
+    "Adaptation",
+    "BitFitConfig",
+    "BottleneckConfig",
+    "Config",
+    "DyLoraConfig",
+    "IA3Config",
+    "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "SelectiveConfig",
+    "adapt",
+    "adapter_parameters",
+    "add_weighted_adapter",
+    "count_parameters",
+    "delete_adapter",
+    "disable_adapter",
+    "merge_adapter",
+    "merged_adapters",
+    "set_adapter",
+    "unload",
+    "unmerge_adapter",
+]
