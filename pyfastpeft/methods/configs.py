@@ -202,13 +202,15 @@ class PrefixTuningConfig(Config):
     """Prefix tuning (Li & Liang 2021): trainable keys and values before those of every layer.
 
     num_virtual_tokens: V. prefix_projection: whether an MLP over a smaller matrix makes them during training;
-    encoder_hidden_size: its width (default: the model's). The other fields follow from the model, as in PEFT.
+    encoder_hidden_size: its width (default: the keys'). init_weights: "zero" starts from rows of zeros, None from
+    random ones. The other fields follow from the model, as in PEFT.
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     num_virtual_tokens: int = 20
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
+    init_weights: Literal["zero"] | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
@@ -219,6 +221,7 @@ class PrefixTuningConfig(Config):
         self.need_count("num_virtual_tokens")
         if self.encoder_hidden_size is not None:
             self.need_count("encoder_hidden_size")
+        self.need(self.init_weights in (None, "zero"), "init_weights", 'None or "zero"')
 
 
 @dataclass(kw_only=True)

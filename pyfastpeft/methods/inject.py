@@ -10,7 +10,7 @@ from torch import nn
 from ..layers.adapted import AdaptedMatrix, Replacement, adapted_class, attach, carriers
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
-from . import targets
+from . import prefix, prompt, targets
 from .configs import (
     AdaLoraConfig,
     BitFitConfig,
@@ -18,6 +18,8 @@ from .configs import (
     DyLoraConfig,
     IA3Config,
     LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     SelectiveConfig,
     TargetedConfig,
 )
@@ -31,6 +33,8 @@ def inject(model: nn.Module, config: Config, name: str, autocast_adapter_dtype: 
 
 def eject(model: nn.Module) -> None:
     """Take back what was done to the model as a whole for methods of which it holds no adapter any more."""
+    prefix.eject(model)
+    prompt.eject(model)
 
 
 # --- what a layer is -------------------------------------------------------------------------------------------------
@@ -230,4 +234,6 @@ INJECT: dict[type[Config], Callable[[nn.Module, Config, str, bool], None]] = {
     IA3Config: _ia3,
     BitFitConfig: _bitfit,
     SelectiveConfig: _selective,
+    PrefixTuningConfig: prefix.inject,
+    PromptTuningConfig: prompt.inject,
 }
