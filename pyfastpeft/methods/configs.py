@@ -168,14 +168,19 @@ class IA3Config(TargetedConfig):
 
 @dataclass(kw_only=True)
 class BottleneckConfig(TargetedConfig):
-    """Bottleneck adapters: serial after attention and feed-forward (Houlsby et al. 2019) or after feed-forward alone
-    (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
+    """Bottleneck adapters: serial, on the output of attention and feed-forward (Houlsby et al. 2019) or of feed-forward
+    alone (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
 
-    placement: "houlsby", "pfeiffer" or "parallel". bottleneck_size: r, the width.
+    placement: "houlsby", "pfeiffer" or "parallel".
+    bottleneck_size: r, the width.
     activation: one of `ACTIVATIONS`.
     scaling: the factor s, a number, or "learned" (one scalar a layer, starting at 1).
     layer_norm: whether a LayerNorm of its own stands before the branch.
+    train_layer_norm: whether the model's own normalisation layers (of the chosen layers) train, too.
     init_weights: True makes up zero and down Kaiming-uniform, so that nothing changes at the start; False draws both.
+    target_modules: modules of any kind, after each of which the branch stands; where parallel, beside each of which, or
+    input_modules: beside the chains of layers from each of these to the corresponding target module. Both are taken in
+        the order in which the model holds them.
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -184,8 +189,9 @@ class BottleneckConfig(TargetedConfig):
     activation: str = "relu"
     scaling: float | Literal["learned"] = 1.0
     layer_norm: bool = False
-    train_layer_norm: bool = False  # the model's own normalisation layers train, too (Houlsby et al. 2019)
+    train_layer_norm: bool = False
     init_weights: bool = True
+    input_modules: str | Sequence[str] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -195,6 +201,8 @@ class BottleneckConfig(TargetedConfig):
         self.need(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
         number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
         self.need(number or self.scaling == "learned", "scaling", 'a number or "learned"')
+        ends = self.input_modules is None or (self.placement == "parallel" and self.target_modules is not None)
+        self.need(ends, "input_modules", 'None unless placement is "parallel" and target_modules are given')
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from . import prefix, prompt, targets
 from .configs import (
     AdaLoraConfig,
     BitFitConfig,
+    BottleneckConfig,
     Config,
     DyLoraConfig,
     IA3Config,
@@ -56,11 +57,11 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _is_embedding(module):
+def is_embedding(module):
     return isinstance(module, nn.Embedding)
 
 
-def _sizes(module) -> tuple[int, int]:
+def sizes(module) -> tuple[int, int]:
     """(K, N)"""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -87,7 +88,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
         layers = {
             path: module
             for path, module in layers.items()
-            if module is not head and not _is_embedding(module) and not any(targets.matches(path, [n]) for n in saved)
+            if module is not head and not is_embedding(module) and not any(targets.matches(path, [n]) for n in saved)
         }
         target = ".*"
     options = config.exclude_modules, config.layers_to_transform, config.layers_pattern
@@ -120,14 +121,14 @@ def _lora_part(path, module, config, like):
     alpha = _of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
-        need(not _is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        need(not is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
-        return AdaLoRAPart(*_sizes(module), sum(mask) if mask else config.init_r, config.lora_alpha, **options)
+        return AdaLoRAPart(*sizes(module), sum(mask) if mask else config.init_r, config.lora_alpha, **options)
     if isinstance(config, DyLoraConfig):
-        need(not _is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
-        return DyLoRAPart(*_sizes(module), r, alpha, **options)
+        need(not is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        return DyLoRAPart(*sizes(module), r, alpha, **options)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-    if _is_embedding(module):
+    if is_embedding(module):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
         return EmbeddingLoRAPart(module, r, scaling, config.init_lora_weights, **like)
     if config.use_dora:
@@ -135,7 +136,7 @@ def _lora_part(path, module, config, like):
         need(plain, "LoraConfig", "use_dora", f"True with the quantised layer {path!r}", "False there", TypeError)
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return DoRAPart(weight, r, scaling, **options)
-    return LoRAPart(*_sizes(module), r, scaling, **options)
+    return LoRAPart(*sizes(module), r, scaling, **options)
 
 
 def _of_pattern(path, patterns, default):
@@ -154,9 +155,15 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, wide: bool) -> None:
     feedforward = set(targets.select(op, "feedforward_modules", found, inner)) if inner else set()
     for path in found:
         module = model.get_submodule(path)
-        need(not _is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
-        size = _sizes(module)[0 if path in feedforward else 1]
+        need(not is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
+        size = sizes(module)[0 if path in feedforward else 1]
         attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **placed(module, wide)))
+
+
+def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, wide: bool) -> None:
+    from . import bottleneck  # which is built on this module
+
+    bottleneck.inject(model, config, name, wide)
 
 
 # --- parameters of the model itself ----------------------------------------------------------------------------------
@@ -166,7 +173,7 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> No
     op = "BitFitConfig"
     modules, chosen = own_modules(model), {}
     for path, module in modules.items():
-        names = [n for n in ("weight", "bias") if n in module._parameters and (n == "bias" or _is_norm(module))]
+        names = [n for n in ("weight", "bias") if n in module._parameters and (n == "bias" or is_norm(module))]
         if not config.train_layer_norm:
             names = [n for n in names if n == "bias"]
         if not (config.add_missing and type(module).__name__ in ("Linear", "AdaptedLinear")):
@@ -183,7 +190,7 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> No
         attach(modules[path], name, Replacement(modules[path], chosen[path]))
 
 
-def _is_norm(module):
+def is_norm(module):
     return "norm" in type(module).__name__.lower()
 
 
@@ -232,6 +239,7 @@ INJECT: dict[type[Config], Callable[[nn.Module, Config, str, bool], None]] = {
     AdaLoraConfig: _lora,
     DyLoraConfig: _lora,
     IA3Config: _ia3,
+    BottleneckConfig: _bottleneck,
     BitFitConfig: _bitfit,
     SelectiveConfig: _selective,
     PrefixTuningConfig: prefix.inject,
