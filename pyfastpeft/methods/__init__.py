@@ -26,6 +26,7 @@ from .configs import (
     PromptTuningConfig,
     SelectiveConfig,
 )
+from .ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank, truncate
 
 __all__ = [
     "AdaLoraConfig",
@@ -38,6 +39,7 @@ __all__ = [
     "LoraConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "RankAllocator",
     "SelectiveConfig",
     "adapt",
     "adapter_parameters",
@@ -45,9 +47,13 @@ __all__ = [
     "count_parameters",
     "delete_adapter",
     "disable_adapter",
+    "draw_rank",
     "merge_adapter",
     "merged_adapters",
+    "orthogonality_loss",
     "set_adapter",
+    "set_rank",
+    "truncate",
     "unload",
     "unmerge_adapter",
 ]
