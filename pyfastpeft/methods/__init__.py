@@ -14,6 +14,7 @@ from .adapt import (
     unload,
     unmerge_adapter,
 )
+from .checkpoint import load_adapter, load_config, save_adapter
 from .configs import (
     AdaLoraConfig,
     BitFitConfig,
@@ -45,8 +46,11 @@ __all__ = [
     "count_parameters",
     "delete_adapter",
     "disable_adapter",
+    "load_adapter",
+    "load_config",
     "merge_adapter",
     "merged_adapters",
+    "save_adapter",
     "set_adapter",
     "unload",
     "unmerge_adapter",
