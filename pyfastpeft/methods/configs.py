@@ -155,7 +155,7 @@ class DyLoraConfig(LoraConfig):
     """DyLoRA (Valipour et al. 2023): every training step cuts the factors to a rank drawn from [min_rank, r], so that
     one training serves all of these ranks.
 
-    frozen: whether only the last of these ranks is trained in a step (the paper's faster variant).
+    frozen: whether a step trains only the last of its ranks (the paper's variant); at min_rank it trains them all.
     """
 
     peft_type: ClassVar[str] = "DYLORA"

@@ -117,11 +117,17 @@ def _lora_part(path, module, config, like):
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
         need(not _is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        part = AdaLoRAPart(*_sizes(module), config.init_r, config.lora_alpha, **options)
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
-        return AdaLoRAPart(*_sizes(module), sum(mask) if mask else config.init_r, config.lora_alpha, **options)
+        if mask is not None:
+            given, needed = f"of {len(mask)} ranks for {path!r}", f"of init_r = {config.init_r} ranks"
+            need(len(mask) == config.init_r, "AdaLoraConfig", "rank_pattern", given, needed)
+            part.keep(torch.tensor(mask, device=part.lora_E.device))
+        return part
     if isinstance(config, DyLoraConfig):
         need(not _is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
-        return DyLoRAPart(*_sizes(module), r, alpha, **options)
+        frozen_above = config.min_rank if config.frozen else None
+        return DyLoRAPart(*_sizes(module), r, alpha, **options, frozen_above=frozen_above)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     if _is_embedding(module):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
