@@ -14,6 +14,7 @@ from .adapt import (
     unload,
     unmerge_adapter,
 )
+from .checkpoint import load_adapter, load_config, save_adapter
 from .configs import (
     AdaLoraConfig,
     BitFitConfig,
@@ -48,9 +49,12 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "draw_rank",
+    "load_adapter",
+    "load_config",
     "merge_adapter",
     "merged_adapters",
     "orthogonality_loss",
+    "save_adapter",
     "set_adapter",
     "set_rank",
     "truncate",

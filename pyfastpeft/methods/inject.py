@@ -79,7 +79,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
         target = usual(targets.family(model, op))
     elif target == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        saved = _modules_to_save(config)
+        saved = saved_modules(config)
         layers = {
             path: module
             for path, module in layers.items()
@@ -105,7 +105,7 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, wide: bool) -> None:
         attach(module, name, _lora_part(path, module, config, placed(module, wide)))
     if config.bias != "none":
         every = own_modules(model)
-        paths = found if config.bias == "lora_only" else list(every)
+        paths = found if config.bias == "lora_only" else [path for path in every if not _is_saved(path, config)]
         for path in paths:
             if every[path]._parameters.get("bias") is not None:
                 attach(every[path], name, Replacement(every[path], ("bias",)))
@@ -166,7 +166,8 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, wide: bool) -> None:
 
 def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> None:
     op = "BitFitConfig"
-    modules, chosen = own_modules(model), {}
+    modules = {path: module for path, module in own_modules(model).items() if not _is_saved(path, config)}
+    chosen = {}
     for path, module in modules.items():
         names = [n for n in ("weight", "bias") if n in module._parameters and (n == "bias" or _is_norm(module))]
         if not config.train_layer_norm:
@@ -190,7 +191,7 @@ def _is_norm(module):
 
 
 def _selective(model: nn.Module, config: SelectiveConfig, name: str, wide: bool) -> None:
-    modules = own_modules(model)
+    modules = {path: module for path, module in own_modules(model).items() if not _is_saved(path, config)}
     paths = [f"{path}.{n}".removeprefix(".") for path, module in modules.items() for n in module._parameters]
     target = ".*" if config.target_parameters is None else config.target_parameters
     options = None, config.layers_to_transform, config.layers_pattern
@@ -208,20 +209,27 @@ def _replace(model, name, paths):
         attach(module, name, Replacement(module, tuple(names)))
 
 
-def _modules_to_save(config) -> list[str]:
-    heads = ["classifier", "score"] if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
-    return [*(config.modules_to_save or []), *heads]
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def saved_modules(config: Config) -> list[str]:
+    """Names of the modules that an adapter has copies of: those asked for, and its task's heads, as in PEFT."""
+    return list(dict.fromkeys([*(config.modules_to_save or []), *HEADS.get(config.task_type, ())]))
+
+
+def _is_saved(path, config):
+    ancestors = [path[: hit.start()] for hit in re.finditer(r"\.|$", path)]
+    return any(targets.matches(ancestor, saved_modules(config)) for ancestor in ancestors)
 
 
 def _save_modules(model, config, name):
     modules = own_modules(model)
-    asked = list(config.modules_to_save or [])
+    asked = [name for name in config.modules_to_save or [] if name not in HEADS.get(config.task_type, ())]
     if asked:
         targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
     paths = []
     for path, module in modules.items():
-        ancestors = [path[: hit.start()] for hit in re.finditer(r"\.|$", path)]
-        if any(targets.matches(ancestor, _modules_to_save(config)) for ancestor in ancestors):
+        if _is_saved(path, config):
             held = name in getattr(module, "adapters", {}) or name in getattr(module, "replaced", {})
             needed = f"apart from the other targets of {name!r}"
             need(not held, type(config).__name__, "modules_to_save", f"meaning {path!r}", needed)
