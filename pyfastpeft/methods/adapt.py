@@ -41,7 +41,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
     need(isinstance(name, str) and name and "." not in name, op, "name", name, "a non-empty string without dots")
     config = as_config(config)
-    known = _adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
+    known = adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
     need(name not in known.configs, op, "name", f"{name!r}, which the model has", "new, or deleted first")
     merged = merged_adapters(model)
     need(not merged, op, "model", f"merged with {merged}", "unmerged: call unmerge_adapter first", RuntimeError)
@@ -66,9 +66,9 @@ def set_adapter(model: nn.Module, *names: str) -> None:
 
     Raises ValueError for a name that the model does not have, or where two of them replace one parameter.
     """
-    known = _adaptation(model)
+    known = adaptation(model)
     for name in names:
-        _need_adapter(known, "set_adapter", name)
+        need_adapter(known, "set_adapter", name)
     for path, module in carriers(model):
         parts = getattr(module, "replaced", {})
         replaced = [parameter for name in names if name in parts for parameter in parts[name].names]
@@ -85,7 +85,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the model computes what it did before it was adapted (merged adapters stay merged)."""
-    _adaptation(model)
+    adaptation(model)
     before = [(module, module.active) for _, module in carriers(model)]
     for module, _ in before:
         activate(module, ())
@@ -101,8 +101,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises ValueError for a name that the model does not have, RuntimeError while it is merged.
     """
-    known = _adaptation(model)
-    _need_adapter(known, "delete_adapter", name)
+    known = adaptation(model)
+    need_adapter(known, "delete_adapter", name)
     merged = merged_adapters(model)
     need(name not in merged, "delete_adapter", "name", f"{name!r}, which is merged", "of one not merged", RuntimeError)
     set_adapter(model, *(other for other in known.active if other != name))
@@ -119,7 +119,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
 
     Returns the model. Raises as `merge_adapter` does.
     """
-    known = _adaptation(model)
+    known = adaptation(model)
     kept = {}
     if merge:
         if not merged_adapters(model):
@@ -146,12 +146,12 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
 
     Raises TypeError, naming it, for an adapter whose method cannot be merged; RuntimeError if something is merged.
     """
-    known = _adaptation(model)
+    known = adaptation(model)
     names = names or known.active
     merged = merged_adapters(model)
     need(not merged, "merge_adapter", "model", f"merged with {merged}", "unmerged", RuntimeError)
     for name in names:
-        _need_adapter(known, "merge_adapter", name)
+        need_adapter(known, "merge_adapter", name)
     here = {path: [n for n in names if n in getattr(m, "adapters", {})] for path, m in carriers(model)}
     for path, present in here.items():
         module = model.get_submodule(path)
@@ -170,7 +170,7 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the weights of before `merge_adapter` back, bit for bit."""
-    _adaptation(model)
+    adaptation(model)
     for _, module in carriers(model):
         if isinstance(module, AdaptedMatrix):
             module.unmerge()
@@ -217,9 +217,9 @@ def add_weighted_adapter(
     """
     from .combine import combine
 
-    known = _adaptation(model)
+    known = adaptation(model)
     for other in names:
-        _need_adapter(known, "add_weighted_adapter", other)
+        need_adapter(known, "add_weighted_adapter", other)
     config, parts = combine(model, known.configs, names, weights, combination_type, rank)
     before = known.active
     need(name not in known.configs, "add_weighted_adapter", "name", f"{name!r}, which the model has", "new")
@@ -235,11 +235,13 @@ def _detach_all(model, name):
     inject.eject(model)
 
 
-def _adaptation(model: nn.Module) -> Adaptation:
+def adaptation(model: nn.Module) -> Adaptation:
+    """`model.pyfastpeft`. Raises ValueError for a model that is not adapted."""
     known = getattr(model, "pyfastpeft", None)
     need(isinstance(known, Adaptation), "model", "model", model.__class__.__name__ + " without adapters", "adapted")
     return known
 
 
-def _need_adapter(known, op, name):
+def need_adapter(known: Adaptation, op: str, name: str) -> None:
+    """Raise ValueError, listing the adapters there are, unless `name` is one of them."""
     need(name in known.configs, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")

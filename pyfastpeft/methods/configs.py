@@ -1,6 +1,6 @@
 """One config for each method. Fields that PEFT has, too, have its names, meanings and defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
@@ -15,7 +15,8 @@ class Config:
     """What all methods share.
 
     modules_to_save: names of modules (a classification head) of which the adapter trains and stores its own copy; with
-        task_type "SEQ_CLS" or "TOKEN_CLS" the heads named classifier and score are among them.
+        task_type "SEQ_CLS" or "TOKEN_CLS" the heads named classifier and score are among them, with "QUESTION_ANS"
+        that named qa_outputs.
     base_model_name_or_path: of the model that the adapter belongs to; stored, and compared when it is loaded.
     inference_mode: whether the adapter is injected frozen.
     """
@@ -31,6 +32,7 @@ class Config:
         task = getattr(self.task_type, "value", self.task_type)
         self.need(task in (None, *TASK_TYPES), "task_type", f"one of {', '.join(TASK_TYPES)}, or None")
         self.task_type = task
+        self.need_names("modules_to_save", "base_model_name_or_path")
 
     def need(self, holds: bool, name: str, needed: str) -> None:
         """Raise ValueError, naming the field, unless `holds`."""
@@ -41,6 +43,13 @@ class Config:
         for name in names:
             value = getattr(self, name)
             self.need(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "an integer >= 1")
+
+    def need_names(self, *names: str) -> None:
+        """Raise ValueError unless the fields are None, a string or several."""
+        for name in names:
+            value = getattr(self, name)
+            several = isinstance(value, (Sequence, Set)) and all(isinstance(each, str) for each in value)
+            self.need(value is None or several, name, "a string, a list of strings, or None")
 
     def need_share(self, name: str) -> None:
         """Raise ValueError unless the field is in [0, 1)."""
@@ -67,6 +76,10 @@ class TargetedConfig(Config):
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.need_names("target_modules", "exclude_modules", "layers_pattern")
 
 
 @dataclass(kw_only=True)
@@ -142,7 +155,7 @@ class DyLoraConfig(LoraConfig):
     """DyLoRA (Valipour et al. 2023): every training step cuts the factors to a rank drawn from [min_rank, r], so that
     one training serves all of these ranks.
 
-    frozen: whether only the last of these ranks is trained in a step (the paper's faster variant).
+    frozen: whether a step trains only the last of its ranks (the paper's variant); at min_rank it trains them all.
     """
 
     peft_type: ClassVar[str] = "DYLORA"
@@ -164,6 +177,10 @@ class IA3Config(TargetedConfig):
     feedforward_modules: str | Sequence[str] | None = None
     init_ia3_weights: bool = True
     fan_in_fan_out: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.need_names("feedforward_modules")
 
 
 @dataclass(kw_only=True)
@@ -336,7 +353,10 @@ def _peft_defaults(config) -> dict:
 
 
 # Of PEFT's fields, those that say nothing about what is computed.
-_IGNORED = {"peft_type", "auto_mapping", "peft_version", "runtime_config", "megatron_core", "ensure_weight_tying"}
+_IGNORED = {
+    "peft_type", "auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
 
 
 def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:

@@ -84,7 +84,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
         target = usual(targets.family(model, op))
     elif target == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        saved = _modules_to_save(config)
+        saved = saved_modules(config)
         layers = {
             path: module
             for path, module in layers.items()
@@ -110,7 +110,7 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, wide: bool) -> None:
         attach(module, name, _lora_part(path, module, config, placed(module, wide)))
     if config.bias != "none":
         every = own_modules(model)
-        paths = found if config.bias == "lora_only" else list(every)
+        paths = found if config.bias == "lora_only" else [path for path in every if not _is_saved(path, config)]
         for path in paths:
             if every[path]._parameters.get("bias") is not None:
                 attach(every[path], name, Replacement(every[path], ("bias",)))
@@ -122,11 +122,17 @@ def _lora_part(path, module, config, like):
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
         need(not is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        part = AdaLoRAPart(*sizes(module), config.init_r, config.lora_alpha, **options)
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
-        return AdaLoRAPart(*sizes(module), sum(mask) if mask else config.init_r, config.lora_alpha, **options)
+        if mask is not None:
+            given, needed = f"of {len(mask)} ranks for {path!r}", f"of init_r = {config.init_r} ranks"
+            need(len(mask) == config.init_r, "AdaLoraConfig", "rank_pattern", given, needed)
+            part.keep(torch.tensor(mask, device=part.lora_E.device))
+        return part
     if isinstance(config, DyLoraConfig):
         need(not is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
-        return DyLoRAPart(*sizes(module), r, alpha, **options)
+        frozen_above = config.min_rank if config.frozen else None
+        return DyLoRAPart(*sizes(module), r, alpha, **options, frozen_above=frozen_above)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     if is_embedding(module):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
@@ -171,7 +177,8 @@ def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, wide: boo
 
 def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> None:
     op = "BitFitConfig"
-    modules, chosen = own_modules(model), {}
+    modules = {path: module for path, module in own_modules(model).items() if not _is_saved(path, config)}
+    chosen = {}
     for path, module in modules.items():
         names = [n for n in ("weight", "bias") if n in module._parameters and (n == "bias" or is_norm(module))]
         if not config.train_layer_norm:
@@ -195,7 +202,7 @@ def is_norm(module):
 
 
 def _selective(model: nn.Module, config: SelectiveConfig, name: str, wide: bool) -> None:
-    modules = own_modules(model)
+    modules = {path: module for path, module in own_modules(model).items() if not _is_saved(path, config)}
     paths = [f"{path}.{n}".removeprefix(".") for path, module in modules.items() for n in module._parameters]
     target = ".*" if config.target_parameters is None else config.target_parameters
     options = None, config.layers_to_transform, config.layers_pattern
@@ -213,20 +220,27 @@ def _replace(model, name, paths):
         attach(module, name, Replacement(module, tuple(names)))
 
 
-def _modules_to_save(config) -> list[str]:
-    heads = ["classifier", "score"] if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
-    return [*(config.modules_to_save or []), *heads]
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def saved_modules(config: Config) -> list[str]:
+    """Names of the modules that an adapter has copies of: those asked for, and its task's heads, as in PEFT."""
+    return list(dict.fromkeys([*(config.modules_to_save or []), *HEADS.get(config.task_type, ())]))
+
+
+def _is_saved(path, config):
+    ancestors = [path[: hit.start()] for hit in re.finditer(r"\.|$", path)]
+    return any(targets.matches(ancestor, saved_modules(config)) for ancestor in ancestors)
 
 
 def _save_modules(model, config, name):
     modules = own_modules(model)
-    asked = list(config.modules_to_save or [])
+    asked = [name for name in config.modules_to_save or [] if name not in HEADS.get(config.task_type, ())]
     if asked:
         targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
     paths = []
     for path, module in modules.items():
-        ancestors = [path[: hit.start()] for hit in re.finditer(r"\.|$", path)]
-        if any(targets.matches(ancestor, _modules_to_save(config)) for ancestor in ancestors):
+        if _is_saved(path, config):
             held = name in getattr(module, "adapters", {}) or name in getattr(module, "replaced", {})
             needed = f"apart from the other targets of {name!r}"
             need(not held, type(config).__name__, "modules_to_save", f"meaning {path!r}", needed)
