@@ -1,0 +1,298 @@
+"""Layers of an existing model that carry adapters: their class is swapped, their own parameters stay where they are.
+
+For a token, with the parts that are active, a linear layer computes the one law of all methods:
+y = d_out * (W (d_in * x) + sum of low-rank branches of d_in * x + b), each factor one where no part sets it.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..ops import checks
+from ..ops.dispatch import FLOATS
+from ..ops.reference import accumulation
+
+
+class Part(nn.Module):
+    """What one adapter adds to one layer. A subclass overrides what it changes of the layer's computation."""
+
+    mergeable = False
+
+    def before(self, x: Tensor) -> Tensor:
+        """The layer's input [..., K] as the layer is to see it."""
+        return x
+
+    def beside(self, y: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        """The layer's output [..., N] with this part's branch of its input x [..., K]; y may be written in place.
+        weight [N, K], None where the layer is no matrix."""
+        return y
+
+    def after(self, y: Tensor) -> Tensor:
+        """The layer's output [..., N] as its successor is to see it."""
+        return y
+
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """All of the layer at once, weight [N, K]; None where there is no kernel for that."""
+        return None
+
+    def merged_beside(self, merged: Tensor, weight: Tensor) -> Tensor:
+        """merged [N, K] with what `beside` amounts to on the weight [N, K] itself, in the dtype of accumulation."""
+        return merged
+
+    def merged_around(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """weight [N, K] and bias [N] with what `before` and `after` amount to, in the dtype of accumulation."""
+        return weight, bias
+
+
+class Adapted:
+    """A module that holds parts of adapters: mixed into the module's own class.
+
+    Attributes: adapters, name -> Part; active, the names of those that run, in order; merged, the names of those that
+    are merged into the weight.
+    """
+
+    adapters: "Parts"
+    active: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol):
+        # A class made by `adapted_class` has no place that pickle could find it in.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _blank, (_plain_class(type(self)),), *state
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return self.__dict__.get("merged_names", ())
+
+    def running(self) -> list[Part]:
+        """The parts that take part in a forward pass."""
+        if self.merged:
+            return []
+        parts = self.adapters._modules
+        return [parts[name] for name in self.active if name in parts]
+
+
+class AdaptedMatrix(Adapted):
+    """A linear layer or an embedding; `matrix` is its weight as [N, K], which may be a view."""
+
+    transposed = False  # whether the weight is stored as [K, N]
+    foreign = False  # whether the class computes something of its own from its weight
+
+    def matrix(self) -> Tensor:
+        return self.weight.T if self.transposed else self.weight
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        parts = self.running()
+        if not parts:
+            return super().forward(x, *args, **kwargs)
+        if len(parts) == 1 and self.plain and not args and not kwargs:
+            y = parts[0].fused(x, self.matrix(), self.bias)
+            if y is not None:
+                return y
+        for part in parts:
+            x = part.before(x)
+        y = super().forward(x, *args, **kwargs)
+        if self.foreign:  # it may keep its output for its backward pass, or return a view
+            y = y.clone()
+        for part in parts:
+            y = part.beside(y, x, self.matrix())
+        for part in parts:
+            y = part.after(y)
+        return y
+
+    def merge(self, names: tuple[str, ...]) -> None:
+        """Put the weight (and bias) that these adapters amount to, summed in float32 and rounded once, in the place of
+        the original ones, which are kept. Raises RuntimeError if something is merged already."""
+        checks.need(not self.merged, "merge", "the layer", f"merged with {self.merged}", "unmerged", RuntimeError)
+        wide = accumulation(self.weight.dtype)
+        weight, bias = self.matrix().detach().to(wide), getattr(self, "bias", None)
+        matrix, shift = weight, None if bias is None else bias.detach().to(wide)
+        parts = [self.adapters[name] for name in names]
+        with torch.no_grad():
+            for part in parts:
+                matrix = part.merged_beside(matrix, weight)
+            for part in parts:
+                matrix, shift = part.merged_around(matrix, shift)
+        merged = (matrix.T if self.transposed else matrix).to(self.weight.dtype).contiguous()
+        # The very Parameter is kept, which may be tied to another layer's.
+        self.register_buffer("unmerged_weight", self.weight, persistent=False)
+        self.weight = nn.Parameter(merged, requires_grad=False)
+        if bias is not None:
+            self.register_buffer("unmerged_bias", bias, persistent=False)
+            self.bias = nn.Parameter(shift.to(bias.dtype), requires_grad=False)
+        self.merged_names = tuple(names)
+
+    def unmerge(self) -> None:
+        """Put the original weight (and bias) back, bit for bit. Does nothing where nothing is merged."""
+        if not self.merged:
+            return
+        for name in ("weight", "bias"):
+            original = self._buffers.pop(f"unmerged_{name}", None)
+            if original is not None:
+                kept = isinstance(original, nn.Parameter)
+                setattr(self, name, original if kept else nn.Parameter(original, requires_grad=False))
+        del self.merged_names
+
+
+class AdaptedLinear(AdaptedMatrix, nn.Linear):
+    """torch.nn.Linear with adapters; of it, `AdaptedMatrix` tells."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weight is an ordinary floating-point matrix, which the fused kernels read."""
+        return type(self.weight) is nn.Parameter and self.weight.dtype in FLOATS
+
+
+class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
+    """torch.nn.Embedding [vocabulary, d] with adapters: its matrix [d, vocabulary] on one-hot inputs."""
+
+    plain = False
+    transposed = True
+
+
+class AdaptedModule(Adapted):
+    """Any other module: adapters see its first argument as x, and its output, or the first of several, as y."""
+
+    def forward(self, *args, **kwargs):
+        parts = self.running()
+        if not parts:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        for part in parts:
+            x = part.before(x)
+        if args:
+            outputs = super().forward(x, *args[1:], **kwargs)
+        else:
+            outputs = super().forward(**kwargs | {next(iter(kwargs)): x})
+        y, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        for part in parts:
+            y = part.beside(y, x, None)
+        for part in parts:
+            y = part.after(y)
+        return (y, *others) if isinstance(outputs, tuple) else y
+
+
+@cache
+def module_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module of this class, which is no matrix, is swapped to."""
+    return type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
+
+
+@cache
+def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that a module of exactly this class is swapped to; None if it cannot carry a matrix adapter.
+
+    Classes derived from nn.Linear with a forward of their own (quantised ones, say) compute their own base; branches
+    are added to its output.
+    """
+    known = {nn.Linear: AdaptedLinear, nn.Embedding: AdaptedEmbedding}
+    if kind in known:
+        return known[kind]
+    if kind is NonDynamicallyQuantizableLinear:  # nn.MultiheadAttention reads its weight and never calls it
+        return None
+    if issubclass(kind, nn.Linear) and not issubclass(kind, Adapted):
+        foreign = kind.forward is not nn.Linear.forward
+        own = {"plain": False if foreign else AdaptedLinear.plain, "foreign": foreign}
+        return type(f"Adapted{kind.__name__}", (AdaptedMatrix, kind), own)
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return type("AdaptedConv1D", (AdaptedMatrix, kind), {"plain": AdaptedLinear.plain, "transposed": True})
+    return None
+
+
+def _plain_class(kind: type[Adapted]) -> type[nn.Module]:
+    return next(c for c in kind.__mro__ if not issubclass(c, Adapted))
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    adapted = adapted_class(kind)
+    return adapted.__new__(adapted)
+
+
+class Parts(nn.ModuleDict):
+    """adapter name -> part. As `module.adapters` those that join a module's computation, as `module.replaced` the
+    `Replacement`s of its parameters."""
+
+
+class Replacement(nn.Module):
+    """Parameters that take the place of a module's own while the adapter runs.
+
+    Whichever of the two is not in use is kept here, so that every tensor has one place and moves with the model.
+    """
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None = None):
+        """Copies of the parameters of `module` with these names; a missing bias (None) is replaced by zeros."""
+        super().__init__()
+        self.names, self.installed = names, False
+        for name in names:
+            original = module._parameters[name]
+            copy = module.weight.new_zeros(module.out_features) if original is None else original.detach().clone()
+            self.register_parameter(name, nn.Parameter(copy.to(dtype)))
+
+    def swap(self, module: nn.Module) -> None:
+        """Exchange the module's parameters for those kept here."""
+        for name in self.names:
+            theirs, ours = module._parameters[name], self._parameters[name]
+            setattr(module, name, ours)  # not into _parameters: recurrent layers keep a list of theirs
+            self._parameters[name] = theirs
+        self.installed = not self.installed
+
+    def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The adapter's own parameters, wherever they are."""
+        held = module if self.installed else self
+        return {name: held._parameters[name] for name in self.names}
+
+
+def carriers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of all modules in `model` that hold something of an adapter."""
+    return [(path, module) for path, module in model.named_modules() if _parts(module)]
+
+
+def _parts(module) -> dict[str, Parts]:
+    return {kind: held for kind in ("adapters", "replaced") if isinstance(held := module._modules.get(kind), Parts)}
+
+
+def attach(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Give `module` a part of adapter `name`, which does not run yet; its class is swapped where a `Part` needs it."""
+    kind = "replaced" if isinstance(part, Replacement) else "adapters"
+    if kind not in _parts(module):
+        checks.need(not hasattr(module, kind), "attach", "module", f"one with {kind!r} of its own", "without")
+        setattr(module, kind, Parts())
+    if isinstance(part, Part) and not isinstance(module, Adapted):
+        _set_class(module, adapted_class(type(module)) or module_class(type(module)))
+    if "active" not in module.__dict__:
+        module.active = ()
+    getattr(module, kind)[name] = part.train(module.training)
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Take all parts of adapter `name`, which does not run, off `module`. With the last one it gets its class back."""
+    for kind, parts in _parts(module).items():
+        if name in parts:
+            del parts[name]
+        if not parts:
+            delattr(module, kind)
+            if kind == "adapters" and isinstance(module, Adapted):
+                _set_class(module, _plain_class(type(module)))
+    if not _parts(module):
+        del module.active
+
+
+def _set_class(module, kind):
+    """Swap the class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
+    hooked = module.__dict__.get("_old_forward")
+    if hooked is not None and getattr(hooked, "__func__", None) is type(module).forward:
+        module._old_forward = kind.forward.__get__(module)
+    elif "forward" in module.__dict__:
+        given = f"a {type(module).__name__} whose forward is replaced by {module.__dict__['forward']!r}"
+        checks.need(False, "attach", "module", given, "one that runs its class's forward", TypeError)
+    module.__class__ = kind
+
+
+def activate(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Let exactly the parts of these adapters run, in this order."""
+    module.active = tuple(name for name in names if any(name in parts for parts in _parts(module).values()))
+    # Those that leave go first: what they put back is what others replace.
+    for name, part in sorted(_parts(module).get("replaced", {}).items(), key=lambda item: item[0] in names):
+        if part.installed != (name in names):
+            part.swap(module)

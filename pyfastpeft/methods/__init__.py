@@ -1,0 +1,63 @@
+"""Every method of parameter-efficient fine-tuning: a config, its injection into a model, and what training needs."""
+
+from .adapt import (
+    Adaptation,
+    adapt,
+    adapter_parameters,
+    add_weighted_adapter,
+    count_parameters,
+    delete_adapter,
+    disable_adapter,
+    merge_adapter,
+    merged_adapters,
+    set_adapter,
+    unload,
+    unmerge_adapter,
+)
+from .checkpoint import load_adapter, load_config, save_adapter
+from .configs import (
+    AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    Config,
+    DyLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SelectiveConfig,
+)
+from .ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank, truncate
+
+__all__ = [
+    "AdaLoraConfig",
+    "Adaptation",
+    "BitFitConfig",
+    "BottleneckConfig",
+    "Config",
+    "DyLoraConfig",
+    "IA3Config",
+    "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "RankAllocator",
+    "SelectiveConfig",
+    "adapt",
+    "adapter_parameters",
+    "add_weighted_adapter",
+    "count_parameters",
+    "delete_adapter",
+    "disable_adapter",
+    "draw_rank",
+    "load_adapter",
+    "load_config",
+    "merge_adapter",
+    "merged_adapters",
+    "orthogonality_loss",
+    "save_adapter",
+    "set_adapter",
+    "set_rank",
+    "truncate",
+    "unload",
+    "unmerge_adapter",
+]

@@ -1,0 +1,278 @@
+"""Adapters in a model: injected in place, several at a time, each with a name."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..layers.adapted import Adapted, AdaptedMatrix, Parts, activate, attach, carriers, detach
+from ..ops.checks import need
+from . import inject
+from .configs import Config, as_config
+
+
+@dataclass
+class Adaptation:
+    """What a model knows of its adapters; `model.pyfastpeft`.
+
+    configs: name -> config, in the order of injection; active: the names of those that run, in order.
+    """
+
+    configs: dict[str, Config] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    trainable: dict[str, bool] = field(default_factory=dict)  # of the plain model's parameters, for `unload`
+
+
+def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtype: bool = True) -> nn.Module:
+    """Inject an adapter into `model`, in place, and let it alone run and train.
+
+    Args:
+        model: a transformers model, or any module tree whose targets the config names. Its own parameters are frozen;
+            they keep their places and names. Adapters that it has already are kept, inactive.
+        config: one of `pyfastpeft.methods`' configs, or PEFT's config of the same method; the model keeps a copy.
+        name: of the adapter.
+        autocast_adapter_dtype: whether adapters of a 16-bit model are float32.
+
+    Returns the model. Raises ValueError or TypeError naming the field that does not fit the model, with close names
+    where a target is misspelt; the model is then as it was.
+    """
+    op = "adapt"
+    need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
+    config = deepcopy(as_config(config))
+    known = adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
+    _need_new(known, op, name)
+    _need_unmerged(model, op)
+    strange = [path for path, module in carriers(model) if not set(_names(module)) <= set(known.configs)]
+    need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if not known.configs:
+        known.trainable = {path: p.requires_grad for path, p in model.named_parameters()}
+    for _, module in carriers(model):  # what is new starts from the model's own parameters
+        activate(module, ())
+    try:
+        inject.inject(model, config, name, autocast_adapter_dtype)
+    except BaseException:
+        _detach_all(model, name)
+        for _, module in carriers(model):
+            activate(module, known.active)
+        raise
+    known.configs[name] = config
+    model.pyfastpeft = known
+    model.requires_grad_(False)
+    set_adapter(model, name)
+    return model
+
+
+def set_adapter(model: nn.Module, *names: str) -> None:
+    """Let exactly these adapters run, together, in this order; those without `inference_mode` train.
+
+    Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
+    RuntimeError while adapters are merged.
+    """
+    known = adaptation(model)
+    for name in names:
+        need_adapter(known, "set_adapter", name)
+        need(names.count(name) == 1, "set_adapter", "names", names, "distinct")
+    _need_unmerged(model, "set_adapter")
+    for path, module in carriers(model):
+        parts = getattr(module, "replaced", {})
+        replaced = [parameter for name in names if name in parts for parameter in parts[name].names]
+        twice = {parameter for parameter in replaced if replaced.count(parameter) > 1}
+        need(not twice, "set_adapter", "names", f"{names}, which all replace {twice} of {path!r}", "without conflict")
+    known.active = names
+    for _, module in carriers(model):
+        activate(module, names)
+    for name in known.configs:
+        for parameter in adapter_parameters(model, name).values():
+            parameter.requires_grad_(name in names and not known.configs[name].inference_mode)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block the model computes what it did before it was adapted. What is merged is unmerged before
+    it and merged again after it."""
+    adaptation(model)
+    before = [(module, module.active, getattr(module, "merged", ())) for _, module in carriers(model)]
+    unmerge_adapter(model)
+    for module, *_ in before:
+        activate(module, ())
+    try:
+        yield
+    finally:
+        for module, active, merged in before:
+            activate(module, active)
+            if merged:
+                module.merge(merged)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter; the others stay as they are. With the last one the model is the plain one again.
+
+    Raises ValueError for a name that the model does not have, RuntimeError while adapters are merged.
+    """
+    known = adaptation(model)
+    need_adapter(known, "delete_adapter", name)
+    _need_unmerged(model, "delete_adapter")
+    set_adapter(model, *(other for other in known.active if other != name))
+    _detach_all(model, name)
+    del known.configs[name]
+    if not known.configs:
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(known.trainable.get(path, True))
+        del model.pyfastpeft
+
+
+def unload(model: nn.Module, merge: bool = False) -> nn.Module:
+    """The plain model again, without any adapter; with `merge`, with the active ones merged into its weights.
+
+    Returns the model. Raises as `merge_adapter` does.
+    """
+    known = adaptation(model)
+    kept = {}
+    if merge:
+        if not merged_adapters(model):
+            merge_adapter(model)
+        for path, module in carriers(model):
+            changed = ["weight", "bias"] if isinstance(module, Adapted) and module.merged else []
+            changed += [n for part in getattr(module, "replaced", {}).values() if part.installed for n in part.names]
+            kept |= {
+                (path, n): module._parameters[n].detach() for n in changed if module._parameters.get(n) is not None
+            }
+    unmerge_adapter(model)
+    for name in list(known.configs):
+        delete_adapter(model, name)
+    for (path, name), value in kept.items():
+        # A new parameter: the old one may be tied to another layer's, which nothing was merged into.
+        owner = model.get_submodule(path)._parameters
+        owner[name] = nn.Parameter(value, requires_grad=owner[name] is None or owner[name].requires_grad)
+    return model
+
+
+def merge_adapter(model: nn.Module, *names: str) -> None:
+    """Merge adapters (default: the active ones; others become those) into the weights that they change;
+    `unmerge_adapter` restores those bit for bit. Sums are float32 and rounded once. Parameters that an adapter replaces
+    are in use already.
+
+    Raises TypeError, naming it, for an adapter whose method cannot be merged; RuntimeError if something is merged.
+    """
+    known = adaptation(model)
+    names = names or known.active
+    _need_unmerged(model, "merge_adapter")
+    for name in names:
+        need_adapter(known, "merge_adapter", name)
+    here = {path: [n for n in names if n in getattr(m, "adapters", {})] for path, m in carriers(model)}
+    for path, present in here.items():
+        module = model.get_submodule(path)
+        for name in present:
+            part = module.adapters[name]
+            given = f"{name!r}, whose {type(part).__name__} in {path!r} is no change of a weight"
+            mergeable = getattr(part, "mergeable", False)
+            need(mergeable, "merge_adapter", "names", given, "of methods that change weights", TypeError)
+            kind, dtype = type(module.weight).__name__, module.weight.dtype
+            plain = kind == "Parameter" and dtype.is_floating_point and not module.foreign
+            given = f"holding a {kind} of {dtype} in {path!r}, an {type(module).__name__}"
+            need(plain, "merge_adapter", "model", given, "of ordinary weights in ordinary layers", TypeError)
+    if names != known.active:
+        set_adapter(model, *names)
+    for path, present in here.items():
+        if present:
+            model.get_submodule(path).merge(tuple(present))
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Put the weights of before `merge_adapter` back, bit for bit."""
+    adaptation(model)
+    for _, module in carriers(model):
+        if isinstance(module, AdaptedMatrix):
+            module.unmerge()
+
+
+def merged_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are merged into weights."""
+    found = [name for _, module in carriers(model) if isinstance(module, Adapted) for name in module.merged]
+    return tuple(dict.fromkeys(found))
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """All that an adapter trains: `<module>.<parameter>` -> parameter, also of those that replace the module's own."""
+    found = {}
+    for path, module in carriers(model):
+        own = {}
+        if name in getattr(module, "adapters", {}):
+            own |= dict(module.adapters[name].named_parameters())
+        if name in getattr(module, "replaced", {}):
+            own |= module.replaced[name].trained(module)
+        found |= {f"{path}.{key}".removeprefix("."): parameter for key, parameter in own.items()}
+    return found
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) elements of the model's parameters, each counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def add_weighted_adapter(
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    combination_type: str = "svd",
+    rank: int | None = None,
+) -> None:
+    """Make the adapter `name`, inactive, whose change of every weight is the weighted sum of those of LoRA adapters.
+
+    combination_type: "svd", the best approximation of rank `rank` (default: the largest of theirs), from factors alone
+    without forming a weight; "cat", exact, their ranks summed; "linear", A and B each summed with sqrt(weight * s), as
+    PEFT does it, for adapters of one rank. Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    from .combine import combine
+
+    known, op = adaptation(model), "add_weighted_adapter"
+    for other in names:
+        need_adapter(known, op, other)
+    _need_new(known, op, name)
+    _need_unmerged(model, op)
+    config, parts = combine(model, known.configs, names, weights, combination_type, rank)
+    before = known.active
+    for path, part in parts.items():
+        attach(model.get_submodule(path), name, part)
+    known.configs[name] = config
+    set_adapter(model, *before)
+
+
+def _detach_all(model, name):
+    for _, module in carriers(model):
+        detach(module, name)
+    inject.eject(model)
+
+
+def adaptation(model: nn.Module) -> Adaptation:
+    """`model.pyfastpeft`. Raises ValueError for a model that is not adapted."""
+    known = getattr(model, "pyfastpeft", None)
+    need(isinstance(known, Adaptation), "model", "model", model.__class__.__name__ + " without adapters", "adapted")
+    return known
+
+
+def _names(module) -> list[str]:
+    """The names of the adapters that have something in a module."""
+    return [name for kind in ("adapters", "replaced") for name in getattr(module, kind, ())]
+
+
+def need_adapter(known, op, name):
+    found = isinstance(name, str) and name in known.configs
+    need(found, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")
+
+
+def _need_new(known, op, name):
+    need(isinstance(name, str) and name and "." not in name, op, "name", name, "a non-empty string without dots")
+    need(not hasattr(Parts(), name), op, "name", name, "a name that torch.nn.ModuleDict has no use for")
+    need(name not in known.configs, op, "name", f"{name!r}, which the model has", "new, or deleted first")
+
+
+def _need_unmerged(model, op):
+    merged = merged_adapters(model)
+    need(not merged, op, "model", f"merged with {merged}", "unmerged: call unmerge_adapter first", RuntimeError)
