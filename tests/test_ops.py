@@ -165,7 +165,7 @@ def assert_dora(inputs, ours=dora):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(4, 9, 8, 2), (33, 255, 129, 16), (70, 300, 513, 5)])
+@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16)])
 def test_dora_linear(backend, dtype, adapter_dtype, shape):
     assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
 
@@ -185,7 +185,7 @@ def test_dora_forms_one_gradient_alone(backend, only):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 77, 5), (40, 300, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 77, 5), (20, 100, 33)])
 def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
     n, k, r = shape
     inputs = lora_inputs(1, k, n, r, dtype, adapter_dtype, bias=False)
@@ -269,7 +269,7 @@ def test_bottleneck(backend, dtype, adapter_dtype, activation, shape):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 9, 8, 1), (70, 300, 257, 33), (3, 40, None, 150)])
+@pytest.mark.parametrize("shape", [(1, 9, 8, 1), (30, 150, 131, 33), (3, 40, None, 150)])
 def test_bottleneck_without_biases(backend, dtype, adapter_dtype, shape):
     assert_bottleneck(bottleneck_inputs(*shape, dtype, adapter_dtype, biases=False), activation="gelu")
 
