@@ -23,6 +23,16 @@ Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_str
 // A new tensor [..., F] of the dtype of x [..., K], on the CPU.
 Tensor empty_rows(const Tensor& x, int64_t features);
 
+// t [n] as C; null where there is none.
+template <class C>
+std::unique_ptr<C[]> widened(const OptionalTensor& t, int64_t n, const char* name) {
+  if (!t) return nullptr;
+  check_adapters<C>(dtype_of(*t, name), dtype_of(*t, name));
+  std::unique_ptr<C[]> out(new C[n]);
+  kernels<C>().widen(dtype_of(*t, name), contiguous(*t, {n}, name), out.get(), n);
+  return out;
+}
+
 // out = in w^T (+ bias), or in w for `transposed`.  in: [M, K];  w: [N, K];  out: [M, N];  transposed: in [M, N], out [M, K]
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out);
 
