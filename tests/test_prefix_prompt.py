@@ -8,8 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from pyfastpeft.layers.prefix import PrefixEncoder
-from pyfastpeft.layers.prompt import PromptEmbedding
+from pyfastpeft.layers import PrefixEncoder, PromptEmbedding
 from pyfastpeft.methods import (
     PrefixTuningConfig,
     PromptTuningConfig,

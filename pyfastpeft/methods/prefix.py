@@ -148,8 +148,8 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
         virtual = sum([keys.shape[1] for keys, _ in rows])
         attention_mask = prefixed_mask(module, query, key, attention_mask, virtual, implementation, kwargs)
         batch = key.shape[0]
-        key = torch.cat([*(keys.to(key.dtype).expand(batch, -1, -1, -1) for keys, _ in rows), key], 2)
-        value = torch.cat([*(values.to(value.dtype).expand(batch, -1, -1, -1) for _, values in rows), value], 2)
+        key = torch.cat([*(keys.to(key).expand(batch, -1, -1, -1) for keys, _ in rows), key], 2)
+        value = torch.cat([*(values.to(value).expand(batch, -1, -1, -1) for _, values in rows), value], 2)
     return attention(OwnConfig(module, view.config), query, key, value, attention_mask, **kwargs)
 
 

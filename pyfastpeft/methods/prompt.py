@@ -88,7 +88,7 @@ class Prompts:
         if inputs is None:
             inputs = module.get_input_embeddings()(kwargs.pop("input_ids"))
         batch, self.tokens = inputs.shape[:2]
-        prompt = prompt.to(inputs.dtype).expand(batch, -1, -1)
+        prompt = prompt.to(inputs).expand(batch, -1, -1)
         kwargs["inputs_embeds"] = torch.cat([prompt, inputs], 1)
         if positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(*positions.shape[:-1], virtual)
@@ -116,7 +116,7 @@ class Prompts:
             elif name == "hidden_states":
                 output[name] = tuple([state[:, -tokens:] for state in value])
             elif name == "attentions":
-                output[name] = tuple([weights[..., -tokens:, :] for weights in value])
+                output[name] = tuple([weights if weights is None else weights[..., -tokens:, :] for weights in value])
         return output
 
     def extend(self, module, args, kwargs):
