@@ -80,9 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, announces itself
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(options.threads)
-    command = shlex.join(
-        ["python", "-m", "benchmarks.quality", *map(str, sys.argv[1:] if arguments is None else arguments)]
-    )
+    given = [Path(each).name if Path(each).is_absolute() else each for each in arguments or sys.argv[1:]]
+    command = shlex.join(["python", "-m", "benchmarks.quality", *given])
     try:
         problems = load_problems(options)
         learner = load_learner(options, problems)

@@ -89,21 +89,20 @@ class Generative:
         device = next(self.model.parameters()).device
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
-    def training_batch(self, rows: Sequence[tuple[Task, Row, int]], choices: bool = False) -> dict[str, Tensor]:
-        """A batch of (task, row, template); with `choices` every row becomes one for each choice, the answer first, as
-        TFewLoss wants them, and filled up where tasks differ in number."""
+    def training_batch(self, rows: Sequence[tuple[Task, Row, int]], choices: int = 0) -> dict[str, Tensor]:
+        """A batch of (task, row, template). With `choices` every row becomes that many: one for each answer to choose
+        from, the right one first, and fillers without labels, as TFewLoss wants them."""
         if not choices:
             return self.batch([self.example(task, row, task.completion(row), each) for task, row, each in rows])
-        most = max(len(task.choices) for task, _, _ in rows)
-        examples, fillers = [], []
+        examples, filler = [], []
         for task, row, template in rows:
-            answer = task.answer(row)
-            order = [answer, *(i for i in range(len(task.choices)) if i != answer)]
-            order += [answer] * (most - len(order))
-            fillers += [i >= len(task.choices) for i in range(most)]
+            right = task.answer(row)
+            order = [right, *(i for i in range(len(task.choices)) if i != right)]
+            filler += [i >= len(order) for i in range(choices)]
+            order += [right] * (choices - len(order))
             examples += [self.example(task, row, task.choices[i], template) for i in order]
         batch = self.batch(examples)
-        batch["labels"][torch.tensor(fillers)] = IGNORED
+        batch["labels"][torch.tensor(filler)] = IGNORED
         return batch
 
     # --- evaluation ---

@@ -127,7 +127,10 @@ def plot(results: dict, path: Path) -> None:
     methods = by_method(results)
     trained = {name: runs for name, runs in methods.items() if name not in PROMPTING}
     trained = dict(sorted(trained.items(), key=lambda item: -item[1][0]["trainable"]))
-    tasks = {task: measures(results, task) for task in results["tasks"]}
+    tasks = {
+        task: [name for name in measures(results, task) if name != "perplexity"]  # which tells what the loss tells
+        for task in results["tasks"]
+    }
     columns = max(map(len, tasks.values()))
     size = 2.2 + 1.9 * columns, len(tasks) * (0.27 * len(trained) + 0.9) + 0.8
     figure = plt.figure(figsize=size, layout="constrained")
@@ -148,8 +151,6 @@ def plot(results: dict, path: Path) -> None:
                     panel.axvline(statistics.mean(values), color=colours[prompting], linewidth=1.1, zorder=2)
             if name == "loss" and not set(PROMPTING) & set(methods):
                 panel.axvline(results["tasks"][task]["loss_before"], color="black", linewidth=0.8, zorder=2)
-            if name == "perplexity":
-                panel.set_xscale("log")
             panel.set_title(f"validation {name}" if name == "loss" else name, fontsize=9)
             panel.tick_params(labelsize=7)
             panel.tick_params(axis="y", length=0)

@@ -68,20 +68,23 @@ def trained(
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     record = {"method": name, "seed": seed, "lr": lr, "trainable": sum(p.numel() for p in trainable)}
 
-    options = {"choices": True} if adapted.choices else {}
+    options = {"choices": adapted.choices} if adapted.choices else {}
     stream = (twin.training_batch(rows, **options) for rows in batches(problems, budget.batch, seed))
     peaks = [group["lr"] for group in optimizer.param_groups]
 
-    def step(batch) -> float:
+    losses, seconds = [], []
+
+    def step(number: int, batch: dict) -> None:
+        adapted.before_step(number)
         loss = adapted.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
+        adapted.after_step(number)
         optimizer.zero_grad()
-        return loss.item()
+        losses.append(loss.item())
 
     twin.model.train()
-    losses, seconds = [], []
     for number, batch in enumerate(islice(stream, budget.steps)):
         done = max(number / budget.steps, sum(seconds) / budget.seconds)
         if done >= 1:
@@ -89,17 +92,17 @@ def trained(
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * min(1, 10 * (number + 1) / budget.steps) * (1 - done)
         start = time.perf_counter()
-        losses.append(step(batch))
+        if measured and number == min(1, budget.steps - 1):  # from the second on the optimizer has its state
+            above = peak_bytes(lambda number=number, batch=batch: step(number, batch), batch["labels"].device.type)
+            record["memory"] = _held(twin.model, optimizer) + above
+        else:
+            step(number, batch)
         seconds.append(time.perf_counter() - start)
-
-    twin.model.eval()
     record |= {"steps": len(losses), "seconds_per_step": statistics.median(seconds), "training_losses": losses}
+
+    adapted.finish()
+    twin.model.eval()
     record["tasks"] = {each.task.name: _evaluated(twin, each, measured) for each in problems}
-    if measured:
-        twin.model.train()
-        batch = next(stream)
-        device = next(twin.model.parameters()).device.type
-        record["memory"] = _held(twin.model, optimizer) + peak_bytes(lambda: step(batch), device)
     return record
 
 
