@@ -171,7 +171,7 @@ class BottleneckConfig(TargetedConfig):
     """Bottleneck adapters: serial, on the output of attention and feed-forward (Houlsby et al. 2019) or of feed-forward
     alone (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
 
-    placement: "houlsby", "pfeiffer" or "parallel". A serial branch reads what the sub-layer's last linear layer returns,
+    placement: "houlsby", "pfeiffer" or "parallel". A serial branch reads what the sub-layer's last linear layer gives,
         before the sum with the residual stream and its norm; a parallel one reads the sub-layer's input.
     bottleneck_size: r, the width.
     activation: "relu", "gelu" (with erf), "gelu_tanh", "silu", "tanh" or "identity".
