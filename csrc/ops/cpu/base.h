@@ -17,6 +17,12 @@ struct Buffer {
   Rows rows() const { return {sizeof(C) == 8 ? Dtype::f64 : Dtype::f32, reinterpret_cast<char*>(data.get()), columns}; }
 };
 
+// A view of t's memory from its first element on.
+Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride = 1);
+
+// A new tensor [..., F] of the dtype of x [..., K], on the CPU.
+Tensor empty_rows(const Tensor& x, int64_t features);
+
 // out = in w^T (+ bias), or in w for `transposed`.  in: [M, K];  w: [N, K];  out: [M, N];  transposed: in [M, N], out [M, K]
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out);
 
