@@ -458,6 +458,7 @@ def test_state_and_copies(family, placement):
     torch.testing.assert_close(twin(**inputs).logits, logits)
     other = copy.deepcopy(model)
     torch.testing.assert_close(other(**inputs).logits, logits)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**inputs).logits, logits)
     pyfastpeft.set_adapter(changed(other))
     torch.testing.assert_close(model(**inputs).logits, logits)
     assert other.pyfastpeft.active == ()
@@ -511,22 +512,22 @@ def test_two_processes(tmp_path):
 
 
 class Block(nn.Module):
-    """With a chain first -> middle -> last, a norm, and an inner module that returns a tuple."""
+    """With a chain first -> middle -> last, a norm, and inner modules that return tuples."""
 
     def __init__(self, middle=torch.relu):
         super().__init__()
         self.first, self.last, self.norm = nn.Linear(K, 7), nn.Linear(7, N), nn.LayerNorm(N)
         self.pair, self.items = Pair(), nn.ModuleList([nn.Linear(N, N)])
         self.words, self.middle = nn.Embedding(10, K), middle
+        self.attention = nn.MultiheadAttention(N, 3, batch_first=True)
 
     def forward(self, x):
         y = self.norm(self.last(self.middle(self.first(x))))
-        return self.items[0](self.pair(scale=2.0, hidden=y)[0] if self.pair.keywords else self.pair(y, 2.0)[0])
+        y = y + self.attention(y, y, y)[0]
+        return self.items[0](self.pair(y, 2.0)[0])
 
 
 class Pair(nn.Module):
-    keywords = False
-
     def __init__(self):
         super().__init__()
         self.inner, self.outer = nn.Linear(N, 4), nn.Linear(4, N)
@@ -556,9 +557,11 @@ def test_after_any_module():
     plain, model, branch = on_block(["norm"])
     plain.norm.register_forward_hook(lambda module, args, y: branch(y, y))
     torch.testing.assert_close(model(x), plain(x))
-    plain, model, branch = on_block(["pair"])
-    plain.pair.register_forward_hook(lambda module, args, y: (branch(y[0], y[0]), *y[1:]))
-    torch.testing.assert_close(model(x), plain(x))
+    for name in ("pair", "attention"):
+        plain, model, branch = on_block([name])
+        module = plain.get_submodule(name)
+        module.register_forward_hook(lambda module, args, y, branch=branch: (branch(y[0], y[0]), *y[1:]))
+        torch.testing.assert_close(model(x), plain(x))
     assert model.pair(torch.zeros(2, N, dtype=torch.float64), 1.0)[1] == "more"
 
 
@@ -617,6 +620,7 @@ def test_threads_share_a_model_and_not_their_inputs():
     [
         ({"target_modules": ["frist"]}, ValueError, "close to it are .*first"),
         ({"target_modules": ["items"]}, ValueError, "holding 'items'"),
+        ({"target_modules": ["attention.out_proj"]}, ValueError, "holding 'attention.out_proj'"),
         ({"target_modules": ["words"], "placement": "parallel"}, ValueError, "meaning 'words'; .* read vectors"),
         ({"target_modules": ["last", "norm"], "input_modules": ["first"]}, ValueError, "one for each of"),
         ({"target_modules": ["last"], "input_modules": ["last"]}, ValueError, "others than the target modules"),
