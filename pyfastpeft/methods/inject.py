@@ -224,7 +224,7 @@ def _is_saved(path, config):
 
 def _save_modules(model, config, name):
     modules = own_modules(model)
-    asked = [name for name in config.modules_to_save or [] if name not in HEADS.get(config.task_type, ())]
+    asked = [each for each in config.modules_to_save or [] if each not in HEADS.get(config.task_type, ())]
     if asked:
         targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
     paths = []
