@@ -6,6 +6,8 @@
 Other methods need no callback to train.
 """
 
+from functools import partial
+
 from torch import nn
 from transformers import TrainerCallback
 
@@ -48,14 +50,16 @@ class AdapterCallback(TrainerCallback):
         self.allocators = {n: RankAllocator(model, n) for n, c in training.items() if isinstance(c, AdaLoraConfig)}
         self.nested = [name for name, config in training.items() if isinstance(config, DyLoraConfig)]
         self.hooks = []
-        # A checkpoint is loaded before training begins.
+        # A checkpoint is loaded before training begins. Hooks of state dicts are partials, not bound methods, since
+        # torch sets an attribute on them.
         model.register_load_state_dict_pre_hook(self._restore)
+        model.register_load_state_dict_post_hook(partial(self._forgive))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         own = any(module is self.model for module in model.modules())
         need(own, "AdapterCallback", "model", "another than Trainer trains", "the one given to Trainer")
         self._release()
-        self.hooks.append(self.model.register_state_dict_post_hook(self._reduce))
+        self.hooks.append(self.model.register_state_dict_post_hook(partial(self._reduce)))
         for name, allocator in self.allocators.items():
             if allocator.config.total_step is None:
                 allocator.config.total_step = state.max_steps
@@ -79,6 +83,10 @@ class AdapterCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._release()
 
+    def _frozen(self) -> set[str]:
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in every if not parameter.requires_grad}
+
     def _release(self):
         while self.hooks:
             self.hooks.pop().remove()
@@ -86,9 +94,8 @@ class AdapterCallback(TrainerCallback):
     def _reduce(self, module, state_dict, prefix, metadata):
         """Of the model's state dict, leave what a checkpoint holds."""
         if self.adapter_only:
-            for name, parameter in module.named_parameters(remove_duplicate=False):
-                if not parameter.requires_grad:
-                    state_dict.pop(prefix + name, None)
+            for name in self._frozen():
+                state_dict.pop(prefix + name, None)
         for name, allocator in self.allocators.items():
             for key, tensor in allocator.state_dict().items():
                 state_dict[f"{prefix}{_ALLOCATORS}{name}.{key}"] = tensor
@@ -100,3 +107,9 @@ class AdapterCallback(TrainerCallback):
             held = {key.removeprefix(begin): state_dict.pop(key) for key in list(state_dict) if key.startswith(begin)}
             if held:
                 allocator.load_state_dict(held)
+
+    def _forgive(self, module, incompatible):
+        """Where none of the frozen parameters is in a state dict, it was meant to hold none."""
+        frozen = self._frozen()
+        if self.adapter_only and frozen <= set(incompatible.missing_keys):
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]

@@ -65,8 +65,8 @@ class RankAllocator:
     until, tfinal steps before total_step, the choice is made for good.
 
     Attributes: config, whose rank_pattern each allocation sets; masks: layer's path -> bool [r], the ranks in the
-    budget; sensitivity, uncertainty: `<path>.lora_A` and so on -> the averages, empty once the choice is made. They are in float32 (float64 for float64). Under data parallelism gradients are the same in all processes, and
-    so are the ranks.
+    budget; sensitivity, uncertainty: `<path>.lora_A` and so on -> the averages, in float32 (float64 for float64), empty
+    once the choice is made. Under data parallelism gradients are the same in all processes, and so are the ranks.
     """
 
     def __init__(self, model: nn.Module, name: str = "default"):
