@@ -91,7 +91,7 @@ build {folder}/library.so: link {" ".join(objects)}
 
 setup(
     version=VERSION,
-    packages=["pyfastpeft", *map("pyfastpeft.{}".format, ("integrations", "kernels", "layers", "methods", "ops"))],
+    packages=["pyfastpeft", *map("pyfastpeft.{}".format, ("cli", "integrations", "kernels", "layers", "methods", "ops"))],
     ext_modules=[
         Extension("pyfastpeft._ops", sorted(map(str, Path("csrc/ops").rglob("*.cpp"))), optional=True),
         Extension("pyfastpeft._host", sorted(map(str, Path("csrc/host").rglob("*.cpp"))), optional=True),

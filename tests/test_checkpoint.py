@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -62,7 +64,8 @@ def logits(model):
         inputs["decoder_input_ids"] = TOKENS[:, :4]
     with torch.no_grad():
         out = model(**inputs)
-    return out.start_logits if hasattr(out, "start_logits") else out.logits
+    every = out.start_logits if hasattr(out, "start_logits") else out.logits
+    return every[:, -TOKENS.shape[1] :]  # PEFT has the virtual tokens', too
 
 
 def randomise(model):
@@ -513,6 +516,20 @@ def test_fields_that_do_not_fit_are_named(saved, fields, match):
     refused(saved, match, (ValueError, TypeError))
 
 
+def test_ranks_that_do_not_fit_are_named(tmp_path):
+    pyfastpeft.save_adapter(of_ours("adalora-pruned"), tmp_path)
+    pattern = json.loads((tmp_path / CONFIG).read_text())["rank_pattern"]
+    key = "model.layers.0.self_attn.v_proj.lora_E"
+    change_json(tmp_path, rank_pattern=pattern | {"model.layers.7.self_attn.v_proj.lora_E": [True] * 4})
+    refused(tmp_path, "a rank_pattern for model.layers.7.self_attn.v_proj.lora_E")
+    change_json(tmp_path, rank_pattern=pattern | {key: [True] * 4})
+    refused(tmp_path, r"v_proj.lora_A of shape \[3, 24\]; it must be of shape \[4, 24\]")
+    change_json(tmp_path, rank_pattern=pattern | {key: [True] * 5})
+    refused(tmp_path, "of 5 ranks for 'model.layers.0.self_attn.v_proj'")
+    change_json(tmp_path, rank_pattern=pattern | {key: [1, 0, 1, 1]})
+    refused(tmp_path, "rank_pattern")
+
+
 def test_fields_of_peft_that_are_not_set_are_passed_over(saved):
     unset = {"eva_config": None, "loftq_config": {}, "qalora_group_size": 16, "megatron_core": "megatron.core"}
     change_json(saved, **unset, peft_version="0.99", a_field_of_tomorrow=None)
@@ -530,6 +547,41 @@ def test_a_name_that_the_model_has_is_refused(saved):
     with pytest.raises(ValueError, match="'default', which the model has"):
         pyfastpeft.load_adapter(model, saved)
     assert list(model.pyfastpeft.configs) == ["default"]
+
+
+def without(package, directory, code):
+    """What `code` prints and complains of in a process that lacks a package."""
+    lines = "import sys", f"sys.modules[{package!r}] = None", "import pyfastpeft, torch", code
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, cwd=directory, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, **PIPES)
+
+
+PIPES = {"capture_output": True, "text": True, "check": False}
+
+
+def test_files_of_peft_are_read_where_it_is_not_installed(tmp_path):
+    torch.manual_seed(3)
+    stock = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"], **HALF))
+    randomise(stock).save_pretrained(tmp_path)
+    x, plain = torch.ones(1, 4), stock.get_base_model()[0].base_layer
+    save_file({"weight": plain.weight.detach(), "bias": plain.bias.detach()}, tmp_path / "base.safetensors")
+    done = without(
+        "peft",
+        tmp_path,
+        "from safetensors.torch import load_file\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "model[0].load_state_dict(load_file('base.safetensors'))\n"
+        "print(pyfastpeft.load_adapter(model, '.')(torch.ones(1, 4)).tolist())",
+    )
+    assert not done.returncode, done.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), stock(x).detach())
+
+
+def test_without_safetensors_the_error_says_so(saved):
+    code = "pyfastpeft.load_adapter(torch.nn.Sequential(torch.nn.Linear(4, 4)), '.')"
+    done = without("safetensors", saved, code)
+    assert done.returncode
+    assert "ImportError: adapters are stored as safetensors files: pip install safetensors" in done.stderr
 
 
 # --- saving that fails -----------------------------------------------------------------------------------------------

@@ -178,15 +178,20 @@ def _slot(key: str, part: nn.Module, own: str, parameter: nn.Parameter, mask: li
 def _kept_ranks(model, config, name) -> dict[str, list[bool]]:
     """AdaLoRA's rank_pattern, with the ranks that training has moved off zero since it was made."""
     pattern = {}
-    for key, mask in config.rank_pattern.items():
-        part = model.get_submodule(key.removesuffix(".lora_E")).adapters[name]
-        live = part.lora_E.detach().ne(0)[:, 0].tolist()
-        pattern[key] = [a or b for a, b in zip(mask, live)] if len(live) == len(mask) else mask
+    for path, module in carriers(model):
+        key = f"{path}.lora_E"
+        if key in config.rank_pattern and name in getattr(module, "adapters", {}):
+            mask, live = config.rank_pattern[key], module.adapters[name].lora_E.detach().ne(0)[:, 0].tolist()
+            pattern[key] = [a or b for a, b in zip(mask, live)] if len(live) == len(mask) else list(mask)
     return pattern
 
 
 def _fill(model, config, name, file, path, strict) -> None:
     """Check all of the file against all of the adapter, then copy."""
+    if isinstance(config, AdaLoraConfig) and config.rank_pattern:
+        stray = config.rank_pattern.keys() - _kept_ranks(model, config, name).keys()
+        told = f"with a rank_pattern for {_some(stray)}"
+        need(not stray, "load_adapter", CONFIG_FILE, told, "with one for layers that have the adapter")
     slots = {slot.key: slot for slot in _slots(model, config, name)}
     given = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     missing = slots.keys() - given.keys()

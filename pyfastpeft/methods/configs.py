@@ -172,7 +172,10 @@ class AdaLoraConfig(LoraConfig):
 
     def _need_patterns(self):
         ranks = self.rank_pattern
-        masks = ranks is None or (isinstance(ranks, dict) and all(map(_is_list, ranks.values())))
+        masks = ranks is None or (
+            isinstance(ranks, dict)
+            and all(_is_list(mask) and all(isinstance(kept, bool) for kept in mask) for mask in ranks.values())
+        )
         self.need(masks, "rank_pattern", "a dict of lists of booleans, or None")
         self.need(not self.alpha_pattern, "alpha_pattern", "empty in AdaLoRA")
 

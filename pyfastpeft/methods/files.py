@@ -81,6 +81,8 @@ def _link(path, other):
 
 
 def _flush(directory):
+    if os.name != "posix":  # elsewhere directories cannot be opened
+        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
