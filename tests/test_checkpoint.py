@@ -166,7 +166,7 @@ CASES = {
         llama,
         "AdaLoraConfig",
         {
-            "target_modules": ["v_proj"],
+            "target_modules": QV,
             "init_r": 4,
             "target_r": 2,
             "lora_alpha": 20,
@@ -174,6 +174,7 @@ CASES = {
             "rank_pattern": {
                 "model.layers.0.self_attn.v_proj.lora_E": [True, False, True, True],
                 "model.layers.1.self_attn.v_proj.lora_E": [False, False, False, False],
+                "model.layers.1.self_attn.q_proj.lora_E": [True, True, True, True],
             },
         },
     ),
@@ -299,6 +300,13 @@ def test_json_is_written_as_peft_writes_it(tmp_path):
     assert fields["peft_type"] == "LORA"
     assert fields["inference_mode"] is True
     assert fields["auto_mapping"]["base_model_class"] == "RobertaForSequenceClassification"
+
+
+def test_a_compiled_model_is_saved_as_the_model(tmp_path):
+    model = of_ours("lora")
+    pyfastpeft.save_adapter(model, tmp_path / "plain")
+    pyfastpeft.save_adapter(torch.compile(model), tmp_path / "compiled")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "compiled")
 
 
 def test_ends_of_names_mean_the_targets_alone(tmp_path):
