@@ -1,9 +1,11 @@
-"""Ranks during training: AdaLoRA's allocation under a budget, DyLoRA's nested ranks.
+"""Ranks during training: AdaLoRA's allocation under a budget, DyLoRA's nested ranks. A step of a plain loop:
 
-allocator = RankAllocator(model)                                    draw_rank(model, step=step)
-loss = model(**batch).loss + orthogonality_loss(model)              loss = model(**batch).loss
-loss.backward(); optimizer.step()                                   loss.backward(); optimizer.step()
-allocator.step(step); optimizer.zero_grad()                         optimizer.zero_grad()
+AdaLoRA, after allocator = RankAllocator(model)                 DyLoRA
+loss = model(**batch).loss + orthogonality_loss(model)          draw_rank(model, step=step)
+loss.backward()                                                 loss = model(**batch).loss
+optimizer.step()                                                loss.backward()
+allocator.step(step)                                            optimizer.step()
+optimizer.zero_grad()                                           optimizer.zero_grad()
 """
 
 import random
@@ -225,9 +227,8 @@ class RankAllocator:
             part.lora_E.masked_fill_(~self.masks[path][:, None], 0)
 
     def _publish(self):
-        if self.masks:
-            kept = torch.stack(list(self.masks.values())).tolist()  # one transfer from the device
-            self.config.rank_pattern = {f"{path}.lora_E": ranks for path, ranks in zip(self.masks, kept)}
+        kept = torch.stack(list(self.masks.values())).tolist() if self.masks else []  # one transfer from the device
+        self.config.rank_pattern = {f"{path}.lora_E": ranks for path, ranks in zip(self.masks, kept)} or None
 
 
 # --- DyLoRA (Valipour et al. 2023) -----------------------------------------------------------------------------------
