@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..methods.adapt import Adaptation
+from ..methods.adapt import adaptation
 from ..methods.checkpoint import save_adapter
 from ..methods.configs import AdaLoraConfig, DyLoraConfig
 from ..methods.files import tensors_as_bytes, write_files
@@ -45,9 +45,7 @@ class AdapterCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module, orthogonality: bool = True):
         """Raises ValueError unless the model is adapted."""
-        known = getattr(model, "pyfastpeft", None)
-        given = f"a {type(model).__name__} without adapters"
-        need(isinstance(known, Adaptation), "AdapterCallback", "model", given, "adapted: call pyfastpeft.adapt first")
+        known = adaptation(model)
         training = {name: known.configs[name] for name in known.active if not known.configs[name].inference_mode}
         self.model, self.orthogonality, self.names = model, orthogonality, list(training)
         self.allocators = {n: RankAllocator(model, n) for n, c in training.items() if isinstance(c, AdaLoraConfig)}
