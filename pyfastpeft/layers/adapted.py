@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..ops import checks
 from ..ops.dispatch import FLOATS
@@ -23,8 +24,9 @@ class Part(nn.Module):
         """The layer's input [..., K] as the layer is to see it."""
         return x
 
-    def beside(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's output [..., N] with this part's branch of its input x [..., K]; y may be written in place."""
+    def beside(self, y: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        """The layer's output [..., N] with this part's branch of its input x [..., K]; y may be written in place.
+        weight [N, K], None where the layer is no matrix."""
         return y
 
     def after(self, y: Tensor) -> Tensor:
@@ -35,9 +37,13 @@ class Part(nn.Module):
         """All of the layer at once, weight [N, K]; None where there is no kernel for that."""
         return None
 
-    def merged_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """weight [N, K] and bias [N], in the dtype of accumulation, of a plain layer that computes the same."""
-        raise NotImplementedError
+    def merged_beside(self, merged: Tensor, weight: Tensor) -> Tensor:
+        """merged [N, K] with what `beside` amounts to on the weight [N, K] itself, in the dtype of accumulation."""
+        return merged
+
+    def merged_around(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """weight [N, K] and bias [N] with what `before` and `after` amount to, in the dtype of accumulation."""
+        return weight, bias
 
 
 class Adapted:
@@ -49,6 +55,11 @@ class Adapted:
 
     adapters: "Parts"
     active: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol):
+        # A class made by `adapted_class` has no place that pickle could find it in.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _blank, (_plain_class(type(self)),), *state
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -66,6 +77,7 @@ class AdaptedMatrix(Adapted):
     """A linear layer or an embedding; `matrix` is its weight as [N, K], which may be a view."""
 
     transposed = False  # whether the weight is stored as [K, N]
+    foreign = False  # whether the class computes something of its own from its weight
 
     def matrix(self) -> Tensor:
         return self.weight.T if self.transposed else self.weight
@@ -81,6 +93,8 @@ class AdaptedMatrix(Adapted):
         for part in parts:
             x = part.before(x)
         y = super().forward(x, *args, **kwargs)
+        if self.foreign:  # it may keep its output for its backward pass, or return a view
+            y = y.clone()
         for part in parts:
             y = part.beside(y, x, self.matrix())
         for part in parts:
@@ -92,11 +106,14 @@ class AdaptedMatrix(Adapted):
         the original ones, which are kept. Raises RuntimeError if something is merged already."""
         checks.need(not self.merged, "merge", "the layer", f"merged with {self.merged}", "unmerged", RuntimeError)
         wide = accumulation(self.weight.dtype)
-        matrix, bias = self.matrix().detach().to(wide), getattr(self, "bias", None)
-        shift = None if bias is None else bias.detach().to(wide)
+        weight, bias = self.matrix().detach().to(wide), getattr(self, "bias", None)
+        matrix, shift = weight, None if bias is None else bias.detach().to(wide)
+        parts = [self.adapters[name] for name in names]
         with torch.no_grad():
-            for name in names:
-                matrix, shift = self.adapters[name].merged_into(matrix, shift)
+            for part in parts:
+                matrix = part.merged_beside(matrix, weight)
+            for part in parts:
+                matrix, shift = part.merged_around(matrix, shift)
         merged = (matrix.T if self.transposed else matrix).to(self.weight.dtype).contiguous()
         # The very Parameter is kept, which may be tied to another layer's.
         self.register_buffer("unmerged_weight", self.weight, persistent=False)
@@ -134,20 +151,62 @@ class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
     transposed = True
 
 
+class AdaptedModule(Adapted):
+    """Any other module: adapters see its first argument as x, and its output, or the first of several, as y."""
+
+    def forward(self, *args, **kwargs):
+        parts = self.running()
+        if not parts:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        for part in parts:
+            x = part.before(x)
+        if args:
+            outputs = super().forward(x, *args[1:], **kwargs)
+        else:
+            outputs = super().forward(**kwargs | {next(iter(kwargs)): x})
+        y, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        for part in parts:
+            y = part.beside(y, x, None)
+        for part in parts:
+            y = part.after(y)
+        return (y, *others) if isinstance(outputs, tuple) else y
+
+
+@cache
+def module_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module of this class, which is no matrix, is swapped to."""
+    return type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
+
+
 @cache
 def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class that a module of exactly this class is swapped to; None if it cannot carry a matrix adapter.
 
-    Classes derived from nn.Linear (quantised ones, say) compute their own base; branches are added to its output.
+    Classes derived from nn.Linear with a forward of their own (quantised ones, say) compute their own base; branches
+    are added to its output.
     """
     known = {nn.Linear: AdaptedLinear, nn.Embedding: AdaptedEmbedding}
     if kind in known:
         return known[kind]
+    if kind is NonDynamicallyQuantizableLinear:  # nn.MultiheadAttention reads its weight and never calls it
+        return None
     if issubclass(kind, nn.Linear) and not issubclass(kind, Adapted):
-        return type(f"Adapted{kind.__name__}", (AdaptedMatrix, kind), {"plain": False})
+        foreign = kind.forward is not nn.Linear.forward
+        own = {"plain": False if foreign else AdaptedLinear.plain, "foreign": foreign}
+        return type(f"Adapted{kind.__name__}", (AdaptedMatrix, kind), own)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return type("AdaptedConv1D", (AdaptedMatrix, kind), {"plain": AdaptedLinear.plain, "transposed": True})
     return None
+
+
+def _plain_class(kind: type[Adapted]) -> type[nn.Module]:
+    return next(c for c in kind.__mro__ if not issubclass(c, Adapted))
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    adapted = adapted_class(kind)
+    return adapted.__new__(adapted)
 
 
 class Parts(nn.ModuleDict):
@@ -173,7 +232,9 @@ class Replacement(nn.Module):
     def swap(self, module: nn.Module) -> None:
         """Exchange the module's parameters for those kept here."""
         for name in self.names:
-            module._parameters[name], self._parameters[name] = self._parameters[name], module._parameters[name]
+            theirs, ours = module._parameters[name], self._parameters[name]
+            setattr(module, name, ours)  # not into _parameters: recurrent layers keep a list of theirs
+            self._parameters[name] = theirs
         self.installed = not self.installed
 
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -195,12 +256,13 @@ def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     """Give `module` a part of adapter `name`, which does not run yet; its class is swapped where a `Part` needs it."""
     kind = "replaced" if isinstance(part, Replacement) else "adapters"
     if kind not in _parts(module):
+        checks.need(not hasattr(module, kind), "attach", "module", f"one with {kind!r} of its own", "without")
         setattr(module, kind, Parts())
     if isinstance(part, Part) and not isinstance(module, Adapted):
-        module.__class__ = adapted_class(type(module))
+        _set_class(module, adapted_class(type(module)) or module_class(type(module)))
     if "active" not in module.__dict__:
         module.active = ()
-    getattr(module, kind)[name] = part
+    getattr(module, kind)[name] = part.train(module.training)
 
 
 def detach(module: nn.Module, name: str) -> None:
@@ -210,10 +272,21 @@ def detach(module: nn.Module, name: str) -> None:
             del parts[name]
         if not parts:
             delattr(module, kind)
+            if kind == "adapters" and isinstance(module, Adapted):
+                _set_class(module, _plain_class(type(module)))
     if not _parts(module):
         del module.active
-        if isinstance(module, Adapted):
-            module.__class__ = next(c for c in type(module).__mro__ if not issubclass(c, Adapted))
+
+
+def _set_class(module, kind):
+    """Swap the class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
+    hooked = module.__dict__.get("_old_forward")
+    if hooked is not None and getattr(hooked, "__func__", None) is type(module).forward:
+        module._old_forward = kind.forward.__get__(module)
+    elif "forward" in module.__dict__:
+        given = f"a {type(module).__name__} whose forward is replaced by {module.__dict__['forward']!r}"
+        checks.need(False, "attach", "module", given, "one that runs its class's forward", TypeError)
+    module.__class__ = kind
 
 
 def activate(module: nn.Module, names: tuple[str, ...]) -> None:

@@ -47,11 +47,11 @@ class LoRAPart(Part):
         return ops.lora_linear(x, weight, bias, *self.factors(), self.drop)
 
     def beside(self, y, x, weight):
-        return ops.lora_delta_(y, x, *self.factors(), self.drop)
+        return ops.lora_delta_(y, x.to(y.dtype), *self.factors(), self.drop)
 
-    def merged_into(self, weight, bias):
+    def merged_beside(self, merged, weight):
         lora_A, lora_B, scaling = self.factors()
-        return weight + scaling * (lora_B.to(weight.dtype) @ lora_A.to(weight.dtype)), bias
+        return merged + scaling * (lora_B.to(merged.dtype) @ lora_A.to(merged.dtype))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, dropout_p={self.dropout_p:g}"
@@ -97,10 +97,11 @@ class DoRAPart(LoRAPart):
         whole = ops.dora_linear(x, weight, None, self.lora_A, self.lora_B, self.magnitude, self.scaling, self.drop)
         return y + (whole - F.linear(x, weight))
 
-    def merged_into(self, weight, bias):
-        changed, bias = super().merged_into(weight, bias)
+    def merged_beside(self, merged, weight):
+        changed = super().merged_beside(weight, weight)
         norm = torch.linalg.vector_norm(changed, dim=1)
-        return (self.magnitude.to(norm.dtype) / norm)[:, None] * changed, bias
+        changed = (self.magnitude.to(norm.dtype) / norm)[:, None] * changed
+        return changed if merged is weight else merged + (changed - weight)
 
 
 class AdaLoRAPart(LoRAPart):
@@ -188,7 +189,7 @@ class IA3Part(Part):
     def fused(self, x, weight, bias):
         return ops.ia3_linear(x, weight, bias, self.ia3_l, self.feedforward)
 
-    def merged_into(self, weight, bias):
+    def merged_around(self, weight, bias):
         scale = self.ia3_l.to(weight.dtype)
         if self.feedforward:
             return weight * scale, bias

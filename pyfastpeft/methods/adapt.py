@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers.adapted import Adapted, AdaptedMatrix, activate, attach, carriers, detach
+from ..layers.adapted import Adapted, AdaptedMatrix, Parts, activate, attach, carriers, detach
 from ..ops.checks import need
 from . import inject
 from .configs import Config, as_config
@@ -30,7 +31,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     Args:
         model: a transformers model, or any module tree whose targets the config names. Its own parameters are frozen;
             they keep their places and names. Adapters that it has already are kept, inactive.
-        config: one of `pyfastpeft.methods`' configs, or PEFT's config of the same method.
+        config: one of `pyfastpeft.methods`' configs, or PEFT's config of the same method; the model keeps a copy.
         name: of the adapter.
         autocast_adapter_dtype: whether adapters of a 16-bit model are float32.
 
@@ -39,20 +40,24 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     """
     op = "adapt"
     need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
-    need(isinstance(name, str) and name and "." not in name, op, "name", name, "a non-empty string without dots")
-    config = as_config(config)
+    config = deepcopy(as_config(config))
     known = adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
-    need(name not in known.configs, op, "name", f"{name!r}, which the model has", "new, or deleted first")
-    merged = merged_adapters(model)
-    need(not merged, op, "model", f"merged with {merged}", "unmerged: call unmerge_adapter first", RuntimeError)
+    _need_new(known, op, name)
+    _need_unmerged(model, op)
+    strange = [path for path, module in carriers(model) if not set(_names(module)) <= set(known.configs)]
+    need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if not known.configs:
         known.trainable = {path: p.requires_grad for path, p in model.named_parameters()}
+    for _, module in carriers(model):  # what is new starts from the model's own parameters
+        activate(module, ())
     try:
         inject.inject(model, config, name, autocast_adapter_dtype)
     except BaseException:
         _detach_all(model, name)
+        for _, module in carriers(model):
+            activate(module, known.active)
         raise
     known.configs[name] = config
     model.pyfastpeft = known
@@ -64,11 +69,14 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
 def set_adapter(model: nn.Module, *names: str) -> None:
     """Let exactly these adapters run, together, in this order; those without `inference_mode` train.
 
-    Raises ValueError for a name that the model does not have, or where two of them replace one parameter.
+    Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
+    RuntimeError while adapters are merged.
     """
     known = adaptation(model)
     for name in names:
         need_adapter(known, "set_adapter", name)
+        need(names.count(name) == 1, "set_adapter", "names", names, "distinct")
+    _need_unmerged(model, "set_adapter")
     for path, module in carriers(model):
         parts = getattr(module, "replaced", {})
         replaced = [parameter for name in names if name in parts for parameter in parts[name].names]
@@ -84,27 +92,30 @@ def set_adapter(model: nn.Module, *names: str) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block the model computes what it did before it was adapted (merged adapters stay merged)."""
+    """Inside the `with` block the model computes what it did before it was adapted. What is merged is unmerged before
+    it and merged again after it."""
     adaptation(model)
-    before = [(module, module.active) for _, module in carriers(model)]
-    for module, _ in before:
+    before = [(module, module.active, getattr(module, "merged", ())) for _, module in carriers(model)]
+    unmerge_adapter(model)
+    for module, *_ in before:
         activate(module, ())
     try:
         yield
     finally:
-        for module, names in before:
-            activate(module, names)
+        for module, active, merged in before:
+            activate(module, active)
+            if merged:
+                module.merge(merged)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter; the others stay as they are. With the last one the model is the plain one again.
 
-    Raises ValueError for a name that the model does not have, RuntimeError while it is merged.
+    Raises ValueError for a name that the model does not have, RuntimeError while adapters are merged.
     """
     known = adaptation(model)
     need_adapter(known, "delete_adapter", name)
-    merged = merged_adapters(model)
-    need(name not in merged, "delete_adapter", "name", f"{name!r}, which is merged", "of one not merged", RuntimeError)
+    _need_unmerged(model, "delete_adapter")
     set_adapter(model, *(other for other in known.active if other != name))
     _detach_all(model, name)
     del known.configs[name]
@@ -141,15 +152,15 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
 
 
 def merge_adapter(model: nn.Module, *names: str) -> None:
-    """Merge adapters (default: the active ones) into the weights that they change; `unmerge_adapter` restores those
-    bit for bit. Sums are float32 and rounded once. Parameters that an adapter replaces are in use already.
+    """Merge adapters (default: the active ones; others become those) into the weights that they change;
+    `unmerge_adapter` restores those bit for bit. Sums are float32 and rounded once. Parameters that an adapter replaces
+    are in use already.
 
     Raises TypeError, naming it, for an adapter whose method cannot be merged; RuntimeError if something is merged.
     """
     known = adaptation(model)
     names = names or known.active
-    merged = merged_adapters(model)
-    need(not merged, "merge_adapter", "model", f"merged with {merged}", "unmerged", RuntimeError)
+    _need_unmerged(model, "merge_adapter")
     for name in names:
         need_adapter(known, "merge_adapter", name)
     here = {path: [n for n in names if n in getattr(m, "adapters", {})] for path, m in carriers(model)}
@@ -160,9 +171,12 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
             given = f"{name!r}, whose {type(part).__name__} in {path!r} is no change of a weight"
             mergeable = getattr(part, "mergeable", False)
             need(mergeable, "merge_adapter", "names", given, "of methods that change weights", TypeError)
-            plain = type(module.weight) is nn.Parameter and module.weight.is_floating_point()
-            given = f"holding a {type(module.weight).__name__} of {module.weight.dtype} in {path!r}"
-            need(plain, "merge_adapter", "model", given, "of ordinary weights", TypeError)
+            kind, dtype = type(module.weight).__name__, module.weight.dtype
+            plain = kind == "Parameter" and dtype.is_floating_point and not module.foreign
+            given = f"holding a {kind} of {dtype} in {path!r}, an {type(module).__name__}"
+            need(plain, "merge_adapter", "model", given, "of ordinary weights in ordinary layers", TypeError)
+    if names != known.active:
+        set_adapter(model, *names)
     for path, present in here.items():
         if present:
             model.get_submodule(path).merge(tuple(present))
@@ -217,12 +231,13 @@ def add_weighted_adapter(
     """
     from .combine import combine
 
-    known = adaptation(model)
+    known, op = adaptation(model), "add_weighted_adapter"
     for other in names:
-        need_adapter(known, "add_weighted_adapter", other)
+        need_adapter(known, op, other)
+    _need_new(known, op, name)
+    _need_unmerged(model, op)
     config, parts = combine(model, known.configs, names, weights, combination_type, rank)
     before = known.active
-    need(name not in known.configs, "add_weighted_adapter", "name", f"{name!r}, which the model has", "new")
     for path, part in parts.items():
         attach(model.get_submodule(path), name, part)
     known.configs[name] = config
@@ -242,6 +257,22 @@ def adaptation(model: nn.Module) -> Adaptation:
     return known
 
 
-def need_adapter(known: Adaptation, op: str, name: str) -> None:
-    """Raise ValueError, listing the adapters there are, unless `name` is one of them."""
-    need(name in known.configs, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")
+def _names(module) -> list[str]:
+    """The names of the adapters that have something in a module."""
+    return [name for kind in ("adapters", "replaced") for name in getattr(module, kind, ())]
+
+
+def need_adapter(known, op, name):
+    found = isinstance(name, str) and name in known.configs
+    need(found, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")
+
+
+def _need_new(known, op, name):
+    need(isinstance(name, str) and name and "." not in name, op, "name", name, "a non-empty string without dots")
+    need(not hasattr(Parts(), name), op, "name", name, "a name that torch.nn.ModuleDict has no use for")
+    need(name not in known.configs, op, "name", f"{name!r}, which the model has", "new, or deleted first")
+
+
+def _need_unmerged(model, op):
+    merged = merged_adapters(model)
+    need(not merged, op, "model", f"merged with {merged}", "unmerged: call unmerge_adapter first", RuntimeError)

@@ -24,7 +24,7 @@ from .configs import (
     from_fields,
 )
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
-from .inject import own_modules, saved_modules
+from .inject import own_modules, saved_names
 from .targets import matches
 
 CONFIG_FILE = "adapter_config.json"
@@ -241,7 +241,7 @@ def _some(keys) -> str:
 
 def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
     """The fields as PEFT reads them: with targets by name, and in the state in which it loads adapters."""
-    fields = config.as_dict() | {"inference_mode": True, "modules_to_save": saved_modules(config) or None}
+    fields = config.as_dict() | {"inference_mode": True, "modules_to_save": saved_names(config) or None}
     if type(config) in (LoraConfig, AdaLoraConfig, IA3Config):
         fields |= _named_targets(model, config, name)
         fields["fan_in_fan_out"] |= _transposed(model, name)

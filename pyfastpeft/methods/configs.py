@@ -1,6 +1,7 @@
 """One config for each method. Fields that PEFT has, too, have its names, meanings and defaults."""
 
-from collections.abc import Sequence, Set
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
@@ -8,6 +9,9 @@ from ..ops.checks import need
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
+
+
+_NAMES = {"target_modules", "exclude_modules", "layers_pattern", "feedforward_modules", "target_parameters"}
 
 
 @dataclass(kw_only=True)
@@ -32,7 +36,19 @@ class Config:
         task = getattr(self.task_type, "value", self.task_type)
         self.need(task in (None, *TASK_TYPES), "task_type", f"one of {', '.join(TASK_TYPES)}, or None")
         self.task_type = task
-        self.need_names("modules_to_save", "base_model_name_or_path")
+        self.need_flags("inference_mode")
+        self.need(
+            self.modules_to_save is None or _are_names(self.modules_to_save), "modules_to_save", "a list of names"
+        )
+        for name in sorted({f.name for f in fields(self)} & _NAMES):
+            value = getattr(self, name)
+            fits = value is None or (value and isinstance(value, str)) or _are_names(value)
+            self.need(fits, name, "a list of names, a regular expression, or None")
+        if hasattr(self, "layers_to_transform"):
+            layers = self.layers_to_transform
+            layers = layers if _is_list(layers) else [0 if layers is None else layers]
+            whole = all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
+            self.need(whole, "layers_to_transform", "an integer, a list of integers, or None")
 
     def need(self, holds: bool, name: str, needed: str) -> None:
         """Raise ValueError, naming the field, unless `holds`."""
@@ -44,12 +60,10 @@ class Config:
             value = getattr(self, name)
             self.need(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "an integer >= 1")
 
-    def need_names(self, *names: str) -> None:
-        """Raise ValueError unless the fields are None, a string or several."""
+    def need_flags(self, *names: str) -> None:
+        """Raise ValueError unless the fields are booleans."""
         for name in names:
-            value = getattr(self, name)
-            several = isinstance(value, (Sequence, Set)) and all(isinstance(each, str) for each in value)
-            self.need(value is None or several, name, "a string, a list of strings, or None")
+            self.need(isinstance(getattr(self, name), bool), name, "True or False")
 
     def need_share(self, name: str) -> None:
         """Raise ValueError unless the field is in [0, 1)."""
@@ -59,6 +73,18 @@ class Config:
     def as_dict(self) -> dict:
         """The fields as they are stored, and the type."""
         return {"peft_type": self.peft_type} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(value) -> bool:
+    return _is_list(value) and all(isinstance(name, str) and name for name in value)
 
 
 @dataclass(kw_only=True)
@@ -76,10 +102,6 @@ class TargetedConfig(Config):
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.need_names("target_modules", "exclude_modules", "layers_pattern")
 
 
 @dataclass(kw_only=True)
@@ -108,10 +130,20 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self):
         super().__post_init__()
         self.need_count("r")
-        self.need(isinstance(self.lora_alpha, (int, float)), "lora_alpha", "a number")
+        self.need(_is_number(self.lora_alpha), "lora_alpha", "a finite number")
+        self.need_flags("use_rslora", "use_dora")
+        self._need_patterns()
         self.need_share("lora_dropout")
         self.need(self.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"')
         self.need(self.init_lora_weights in (True, False, "gaussian"), "init_lora_weights", 'True, False or "gaussian"')
+
+    def _need_patterns(self):
+        ranks, alphas = self.rank_pattern, self.alpha_pattern
+        whole = isinstance(ranks, dict) and all(type(r) is int and r > 0 for r in ranks.values())
+        self.need(whole, "rank_pattern", "a dict of integers >= 1")
+        self.need(
+            isinstance(alphas, dict) and all(map(_is_number, alphas.values())), "alpha_pattern", "a dict of numbers"
+        )
 
 
 @dataclass(kw_only=True)
@@ -137,9 +169,19 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = 0.5
     total_step: int | None = None
 
+    def _need_patterns(self):
+        ranks = self.rank_pattern
+        masks = ranks is None or (isinstance(ranks, dict) and all(map(_is_list, ranks.values())))
+        self.need(masks, "rank_pattern", "a dict of lists of booleans, or None")
+        self.need(not self.alpha_pattern, "alpha_pattern", "empty in AdaLoRA")
+
     def __post_init__(self):
         super().__post_init__()
         self.need_count("target_r", "init_r", "deltaT")
+        for name in ("tinit", "tfinal"):
+            value = getattr(self, name)
+            self.need(type(value) is int and value >= 0, name, "an integer >= 0")
+        self.need(_is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "orth_reg_weight", "a number >= 0")
         self.need(self.target_r <= self.init_r, "target_r", f"no more than init_r, {self.init_r}")
         self.need(not (self.use_dora or self.use_rslora), "use_dora", "False, and use_rslora too, in AdaLoRA")
         self.need_share("beta1")
@@ -165,6 +207,7 @@ class DyLoraConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         self.need_count("min_rank")
+        self.need_flags("frozen")
         self.need(self.min_rank <= self.r, "min_rank", f"no more than r, {self.r}")
         self.need(not (self.use_dora or self.use_rslora), "use_dora", "False, and use_rslora too, in DyLoRA")
 
@@ -180,19 +223,24 @@ class IA3Config(TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.need_names("feedforward_modules")
+        self.need_flags("init_ia3_weights")
 
 
 @dataclass(kw_only=True)
 class BottleneckConfig(TargetedConfig):
-    """Bottleneck adapters: serial after attention and feed-forward (Houlsby et al. 2019) or after feed-forward alone
-    (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
+    """Bottleneck adapters: serial, on the output of attention and feed-forward (Houlsby et al. 2019) or of feed-forward
+    alone (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
 
-    placement: "houlsby", "pfeiffer" or "parallel". bottleneck_size: r, the width.
+    placement: "houlsby", "pfeiffer" or "parallel".
+    bottleneck_size: r, the width.
     activation: one of `ACTIVATIONS`.
     scaling: the factor s, a number, or "learned" (one scalar a layer, starting at 1).
     layer_norm: whether a LayerNorm of its own stands before the branch.
+    train_layer_norm: whether the model's own normalisation layers (of the chosen layers) train, too.
     init_weights: True makes up zero and down Kaiming-uniform, so that nothing changes at the start; False draws both.
+    target_modules: modules of any kind, after each of which the branch stands; where parallel, beside each of which, or
+    input_modules: beside the chains of layers from each of these to the corresponding target module. Both are taken in
+        the order in which the model holds them.
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -201,8 +249,9 @@ class BottleneckConfig(TargetedConfig):
     activation: str = "relu"
     scaling: float | Literal["learned"] = 1.0
     layer_norm: bool = False
-    train_layer_norm: bool = False  # the model's own normalisation layers train, too (Houlsby et al. 2019)
+    train_layer_norm: bool = False
     init_weights: bool = True
+    input_modules: str | Sequence[str] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -210,8 +259,10 @@ class BottleneckConfig(TargetedConfig):
         placements = ("houlsby", "pfeiffer", "parallel")
         self.need(self.placement in placements, "placement", f"one of {', '.join(placements)}")
         self.need(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
-        number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
-        self.need(number or self.scaling == "learned", "scaling", 'a number or "learned"')
+        self.need_flags("layer_norm", "train_layer_norm", "init_weights")
+        self.need(_is_number(self.scaling) or self.scaling == "learned", "scaling", 'a number or "learned"')
+        ends = self.input_modules is None or (self.placement == "parallel" and self.target_modules is not None)
+        self.need(ends, "input_modules", 'None unless placement is "parallel" and target_modules are given')
 
 
 @dataclass(kw_only=True)
@@ -219,13 +270,15 @@ class PrefixTuningConfig(Config):
     """Prefix tuning (Li & Liang 2021): trainable keys and values before those of every layer.
 
     num_virtual_tokens: V. prefix_projection: whether an MLP over a smaller matrix makes them during training;
-    encoder_hidden_size: its width (default: the model's). The other fields follow from the model, as in PEFT.
+    encoder_hidden_size: its width (default: the keys'). init_weights: "zero" starts from rows of zeros, None from
+    random ones. The other fields follow from the model, as in PEFT.
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     num_virtual_tokens: int = 20
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
+    init_weights: Literal["zero"] | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
@@ -236,6 +289,7 @@ class PrefixTuningConfig(Config):
         self.need_count("num_virtual_tokens")
         if self.encoder_hidden_size is not None:
             self.need_count("encoder_hidden_size")
+        self.need(self.init_weights in (None, "zero"), "init_weights", 'None or "zero"')
 
 
 @dataclass(kw_only=True)
@@ -283,6 +337,10 @@ class BitFitConfig(Config):
     exclude_modules: str | Sequence[str] | None = None
     train_layer_norm: bool = False
     add_missing: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.need_flags("train_layer_norm", "add_missing")
 
 
 @dataclass(kw_only=True)
@@ -365,4 +423,4 @@ def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:
     need(
         not extra, cls.__name__, "config", f"with {extra}", f"without fields that only PEFT has; it has {sorted(known)}"
     )
-    return cls(**{name: list(v) if isinstance(v, set) else v for name, v in given.items() if name in known})
+    return cls(**{name: sorted(v) if isinstance(v, set) else v for name, v in given.items() if name in known})

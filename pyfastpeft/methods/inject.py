@@ -7,17 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..layers.adapted import AdaptedMatrix, Replacement, adapted_class, attach, carriers
+from ..layers.adapted import AdaptedMatrix, Parts, Replacement, adapted_class, attach, carriers
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
-from . import targets
+from ..ops.dispatch import FLOATS
+from . import prefix, prompt, targets
 from .configs import (
     AdaLoraConfig,
     BitFitConfig,
+    BottleneckConfig,
     Config,
     DyLoraConfig,
     IA3Config,
     LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     SelectiveConfig,
     TargetedConfig,
 )
@@ -25,12 +29,34 @@ from .configs import (
 
 def inject(model: nn.Module, config: Config, name: str, autocast_adapter_dtype: bool) -> None:
     """Attach the parts of adapter `name`, none of which runs yet."""
-    INJECT[type(config)](model, config, name, autocast_adapter_dtype)
     _save_modules(model, config, name)
+    INJECT[type(config)](model, config, name, autocast_adapter_dtype)
+    for layer in _transformer_layers(model):
+        if _calls_layers not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_calls_layers)
 
 
 def eject(model: nn.Module) -> None:
     """Take back what was done to the model as a whole for methods of which it holds no adapter any more."""
+    prefix.eject(model)
+    prompt.eject(model)
+    adapted = _transformer_layers(model)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and module not in adapted:
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _calls_layers]:
+                del hooks[key]
+
+
+def _transformer_layers(model) -> list[nn.TransformerEncoderLayer]:
+    """Those in which a layer's forward is adapted."""
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return [layer for layer in layers if any("adapters" in module._modules for _, module in carriers(layer))]
+
+
+def _calls_layers(module, args):
+    """A hook that does nothing; nn.TransformerEncoderLayer with a hook calls its layers in evaluation, too, instead of
+    handing their weights to one kernel."""
 
 
 # --- what a layer is -------------------------------------------------------------------------------------------------
@@ -38,9 +64,8 @@ def eject(model: nn.Module) -> None:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """path -> module of the model itself, without the parts of adapters."""
-    kinds = ("adapters", "replaced")
-    inside = tuple(f"{path}.{kind}".removeprefix(".") for path, _ in carriers(model) for kind in kinds)
-    return {path: module for path, module in model.named_modules() if not inside or not path.startswith(inside)}
+    inside = {part for parts in model.modules() if isinstance(parts, Parts) for part in parts.modules()}
+    return {path: module for path, module in model.named_modules() if module not in inside}
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,11 +77,11 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _is_embedding(module):
+def is_embedding(module):
     return isinstance(module, nn.Embedding)
 
 
-def _sizes(module) -> tuple[int, int]:
+def sizes(module) -> tuple[int, int]:
     """(K, N)"""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -67,32 +92,29 @@ def placed(module: nn.Module, autocast_adapter_dtype: bool) -> dict:
     """Device and dtype for the parameters of an adapter in `module`."""
     weight = module.weight
     narrow = weight.dtype in (torch.bfloat16, torch.float16) and autocast_adapter_dtype
-    dtype = torch.float32 if narrow or not weight.is_floating_point() else weight.dtype
+    dtype = torch.float32 if narrow or weight.dtype not in FLOATS else weight.dtype
     return {"device": weight.device, "dtype": dtype}
 
 
 def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[targets.Family], str]) -> list[str]:
-    """The paths of the layers that a config means; `usual` gives the pattern for a known architecture."""
-    op, layers = type(config).__name__, matrices(model)
-    target = config.target_modules
+    """The paths of the layers that a config means, without its modules_to_save; `usual` gives the pattern for a known
+    architecture."""
+    op, saved, target = type(config).__name__, saved_modules(model, config), config.target_modules
+    layers = {path: module for path, module in matrices(model).items() if path not in saved}
     if target is None:
         target = usual(targets.family(model, op))
     elif target == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        saved = saved_modules(config)
-        layers = {
-            path: module
-            for path, module in layers.items()
-            if module is not head and not _is_embedding(module) and not any(targets.matches(path, [n]) for n in saved)
-        }
+        layers = {path: m for path, m in layers.items() if m is not head and not is_embedding(m)}
         target = ".*"
+    if not isinstance(target, str):
+        for path, module in own_modules(model).items():
+            others = [name for name in target if targets.matches(path, [name]) and not targets.any_of(layers, name)]
+            needed = "of linear layers, Conv1D or embeddings that are called and not among modules_to_save"
+            given = f"holding {others}, which means {path!r}, a {type(module).__name__}"
+            need(not others, op, "target_modules", given, needed, TypeError)
     options = config.exclude_modules, config.layers_to_transform, config.layers_pattern
-    found = targets.select(op, "target_modules", list(layers) or list(own_modules(model)), target, *options)
-    for path in found:
-        kind = type(model.get_submodule(path)).__name__
-        needed = "of linear layers, Conv1D or embeddings only"
-        need(path in layers, op, "target_modules", f"meaning {path!r}, a {kind}", needed, TypeError)
-    return found
+    return targets.select(op, "target_modules", list(layers), target, *options)
 
 
 # --- low-rank methods and IA3 ----------------------------------------------------------------------------------------
@@ -100,15 +122,25 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
 
 def _lora(model: nn.Module, config: LoraConfig, name: str, wide: bool) -> None:
     found = target_matrices(model, config, lambda family: targets.ends(family.query, family.value))
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, argument) or {}:
+            means = isinstance(config, AdaLoraConfig) or any(_of_pattern(path, {key: True}, False) for path in found)
+            needed = "a name or pattern of targets"
+            need(means, type(config).__name__, argument, f"holding {key!r}, which means none of them", needed)
     for path in found:
         module = model.get_submodule(path)
         attach(module, name, _lora_part(path, module, config, placed(module, wide)))
     if config.bias != "none":
-        every = own_modules(model)
-        paths = found if config.bias == "lora_only" else [path for path in every if not _is_saved(path, config)]
-        for path in paths:
-            if every[path]._parameters.get("bias") is not None:
-                attach(every[path], name, Replacement(every[path], ("bias",)))
+        saved = saved_modules(model, config)
+        for path, module in own_modules(model).items():
+            chosen = tuple(_biases(module)) if config.bias == "all" or path in found else ()
+            if chosen and path not in saved:
+                attach(module, name, Replacement(module, chosen))
+
+
+def _biases(module) -> list[str]:
+    """The names of a module's own parameters that are biases; of nn.MultiheadAttention, say, in_proj_bias."""
+    return [name for name, parameter in module._parameters.items() if "bias" in name and parameter is not None]
 
 
 def _lora_part(path, module, config, like):
@@ -116,8 +148,8 @@ def _lora_part(path, module, config, like):
     alpha = _of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
-        need(not _is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
-        part = AdaLoRAPart(*_sizes(module), config.init_r, config.lora_alpha, **options)
+        need(not is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        part = AdaLoRAPart(*sizes(module), config.init_r, config.lora_alpha, **options)
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
         if mask is not None:
             given, needed = f"of {len(mask)} ranks for {path!r}", f"of init_r = {config.init_r} ranks"
@@ -125,11 +157,11 @@ def _lora_part(path, module, config, like):
             part.keep(torch.tensor(mask, device=part.lora_E.device))
         return part
     if isinstance(config, DyLoraConfig):
-        need(not _is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        need(not is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
         frozen_above = config.min_rank if config.frozen else None
-        return DyLoRAPart(*_sizes(module), r, alpha, **options, frozen_above=frozen_above)
+        return DyLoRAPart(*sizes(module), r, alpha, **options, frozen_above=frozen_above)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-    if _is_embedding(module):
+    if is_embedding(module):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
         return EmbeddingLoRAPart(module, r, scaling, config.init_lora_weights, **like)
     if config.use_dora:
@@ -137,7 +169,7 @@ def _lora_part(path, module, config, like):
         need(plain, "LoraConfig", "use_dora", f"True with the quantised layer {path!r}", "False there", TypeError)
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return DoRAPart(weight, r, scaling, **options)
-    return LoRAPart(*_sizes(module), r, scaling, **options)
+    return LoRAPart(*sizes(module), r, scaling, **options)
 
 
 def _of_pattern(path, patterns, default):
@@ -150,15 +182,24 @@ def _of_pattern(path, patterns, default):
 def _ia3(model: nn.Module, config: IA3Config, name: str, wide: bool) -> None:
     op = "IA3Config"
     found = target_matrices(model, config, lambda f: targets.ends(f.key, f.value, f.feedforward_out))
-    inner = config.feedforward_modules
-    if inner is None:
-        inner = targets.ends(targets.family(model, op).feedforward_out) if config.target_modules is None else []
-    feedforward = set(targets.select(op, "feedforward_modules", found, inner)) if inner else set()
+    if config.feedforward_modules is None:
+        usual = targets.known_family(model)
+        feedforward = {path for path in found if usual and targets.matches(path, targets.ends(usual.feedforward_out))}
+    elif config.feedforward_modules:
+        feedforward = set(targets.select(op, "feedforward_modules", found, config.feedforward_modules))
+    else:
+        feedforward = set()
     for path in found:
         module = model.get_submodule(path)
-        need(not _is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
-        size = _sizes(module)[0 if path in feedforward else 1]
+        need(not is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
+        size = sizes(module)[0 if path in feedforward else 1]
         attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **placed(module, wide)))
+
+
+def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, wide: bool) -> None:
+    from . import bottleneck  # which is built on this module
+
+    bottleneck.inject(model, config, name, wide)
 
 
 # --- parameters of the model itself ----------------------------------------------------------------------------------
@@ -166,17 +207,16 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, wide: bool) -> None:
 
 def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> None:
     op = "BitFitConfig"
-    modules = {path: module for path, module in own_modules(model).items() if not _is_saved(path, config)}
-    chosen = {}
+    modules, saved, chosen = own_modules(model), saved_modules(model, config), {}
     for path, module in modules.items():
-        names = [n for n in ("weight", "bias") if n in module._parameters and (n == "bias" or _is_norm(module))]
-        if not config.train_layer_norm:
-            names = [n for n in names if n == "bias"]
-        if not (config.add_missing and type(module).__name__ in ("Linear", "AdaptedLinear")):
-            names = [n for n in names if module._parameters[n] is not None]
-        if names:
+        names = _biases(module)
+        if config.train_layer_norm and is_norm(module):
+            names += [n for n in ("weight",) if module._parameters.get(n) is not None]
+        if config.add_missing and type(module).__name__ in ("Linear", "AdaptedLinear") and module.bias is None:
+            names += ["bias"]
+        if names and path not in saved:
             chosen[path] = tuple(names)
-    biased = any("bias" in names for names in chosen.values())
+    biased = any("bias" in name for names in chosen.values() for name in names)
     needed = "one with biases; add_missing=True gives one to every nn.Linear"
     need(biased, op, "model", f"a {type(model).__name__} in which no module has a bias", needed)
     for path in targets.select(
@@ -186,12 +226,13 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> No
         attach(modules[path], name, Replacement(modules[path], chosen[path]))
 
 
-def _is_norm(module):
+def is_norm(module):
     return "norm" in type(module).__name__.lower()
 
 
 def _selective(model: nn.Module, config: SelectiveConfig, name: str, wide: bool) -> None:
-    modules = {path: module for path, module in own_modules(model).items() if not _is_saved(path, config)}
+    saved = saved_modules(model, config)
+    modules = {path: module for path, module in own_modules(model).items() if path not in saved}
     paths = [f"{path}.{n}".removeprefix(".") for path, module in modules.items() for n in module._parameters]
     target = ".*" if config.target_parameters is None else config.target_parameters
     options = None, config.layers_to_transform, config.layers_pattern
@@ -212,29 +253,26 @@ def _replace(model, name, paths):
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-def saved_modules(config: Config) -> list[str]:
+def saved_names(config: Config) -> list[str]:
     """Names of the modules that an adapter has copies of: those asked for, and its task's heads, as in PEFT."""
     return list(dict.fromkeys([*(config.modules_to_save or []), *HEADS.get(config.task_type, ())]))
 
 
-def _is_saved(path, config):
-    ancestors = [path[: hit.start()] for hit in re.finditer(r"\.|$", path)]
-    return any(targets.matches(ancestor, saved_modules(config)) for ancestor in ancestors)
+def saved_modules(model: nn.Module, config: Config) -> dict[str, nn.Module]:
+    """path -> module of those that a config's modules_to_save mean, and of all inside of them."""
+    modules, names = own_modules(model), saved_names(config)
+    # A checkpoint names all heads of its task, of which a model has one.
+    asked = [name for name in config.modules_to_save or () if name not in HEADS.get(config.task_type, ())]
+    if asked:
+        targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
+    ancestors = {path: [path[: hit.start()] for hit in re.finditer(r"\.|$", path)] for path in modules}
+    return {p: m for p, m in modules.items() if any(targets.matches(ancestor, names) for ancestor in ancestors[p])}
 
 
 def _save_modules(model, config, name):
-    modules = own_modules(model)
-    asked = [name for name in config.modules_to_save or [] if name not in HEADS.get(config.task_type, ())]
-    if asked:
-        targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
-    paths = []
-    for path, module in modules.items():
-        if _is_saved(path, config):
-            held = name in getattr(module, "adapters", {}) or name in getattr(module, "replaced", {})
-            needed = f"apart from the other targets of {name!r}"
-            need(not held, type(config).__name__, "modules_to_save", f"meaning {path!r}", needed)
-            paths += [f"{path}.{n}" for n in module._parameters]
-    _replace(model, name, paths)
+    _replace(
+        model, name, [f"{p}.{n}" for p, module in saved_modules(model, config).items() for n in module._parameters]
+    )
 
 
 INJECT: dict[type[Config], Callable[[nn.Module, Config, str, bool], None]] = {
@@ -242,6 +280,9 @@ INJECT: dict[type[Config], Callable[[nn.Module, Config, str, bool], None]] = {
     AdaLoraConfig: _lora,
     DyLoraConfig: _lora,
     IA3Config: _ia3,
+    BottleneckConfig: _bottleneck,
     BitFitConfig: _bitfit,
     SelectiveConfig: _selective,
+    PrefixTuningConfig: prefix.inject,
+    PromptTuningConfig: prompt.inject,
 }

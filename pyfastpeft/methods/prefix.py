@@ -1,9 +1,9 @@
 """Prefix tuning in a transformers model (Li and Liang 2021), at the attention call.
 
 Every self-attention module of transformers calls the function that its config names. Here each of them gets a stand-in
-for its config, which names `prefixed_attention`: the prefix's rows go in front of the keys and values, and the call goes
-on to the function that the model's own config names. The model's config, its masks and its cache know nothing of it, so
-that cached and uncached generation, padding, beams and checkpointing are what they were.
+for its config, which names `prefixed_attention`: the prefix's rows go in front of the keys and values, and the call
+goes on to the function that the model's own config names. The model's config, its masks and its cache know nothing of
+it, so that cached and uncached generation, padding, beams and checkpointing are what they were.
 
 The rows take the first V positions, as PEFT's do, which puts them into the cache: the real tokens' positions and T5's
 distances are shifted by V where they are used, and a sliding window moves away from the rows as from any token.
@@ -17,42 +17,39 @@ from torch import Tensor, nn
 
 from ..layers.prefix import PrefixEncoder
 from ..ops import checks
-from .virtual import active_parts, add_part, drop_if_empty, parts
+from .virtual import active_parts, add_part, parts, settle
 
 ATTENTION = "pyfastpeft_prefix"
 POSITIONS = ("rotary_emb", "rotary_emb_local", "wpe", "embed_positions", "position_embeddings")
 
 
-def inject(model: nn.Module, config, name: str, prompt_embeddings: Tensor | None = None) -> None:
-    """Add a prefix to a transformers model, not active yet.
+def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Add a prefix to a transformers model, not active yet, and fill in the sizes that `config` leaves to the model.
 
-    config: num_virtual_tokens, prefix_projection, encoder_hidden_size (None: the keys' width), init_weights.
-    prompt_embeddings: the rows that PEFT stored, [V, layers * 2 * heads * head_dim]; then there is no MLP.
-
-    Raises ValueError for a model whose self-attention cannot be found, or that takes no prefix.
+    In PEFT's order of draws. With config.inference_mode there is no MLP, since rows are loaded.
+    Raises ValueError for sizes that are not the model's; NotImplementedError, which says what is missing, for a model
+    that takes no prefix; TypeError for one that is not of transformers.
     """
     attentions = _attentions(model)
     base = attentions[0].config
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
     head_dim = head_dim or base.hidden_size // base.num_attention_heads
-    hidden = None
-    if config.prefix_projection and prompt_embeddings is None:
-        hidden = config.encoder_hidden_size or heads * head_dim
-    init_weights = "zero" if prompt_embeddings is not None else getattr(config, "init_weights", None)
-    encoder = PrefixEncoder(config.num_virtual_tokens, len(attentions), heads, head_dim, hidden, init_weights)
-    if prompt_embeddings is not None:
-        encoder.load_prompt_embeddings(prompt_embeddings)
+    layers, submodules = len(attentions), 2 if model.config.is_encoder_decoder else 1
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
+    settle(config, num_transformer_submodules=submodules, **sizes)
+    config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
+    hidden = config.encoder_hidden_size if config.prefix_projection and not config.inference_mode else None
+    encoder = PrefixEncoder(config.num_virtual_tokens, layers, heads, head_dim, hidden, config.init_weights)
     if not parts(model, PrefixEncoder):
         _attach(model, attentions)
-    add_part(model, name, encoder)
+    add_part(model, name, encoder, autocast_adapter_dtype)
 
 
 def eject(model: nn.Module) -> None:
     """Undo what `inject` did to the model, if none of its prefixes is left; else nothing."""
     if parts(model, PrefixEncoder):
         return
-    drop_if_empty(model)
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PrefixedConfig):
             module.config.prefixes.detach()
@@ -75,7 +72,7 @@ class Prefixes:
         return sum([encoder.num_virtual_tokens for encoder in self.encoders()])
 
     def shift(self, module, args, kwargs):
-        """Pre-hook of a module that turns positions into embeddings. Those of padding stay, where they are told apart."""
+        """Pre-hook of a module that embeds positions. Those of padding stay, where they are told apart."""
         virtual = self.num_virtual_tokens()
         if not virtual:
             return None

@@ -16,39 +16,34 @@ from torch import Tensor, nn
 
 from ..layers.prompt import PromptEmbedding
 from ..ops import checks
-from .virtual import active_parts, add_part, drop_if_empty, parts
+from .virtual import active_parts, add_part, parts, settle
 
 
-def inject(model: nn.Module, config, name: str, prompt_embeddings: Tensor | None = None, tokenizer=None) -> None:
-    """Add a prompt to a transformers model, not active yet.
+def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Add a prompt to a transformers model, not active yet, and fill in the sizes that `config` leaves to the model.
 
-    config: num_virtual_tokens; prompt_tuning_init ("RANDOM", "TEXT" or "SAMPLE_VOCAB"), prompt_tuning_init_text,
-        tokenizer_name_or_path and tokenizer_kwargs.
-    prompt_embeddings: the rows that PEFT stored, [V, d], or [2 V, d] for an encoder-decoder; then nothing is drawn.
-    tokenizer: for "TEXT", instead of the one at tokenizer_name_or_path.
-
-    Raises ValueError or TypeError for a model without word embeddings or inputs_embeds.
+    In PEFT's order of draws. With config.inference_mode it is random, and no text is read, since rows are loaded.
+    Raises ValueError for sizes that are not the model's; TypeError or NotImplementedError for a model without word
+    embeddings or inputs_embeds.
     """
     words = _words(model)
-    submodules = getattr(config, "num_transformer_submodules", None) or (2 if model.config.is_encoder_decoder else 1)
-    part = PromptEmbedding(config.num_virtual_tokens, words.weight.shape[1], submodules)
-    if prompt_embeddings is not None:
-        part.load_prompt_embeddings(prompt_embeddings)
-    elif config.prompt_tuning_init != "RANDOM":
-        ids = _initial_ids(config, words, len(part.weight), tokenizer)
+    submodules = 2 if model.config.is_encoder_decoder else 1
+    settle(config, token_dim=words.weight.shape[1], num_transformer_submodules=submodules)
+    part = PromptEmbedding(config.num_virtual_tokens, config.token_dim, submodules)
+    if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
+        ids = _initial_ids(config, words, len(part.weight))
         part.load_prompt_embeddings(words(ids.to(words.weight.device)).detach().float())
     if not parts(model, PromptEmbedding):
         _attach(model)
-    add_part(model, name, part)
+    add_part(model, name, part, autocast_adapter_dtype)
 
 
 def eject(model: nn.Module) -> None:
     """Undo what `inject` did to the model, if none of its prompts is left; else nothing."""
-    if not parts(model, PromptEmbedding) and hasattr(model, "prompts"):
-        drop_if_empty(model)
-        for handle in model.prompts.handles:
+    if hasattr(model, "pyfastpeft_prompts") and not parts(model, PromptEmbedding):
+        for handle in model.pyfastpeft_prompts.handles:
             handle.remove()
-        del model.prompts
+        del model.pyfastpeft_prompts
 
 
 class Prompts:
@@ -172,11 +167,12 @@ def nearest_words(model: nn.Module, name: str, tokenizer=None, k: int = 5) -> Ne
 
 
 def _attach(model):
-    model.prompts = prompts = Prompts(model)
+    prompts = Prompts(model)
     entrance = _entrance(model)
     needed = "one whose forward takes input_ids and inputs_embeds"
     takes = {"input_ids", "inputs_embeds"} <= set(prompts.names)
     checks.need(takes, "prompt tuning", "model", type(entrance).__name__, needed, NotImplementedError)
+    model.pyfastpeft_prompts = prompts
     prompts.handles.append(entrance.register_forward_pre_hook(prompts.prepend, with_kwargs=True))
     if entrance is model:
         prompts.handles.append(model.register_forward_hook(prompts.trim))
@@ -198,18 +194,13 @@ def _words(model):
     return words
 
 
-def _initial_ids(config, words, count, tokenizer):
+def _initial_ids(config, words, count):
     """[count]: the words to start from."""
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
         return torch.randint(0, words.num_embeddings, (count,))
-    known = config.prompt_tuning_init == "TEXT"
-    needed = '"RANDOM", "TEXT" or "SAMPLE_VOCAB"'
-    checks.need(known, "prompt tuning", "prompt_tuning_init", config.prompt_tuning_init, needed)
-    if tokenizer is None:
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
-        options = getattr(config, "tokenizer_kwargs", None) or {}
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
     ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     needed = "a text of at least one token"
     checks.need(len(ids) > 0, "prompt tuning", "prompt_tuning_init_text", config.prompt_tuning_init_text, needed)

@@ -19,21 +19,27 @@ class Family(NamedTuple):
     attention_out: str  # the layer whose output the attention sub-layer returns
     feedforward_in: str  # the first layer that sees the feed-forward sub-layer's input
     feedforward_out: str  # the layer whose output that sub-layer returns
+    feedforward: str | None = None  # that sub-layer, where it is a module of its own
 
 
-_LLAMA = Family("q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.gate_proj", r"mlp\.down_proj")
+_LLAMA = Family("q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.gate_proj", r"mlp\.down_proj", "mlp")
 _BERT = Family(
     "query", "key", "value", r"attention\.output\.dense", r"intermediate\.dense", r"layer\.\d+\.output\.dense"
 )
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
-    "gpt2": Family(*["c_attn"] * 3, r"attn\.c_proj", r"mlp\.c_fc", r"mlp\.c_proj"),
+    "gpt2": Family(*["c_attn"] * 3, r"attn\.c_proj", r"mlp\.c_fc", r"mlp\.c_proj", "mlp"),
     "opt": Family("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "gpt_neox": Family(*["query_key_value"] * 3, r"attention\.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "gpt_neox": Family(*["query_key_value"] * 3, r"attention\.dense", "dense_h_to_4h", "dense_4h_to_h", "mlp"),
     "bert": _BERT,
     "roberta": _BERT,
-    "distilbert": Family("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
-    "t5": Family(*(rf"(SelfAttention|EncDecAttention)\.{name}" for name in "qkvo"), r"DenseReluDense\.wi(_0)?", r"wo"),
+    "distilbert": Family("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2", "ffn"),
+    "t5": Family(
+        *(rf"(SelfAttention|EncDecAttention)\.{name}" for name in "qkvo"),
+        r"DenseReluDense\.wi(_0)?",
+        "wo",
+        "DenseReluDense",
+    ),
     # The second of each pair is what older versions of transformers call it.
     "vit": Family(
         r"attention\.q_proj|attention\.query",
@@ -42,16 +48,26 @@ FAMILIES: dict[str, Family] = {
         r"attention\.o_proj|attention\.output\.dense",
         r"mlp\.fc1|intermediate\.dense",
         r"mlp\.fc2|layer\.\d+\.output\.dense",
+        "mlp",
     ),
 }
 
 
+def known_family(model: nn.Module) -> Family | None:
+    """The family of a transformers model; None where it is unknown."""
+    return FAMILIES.get(_kind(model))
+
+
 def family(model: nn.Module, op: str) -> Family:
     """The family of a transformers model. Raises ValueError, asking for target_modules, where it is unknown."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = _kind(model)
     given = f"None for a model of type {kind or type(model).__name__}"
     need(kind in FAMILIES, op, "target_modules", given, f"given, except for {', '.join(FAMILIES)}")
     return FAMILIES[kind]
+
+
+def _kind(model):
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def ends(*patterns: str) -> str:
@@ -64,6 +80,11 @@ def matches(path: str, target: str | Iterable[str]) -> bool:
     if isinstance(target, str):
         return re.fullmatch(target, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in target)
+
+
+def any_of(paths: Iterable[str], name: str) -> bool:
+    """Whether a name means one of these paths."""
+    return any(matches(path, [name]) for path in paths)
 
 
 def select(
@@ -79,10 +100,13 @@ def select(
 
     Raises ValueError, listing close names, if nothing is left, or if a name in a list means nothing.
     """
-    if not isinstance(target, str):
-        for name in target:
-            if not any(matches(path, [name]) for path in candidates):
-                need(False, op, argument, f"holding {name!r}", _known(name, candidates))
+    for given, meant in ((argument, target), ("exclude_modules", exclude or ())):
+        if isinstance(meant, str):
+            _need_pattern(op, given, meant)
+            continue
+        for name in meant:
+            if not any_of(candidates, name):
+                need(False, op, given, f"holding {name!r}, which means nothing", _known(name, candidates))
     found = [path for path in candidates if matches(path, target) and not (exclude and matches(path, exclude))]
     if not found:
         name = target if isinstance(target, str) else " ".join(target)
@@ -97,7 +121,7 @@ def select(
 
 def _in_layers(op, found, candidates, layers, pattern):
     names = [pattern] if isinstance(pattern, str) else pattern or []
-    number = rf"(?:.*\.)?(?:{'|'.join(names)})\.(\d+)\." if names else r".*?\.(\d+)\."
+    number = rf"(?:.*\.)?(?:{'|'.join(names)})\.(\d+)\." if names else r"(?:|.*?\.)(\d+)\."
     index = {path: int(hit.group(1)) for path in candidates if (hit := re.match(number, path))}
     need(bool(index), op, "layers_pattern", pattern, "the name of a list of layers in the model")
     count = 1 + max(index.values())
@@ -114,6 +138,13 @@ def _in_layers(op, found, candidates, layers, pattern):
         f"layers that hold targets; those are {sorted({*index.values()})}",
     )
     return kept
+
+
+def _need_pattern(op, argument, pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        need(False, op, argument, f"{pattern!r} ({error})", "a regular expression")
 
 
 def _known(name, candidates):
