@@ -52,7 +52,8 @@ class Config:
 
     def need(self, holds: bool, name: str, needed: str) -> None:
         """Raise ValueError, naming the field, unless `holds`."""
-        need(holds, type(self).__name__, name, getattr(self, name), needed)
+        value = getattr(self, name)
+        need(holds, type(self).__name__, name, repr(value) if isinstance(value, str) else value, needed)
 
     def need_count(self, *names: str) -> None:
         """Raise ValueError unless the fields are integers >= 1."""
@@ -412,7 +413,7 @@ def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:
     Raises ValueError naming the fields that are unknown here, unless they are unset (None, False, empty, or as in
     `defaults`).
     """
-    need(kind in CONFIGS, "config", "peft_type", kind, f"one of {', '.join(CONFIGS)}")
+    need(isinstance(kind, str) and kind in CONFIGS, "config", "peft_type", repr(kind), f"one of {', '.join(CONFIGS)}")
     cls = CONFIGS[kind]
     known = {f.name for f in fields(cls)}
     extra = {

@@ -98,9 +98,7 @@ def need_file(directory: str | os.PathLike, name: str) -> Path:
     present = sorted(path.name for path in directory.iterdir())
     given = f"{str(directory)!r}, which holds {', '.join(present[:10]) or 'nothing'}"
     if pickles := [other for other in present if other.endswith(PICKLES)]:
-        needed += (
-            f"; {pickles[0]} may be a pickle, which can run any code when it is read: convert it where it came from"
-        )
+        needed += f"; {pickles[0]} is not read, since a pickle can run any code: convert it where it came from"
     need(False, "load", "directory", given, needed, FileNotFoundError)
 
 
