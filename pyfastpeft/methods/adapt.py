@@ -232,6 +232,8 @@ def add_weighted_adapter(
     from .combine import combine
 
     known, op = _adaptation(model), "add_weighted_adapter"
+    need(not isinstance(names, str), op, "names", repr(names), "a list of names", TypeError)
+    need(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
         _need_adapter(known, op, other)
     _need_new(known, op, name)
@@ -263,12 +265,12 @@ def _names(module) -> list[str]:
 
 def _need_adapter(known, op, name):
     found = isinstance(name, str) and name in known.configs
-    need(found, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")
+    need(found, op, "name", repr(name), f"one of the model's adapters: {', '.join(known.configs)}")
 
 
 def _need_new(known, op, name):
-    need(isinstance(name, str) and name and "." not in name, op, "name", name, "a non-empty string without dots")
-    need(not hasattr(Parts(), name), op, "name", name, "a name that torch.nn.ModuleDict has no use for")
+    need(isinstance(name, str) and name and "." not in name, op, "name", repr(name), "a non-empty string without dots")
+    need(not hasattr(Parts(), name), op, "name", repr(name), "a name that torch.nn.ModuleDict has no use for")
     need(name not in known.configs, op, "name", f"{name!r}, which the model has", "new, or deleted first")
 
 

@@ -16,10 +16,13 @@ def combine(model: nn.Module, configs: dict[str, Config], names, weights, combin
     """(config, path -> part) of the adapter that `add_weighted_adapter` makes."""
     op = "add_weighted_adapter"
     need(len(names) > 0, op, "names", names, "of at least one adapter")
-    fits = len(weights) == len(names) and all(isinstance(w, (int, float)) for w in weights)
-    need(fits, op, "weights", weights, f"one number for each of {len(names)} adapters")
+    fits = len(weights) == len(names) and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights)
+    need(fits, op, "weights", weights, f"one finite number for each of {len(names)} adapters")
     kinds = ("svd", "cat", "linear")
-    need(combination_type in kinds, op, "combination_type", combination_type, f"one of {', '.join(kinds)}")
+    need(combination_type in kinds, op, "combination_type", repr(combination_type), f"one of {', '.join(kinds)}")
+    if rank is not None:
+        need(combination_type == "svd", op, "rank", rank, 'None, except with "svd"')
+        need(type(rank) is int and rank > 0, op, "rank", rank, "an integer >= 1")
     for name in names:
         config = configs[name]
         plain = type(config) is LoraConfig and not config.use_dora and config.bias == "none"

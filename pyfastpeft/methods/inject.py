@@ -29,7 +29,10 @@ def inject(model: nn.Module, config: Config, name: str, autocast_adapter_dtype: 
     _save_modules(model, config, name)
     INJECT[type(config)](model, config, name, autocast_adapter_dtype)
     for layer in _transformer_layers(model):
-        if _calls_layers not in layer._forward_pre_hooks.values():
+        if isinstance(layer, nn.TransformerEncoder):
+            layer.nested_before = layer.__dict__.get("nested_before", layer.use_nested_tensor)
+            layer.use_nested_tensor = False
+        elif _calls_layers not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_calls_layers)
 
 
@@ -37,15 +40,19 @@ def eject(model: nn.Module) -> None:
     """Take back what was done to the model as a whole for methods of which it holds no adapter any more."""
     adapted = _transformer_layers(model)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and module not in adapted:
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _calls_layers]:
-                del hooks[key]
+        if module in adapted:
+            continue
+        if "nested_before" in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop("nested_before")
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _calls_layers]:
+            del hooks[key]
 
 
-def _transformer_layers(model) -> list[nn.TransformerEncoderLayer]:
-    """Those in which a layer's forward is adapted."""
-    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+def _transformer_layers(model) -> list[nn.Module]:
+    """torch's own, and stacks of them, in which a layer's forward is adapted."""
+    kinds = nn.TransformerEncoder, nn.TransformerEncoderLayer
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     return [layer for layer in layers if any("adapters" in module._modules for _, module in carriers(layer))]
 
 
