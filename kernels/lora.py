@@ -1,20 +1,30 @@
-"""LoRA on a linear layer, and alone: y = x W^T + b + scaling * drop(x) A^T B^T. Equations: README.md."""
+"""The low-rank branch: LoRA on a linear layer and alone, and the kernels of what else has one. Equations: README.md."""
 
 import triton
 import triton.language as tl
 
 from .blocks import accumulation, blocks, dots, finish, launcher, partial, split
-from .tiles import dropout_mask, product
+from .tiles import activated, dropout_mask, product, slope
+
+
+@triton.jit
+def shifted(s, shift, ranks, inside):
+    """s + shift[ranks], or s where shift is None:  s [ranks, tokens]."""
+    if shift is not None:
+        s += tl.load(shift + ranks, mask=inside, other=0.0).to(s.dtype)[:, None]
+    return s
 
 
 @triton.jit(do_not_specialize=["drop_below"])
 def shrink_kernel(
-    x, lora_A, s, seed, M, K, R, part, x_row, a_rank, a_column, scaling: tl.float64, drop_below: tl.int64,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, lora_A, s, seed, middle, shift, M, K, R, part, x_row, a_rank, a_column, scaling: tl.float64,
+    drop_below: tl.int64, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """s[h, m, j] = scaling * sum over the k of part h of mask(x)[m, k] lora_A[j, k].
+    """s[h, m, j] = scaling * sum over the k of part h of mask(x)[m, k] lora_A[j, k], where middle is given times
+    phi'(middle[m, j] + shift[j]).
 
-    x [M, K], lora_A [R, K], s [parts, M, R].
+    x [M, K], lora_A [R, K], s [parts, M, R], middle [M, R], shift [R].
     """
     rank_blocks = tl.cdiv(R, BLOCK_R)
     rows = tl.program_id(0) // rank_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -28,19 +38,24 @@ def shrink_kernel(
         start, tl.minimum(start + part, K), DOT, PRECISION, BLOCK_K, seed=seed, rows=rows, drop_below=drop_below,
     )  # fmt: skip
     acc *= tl.full((1, 1), scaling, acc.dtype)
-    out = s + (tl.program_id(1).to(tl.int64) * M + rows)[None, :] * R + ranks[:, None]
-    tl.store(out, acc, mask=(ranks < R)[:, None] & (rows < M)[None, :])
+    at = rows.to(tl.int64)[None, :] * R + ranks[:, None]
+    inside = (ranks < R)[:, None] & (rows < M)[None, :]
+    if middle is not None:
+        acc *= slope(shifted(tl.load(middle + at, mask=inside, other=0.0), shift, ranks, ranks < R), ACTIVATION)
+    tl.store(s + tl.program_id(1).to(tl.int64) * M * R + at, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["drop_below"])
 def linear_kernel(
-    x, weight, bias, s, lora_B, y, seed, M, N, K, R, x_row, w_row, w_column, b_row, b_rank, y_row,
-    scaling: tl.float64, drop_below: tl.int64, ADD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x, weight, scale, bias, s, shift, lora_B, base, y, unscaled, seed, M, N, K, R, x_row, w_row, w_column, b_row,
+    b_rank, base_row, y_row, scaling: tl.float64, drop_below: tl.int64, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = x weight^T + bias + scaling * mask(s lora_B^T), without weight the last term alone; ADD: y += that.
+    """unscaled = x weight^T + scaling * mask(phi(s + shift) lora_B^T);  y = base + scale * unscaled + bias. What is
+    None is left out; base may be y.
 
-    x [M, K], weight [N, K], bias [N], s [M, R], lora_B [N, R], y [M, N]. One accumulator, rounded once.
+    x [M, K], weight [N, K], scale, bias [N], s [M, R], shift [R], lora_B [N, R], base, y, unscaled [M, N]. One
+    accumulator, rounded once.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
@@ -53,7 +68,7 @@ def linear_kernel(
     # The branch comes first, so that its mask and scale meet it alone in the accumulator.
     acc = product(
         acc, lora_B + column_at * b_row, b_rank, column_inside, s + row_at * R, row_inside, 0, R,
-        DOT, PRECISION, BLOCK_R, STAGES=1,
+        DOT, PRECISION, BLOCK_R, STAGES=1, shift=shift, ACTIVATION=ACTIVATION,
     )  # fmt: skip
     acc *= tl.full((1, 1), scaling, acc.dtype)
     if seed is not None:
@@ -63,24 +78,30 @@ def linear_kernel(
             acc, weight + column_at * w_row, w_column, column_inside, x + row_at * x_row, row_inside, 0, K,
             x.dtype.element_ty, "ieee", BLOCK_K,
         )  # fmt: skip
+    inside = column_inside[:, None] & row_inside[None, :]
+    if unscaled is not None:
+        out = unscaled + row_at[None, :] * N + columns[:, None]
+        tl.store(out, acc.to(unscaled.dtype.element_ty), mask=inside)
+    if scale is not None:
+        acc *= tl.load(scale + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
     if bias is not None:
         acc += tl.load(bias + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
-    out = y + row_at[None, :] * y_row + columns[:, None]
-    inside = column_inside[:, None] & row_inside[None, :]
-    if ADD:
-        acc += tl.load(out, mask=inside, other=0.0).to(acc.dtype)
-    tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
+    if base is not None:
+        acc += tl.load(base + row_at[None, :] * base_row + columns[:, None], mask=inside, other=0.0).to(acc.dtype)
+    tl.store(y + row_at[None, :] * y_row + columns[:, None], acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["drop_below"])
 def factor_gradient_kernel(
-    t, s, gradient, lora_B, ds, seed, M, F, R, part, t_row, g_rank, g_column, scaling: tl.float64, drop_below: tl.int64,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    t, s, shift, gradient, lora_B, ds, seed, M, F, R, part, t_row, g_rank, g_column, scaling: tl.float64,
+    drop_below: tl.int64, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """gradient[h, j, f] = scaling * sum over the rows m of part h of s[m, j] mask(t)[m, f]; and, where lora_B is given,
-    ds[i, m, j] = scaling * sum over the columns f of block i of t[m, f] lora_B[f, j].
+    """gradient[h, j, f] = scaling * sum over the rows m of part h of phi(s + shift)[m, j] mask(t)[m, f]; and, where
+    lora_B is given, ds[i, m, j] = scaling * sum over the columns f of block i of t[m, f] lora_B[f, j] times
+    phi'(s + shift)[m, j].
 
-    t [M, F], s [M, R], gradient [parts, R, F] of any strides, lora_B [F, R], ds [F / BLOCK_N, M, R].
+    t [M, F], s [M, R], shift [R], gradient [parts, R, F] of any strides, lora_B [F, R], ds [F / BLOCK_N, M, R].
     """
     rank_blocks = tl.cdiv(R, BLOCK_R)
     block = tl.program_id(0) // rank_blocks
@@ -106,11 +127,16 @@ def factor_gradient_kernel(
             tile = (tile.to(WIDE) * mask).to(tile.dtype)
         at = row_at[None, :] * R + ranks[:, None]
         s_inside = rank_inside[:, None] & row_inside[None, :]
-        shrunk = tl.load(s + at, mask=s_inside, other=0.0)
-        acc = tl.dot(shrunk.to(DOT), tile.to(DOT), acc, input_precision=PRECISION, out_dtype=WIDE)
+        shrunk = shifted(tl.load(s + at, mask=s_inside, other=0.0), shift, ranks, rank_inside)
+        hidden = shrunk
+        if ACTIVATION is not None:
+            hidden = tl.where(s_inside, activated(shrunk, ACTIVATION), 0.0)
+        acc = tl.dot(hidden.to(DOT), tile.to(DOT), acc, input_precision=PRECISION, out_dtype=WIDE)
         if lora_B is not None:
             sums = tl.dot(factor, tl.trans(tile.to(DOT)), input_precision=PRECISION, out_dtype=WIDE)
             sums *= tl.full((1, 1), scaling, WIDE)
+            if ACTIVATION is not None:
+                sums *= slope(shrunk, ACTIVATION)
             tl.store(ds + block.to(tl.int64) * M * R + at, sums, mask=s_inside)
     acc *= tl.full((1, 1), scaling, WIDE)
     out = gradient + tl.program_id(1).to(tl.int64) * R * F
@@ -124,8 +150,8 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
 
     x [M, K], weight [N, K] of any strides, lora_A [r, K], lora_B [N, r]; written: y [M, N], s [M, r].
     """
-    _shrink(x, lora_A, s, _keep(dropout_p, seed), dropout_p, seed)
-    _linear(x, weight, bias, s, lora_B, y, scaling, add=weight is None)
+    shrink(x, lora_A, s, _keep(dropout_p, seed), dropout_p, seed)
+    linear(x, weight, bias, s, lora_B, y, scaling, base=y if weight is None else None)
 
 
 @launcher
@@ -135,21 +161,15 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
 
     dy [M, N], the rest as in lora_forward; written, each unless None: dx [M, K], dlora_A [r, K], dlora_B [N, r].
     """
-    rank, keep = len(lora_A), _keep(dropout_p, seed)
+    keep = _keep(dropout_p, seed)
     ds = None
     if dx is not None or dlora_A is not None:
-        ds = dy.new_empty(len(dy), rank, dtype=accumulation(dy.dtype))
-    # One pass over dy serves ds and dlora_B, unless ds in blocks of columns would weigh more than reading dy again.
-    block = blocks("factor_gradient", dy.dtype, len(dy), lora_B.dtype)["BLOCK_N"]
-    together = ds is not None and dlora_B is not None and 2 * rank * ds.itemsize <= block * dy.itemsize
-    if dlora_B is not None:
-        _factor_gradient(dy, s, dlora_B, 1, scaling, lora_B=lora_B, ds=ds if together else None)
-    if ds is not None and not together:
-        _shrink(dy, lora_B.T, ds, scaling)
+        ds = dy.new_empty(len(dy), len(lora_A), dtype=accumulation(dy.dtype))
+    expand_backward(dy, s, lora_B, scaling, ds, dlora_B)
     if dlora_A is not None:
-        _factor_gradient(x, ds, dlora_A, 0, keep, dropout_p, seed)
+        factor_gradient(x, ds, dlora_A, 0, keep, dropout_p, seed)
     if dx is not None:
-        _linear(dy, None if weight is None else weight.T, None, ds, lora_A.T, dx, keep, dropout_p, seed)
+        linear(dy, None if weight is None else weight.T, None, ds, lora_A.T, dx, keep, dropout_p, seed)
 
 
 def _keep(dropout_p, seed):
@@ -160,34 +180,42 @@ def _drop_below(dropout_p):
     return int(dropout_p * 2**32)
 
 
-def _shrink(x, factor, s, scaling, dropout_p=0.0, seed=None):
-    """s = scaling * mask(x) factor^T:  x [M, K], factor [r, K], s [M, r]."""
+def shrink(x, factor, s, scaling, dropout_p=0.0, seed=None, middle=None, shift=None, activation=None):
+    """s = scaling * mask(x) factor^T, given middle times phi'(middle + shift):  x [M, K], factor [r, K], s [M, r]."""
     (rows, depth), rank = x.shape, len(factor)
     sizes = blocks("shrink", x.dtype, rows, factor.dtype, rank)
     programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(rank, sizes["BLOCK_R"])
     parts, part = split(depth, sizes["BLOCK_K"], programs)
     sums = partial(s, parts, s.dtype)
     shrink_kernel[(programs, parts)](
-        x, factor, sums, seed, rows, depth, rank, part, x.stride(0), *factor.stride(), scaling, _drop_below(dropout_p),
-        **dots(x.dtype, factor.dtype), **sizes,
+        x, factor, sums, seed, middle, shift, rows, depth, rank, part, x.stride(0), *factor.stride(), scaling,
+        _drop_below(dropout_p), ACTIVATION=activation, **dots(x.dtype, factor.dtype), **sizes,
     )  # fmt: skip
     finish(sums, s)
 
 
-def _linear(x, weight, bias, s, factor, y, scaling, dropout_p=0.0, seed=None, add=False):
-    """y (+)= x weight^T + bias + scaling * mask(s factor^T):  weight [N, K] or None, factor [N, r]."""
+def linear(
+    x, weight, bias, s, factor, y, scaling, dropout_p=0.0, seed=None, base=None, scale=None, unscaled=None, shift=None,
+    activation=None,
+):  # fmt: skip
+    """y = base + scale * (x weight^T + scaling * mask(phi(s + shift) factor^T)) + bias:  weight [N, K], factor [N, r],
+    s [M, r]; each of the others may be None."""
     (rows, columns), depth, rank = y.shape, x.shape[1], s.shape[1]
     sizes = blocks("linear", x.dtype, rows, factor.dtype, rank)
     programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(columns, sizes["BLOCK_N"])
     strides = (0, 0) if weight is None else weight.stride()
     linear_kernel[(programs,)](
-        x, weight, bias, s, factor, y, seed, rows, columns, depth, rank, x.stride(0), *strides, *factor.stride(),
-        y.stride(0), scaling, _drop_below(dropout_p), ADD=add, **dots(x.dtype, factor.dtype, rounded=True), **sizes,
+        x, weight, scale, bias, s, shift, factor, base, y, unscaled, seed, rows, columns, depth, rank, x.stride(0),
+        *strides, *factor.stride(), 0 if base is None else base.stride(0), y.stride(0), scaling, _drop_below(dropout_p),
+        ACTIVATION=activation, **dots(x.dtype, factor.dtype, rounded=True), **sizes,
     )  # fmt: skip
 
 
-def _factor_gradient(t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=None, lora_B=None, ds=None):
-    """gradient = scaling * s^T mask(t), its ranks on rank_axis, and, given ds, ds = scaling * t lora_B:  t [M, F]."""
+def factor_gradient(
+    t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=None, lora_B=None, ds=None, shift=None, activation=None
+):
+    """gradient = scaling * phi(s + shift)^T mask(t), its ranks on rank_axis, and, given ds,
+    ds = scaling * t lora_B * phi'(s + shift):  t [M, F]."""
     (rows, columns), rank = t.shape, s.shape[1]
     sizes = blocks("factor_gradient", t.dtype, rows, gradient.dtype, rank)
     column_blocks = triton.cdiv(columns, sizes["BLOCK_N"])
@@ -196,10 +224,22 @@ def _factor_gradient(t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=Non
     sums = partial(gradient, parts, s.dtype)
     blocks_of_ds = None if ds is None else partial(ds, column_blocks, ds.dtype)
     factor_gradient_kernel[(programs, parts)](
-        t, s, sums, None if ds is None else lora_B, blocks_of_ds, seed, rows, columns, rank, part, t.stride(0),
-        sums.stride(1 + rank_axis), sums.stride(2 - rank_axis), scaling, _drop_below(dropout_p),
+        t, s, shift, sums, None if ds is None else lora_B, blocks_of_ds, seed, rows, columns, rank, part, t.stride(0),
+        sums.stride(1 + rank_axis), sums.stride(2 - rank_axis), scaling, _drop_below(dropout_p), ACTIVATION=activation,
         **dots(t.dtype, gradient.dtype), **sizes,
     )  # fmt: skip
     finish(sums, gradient)
     if ds is not None:
         finish(blocks_of_ds, ds)
+
+
+def expand_backward(dy, s, lora_B, scaling, ds, dlora_B, shift=None, activation=None):
+    """dlora_B = scaling * dy^T phi(s + shift);  ds = scaling * dy lora_B * phi'(s + shift): what is not None."""
+    rank, middle = lora_B.shape[1], {"shift": shift, "activation": activation}
+    # One pass over dy serves both, unless ds in blocks of columns would weigh more than reading dy again.
+    block = blocks("factor_gradient", dy.dtype, len(dy), lora_B.dtype)["BLOCK_N"]
+    together = ds is not None and dlora_B is not None and 2 * rank * ds.itemsize <= block * dy.itemsize
+    if dlora_B is not None:
+        factor_gradient(dy, s, dlora_B, 1, scaling, lora_B=lora_B, ds=ds if together else None, **middle)
+    if ds is not None and not together:
+        shrink(dy, lora_B.T, ds, scaling, middle=None if activation is None else s, **middle)

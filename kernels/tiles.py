@@ -22,6 +22,59 @@ def dropout_mask(seed, rows, first, drop_below, COLUMNS: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
+def logistic(v):
+    return 1 / (1 + tl.exp(-v))
+
+
+@triton.jit
+def tanh(v):
+    """Below 1/2 the eighth convergent of its continued fraction, since 1 - 2 / (e^2v + 1) cancels there."""
+    size, q = tl.abs(v), v * v
+    small = v * (((36 * q + 6930) * q + 270270) * q + 2027025)
+    small /= (((q + 630) * q + 51975) * q + 945945) * q + 2027025
+    large = 1 - 2 / (tl.exp(2 * size) + 1)
+    return tl.where(size < 0.5, small, tl.where(v < 0, -large, large))
+
+
+@triton.jit
+def activated(v, ACTIVATION: tl.constexpr):
+    """phi(v)."""
+    if ACTIVATION == "relu":
+        v = tl.where(v < 0, 0.0, v)
+    elif ACTIVATION == "gelu":
+        v *= 0.5 * (1 + tl.erf(v * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        v *= logistic(1.5957691216057308 * v * (1 + 0.044715 * v * v))
+    elif ACTIVATION == "silu":
+        v *= logistic(v)
+    elif ACTIVATION == "tanh":
+        v = tanh(v)
+    return v
+
+
+@triton.jit
+def slope(v, ACTIVATION: tl.constexpr):
+    """phi'(v)."""
+    if ACTIVATION == "relu":
+        v = tl.where(v <= 0, 0.0, 1.0).to(v.dtype)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * v * v)
+        v = 0.5 * (1 + tl.erf(v * 0.7071067811865476)) + v * density
+    elif ACTIVATION == "gelu_tanh":
+        share = logistic(1.5957691216057308 * v * (1 + 0.044715 * v * v))
+        v = share + v * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * v * v)
+    elif ACTIVATION == "silu":
+        share = logistic(v)
+        v = share + v * share * (1 - share)
+    elif ACTIVATION == "tanh":
+        v = tanh(v)
+        v = 1 - v * v
+    else:
+        v = tl.full(v.shape, 1.0, v.dtype)
+    return v
+
+
+@triton.jit
 def product(
     acc,  # [BLOCK_L, BLOCK_M]
     left,  # [BLOCK_L] pointers to the first elements of the left operand's rows
@@ -36,12 +89,15 @@ def product(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr = None,
     scale=None,
+    shift=None,
+    ACTIVATION: tl.constexpr = None,
     seed=None,
     rows=None,
     drop_below=None,
 ):
     """acc[l, m] + sum over start <= k < end of left[l, k] right[m, k], right multiplied by scale[k] or by the dropout
-    mask of (rows[m], k) where given and rounded to its own dtype; the operands are cast to DOT."""
+    mask of (rows[m], k) where given and rounded to its own dtype, or made phi(right + shift[k]); the operands are cast
+    to DOT."""
     ks = tl.arange(0, BLOCK_K)
     for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
         inside = ks < end - k
@@ -53,6 +109,10 @@ def product(
         if scale is not None:
             factor = tl.load(scale + at, mask=inside, other=0.0).to(acc.dtype)
             rhs = (rhs.to(acc.dtype) * factor[:, None]).to(rhs.dtype)
+        if shift is not None:
+            rhs += tl.load(shift + at, mask=inside, other=0.0).to(rhs.dtype)[:, None]
+        if ACTIVATION is not None:
+            rhs = activated(rhs, ACTIVATION)
         if seed is not None:
             mask = dropout_mask(seed, rows, k, drop_below, BLOCK_K, acc.dtype)
             rhs = (rhs.to(acc.dtype) * mask).to(rhs.dtype)

@@ -85,6 +85,19 @@ def unfused_ia3(x, weight, bias, ia3_l, feedforward):
     return (base * ia3_l).to(base.dtype)
 
 
+def unfused_bottleneck(x, residual, down, down_bias, up, up_bias, scaling, activation):
+    phi = {
+        "relu": torch.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+        "silu": F.silu,
+        "tanh": torch.tanh,
+        "identity": lambda v: v,
+    }[activation]
+    delta = F.linear(phi(F.linear(x.to(down.dtype), down, down_bias)), up) * scaling
+    return (residual + delta + (0 if up_bias is None else up_bias)).to(residual.dtype)
+
+
 def unfused_multi_lora(y, x, lora_A, lora_B, slots, scaling, ranks=None):
     """y [T, N] + the branch of every adapter on its own tokens, one after the other."""
     for a in range(len(lora_A)):
@@ -100,6 +113,24 @@ def unfused_multi_lora(y, x, lora_A, lora_B, slots, scaling, ranks=None):
 
 def random(*shape: int, dtype=torch.float32, grad: bool = True, device="cpu") -> Tensor:
     return (torch.randn(*shape, dtype=torch.float64) / shape[-1] ** 0.5).to(device, dtype).requires_grad_(grad)
+
+
+def bottleneck_inputs(m, k, n, r, dtype, adapter_dtype=None, biases=True, device="cpu") -> dict[str, Tensor]:
+    """n None: a serial adapter, without a residual of its own."""
+    adapter_dtype, n, serial = adapter_dtype or dtype, n or k, n is None
+    inputs = {
+        "x": random(m, k, dtype=dtype, device=device),
+        "down": random(r, k, dtype=adapter_dtype, device=device),
+        "up": random(n, r, dtype=adapter_dtype, device=device),
+    }
+    if not serial:
+        inputs["residual"] = random(m, n, dtype=dtype, device=device)
+    if biases:
+        inputs |= {
+            "down_bias": random(r, dtype=adapter_dtype, device=device),
+            "up_bias": random(n, dtype=adapter_dtype, device=device),
+        }
+    return inputs
 
 
 def lora_inputs(m, k, n, r, dtype, adapter_dtype=None, bias=True, frozen=True, device="cpu") -> dict[str, Tensor]:

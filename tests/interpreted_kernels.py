@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, random
-from test_ops import assert_multi_lora, lora, multi_inputs, plain_lora, raw_arguments
+from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, lora_inputs, random
+from test_ops import assert_bottleneck, assert_multi_lora, lora, multi_inputs, plain_lora, raw_arguments
 
 from pyfastpeft import ops
 from pyfastpeft.kernels.multi_lora import SCAN
@@ -39,6 +39,14 @@ def test_many_tokens_through_strided_tensors(dtype, adapter_dtype):
 @pytest.mark.parametrize("shape", [(1, 7, 5, 256), (17, 257, 31, 129), (255, 31, 33, 1)])
 def test_odd_shapes(dtype, shape):
     assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype))
+
+
+@dtypes
+def test_many_tokens_through_a_wide_bottleneck(dtype, adapter_dtype):
+    """Several tiles each way; ds is formed apart from dup."""
+    inputs = bottleneck_inputs(130, 75, 150, 70, dtype, adapter_dtype)
+    inputs["residual"] = random(150, 130, dtype=dtype).T.detach().requires_grad_()
+    assert_bottleneck(inputs, activation="gelu_tanh")
 
 
 @dtypes
@@ -127,13 +135,16 @@ def test_gradcheck():
     for feedforward in (False, True):
         ia3 = functools.partial(ops.ia3_linear, feedforward=feedforward)
         assert check(ia3, (x, weight, bias, double(5 if feedforward else 4)))
+    for activation in reference.ACTIVATIONS:
+        branch = lora_A, double(2), lora_B, double(4), double(1)
+        assert check(functools.partial(ops.bottleneck, activation=activation), (x, y, *branch))
     routing = torch.tensor([1, -1, 0, 2, 2, 0]), torch.tensor([0.5, -1.0, 2.0]), torch.tensor([2, 1, 2])
     multi = lambda y, *a: ops.multi_lora(y.clone(), *a, *routing)  # noqa: E731
     assert check(multi, (y, x, double(3, 2, 5), double(3, 4, 2)))
 
 
 @pytest.mark.parametrize("rank", [3, 40])
-@pytest.mark.parametrize("op", ["lora_backward", "multi_lora_backward", "ia3_backward"])
+@pytest.mark.parametrize("op", ["lora_backward", "bottleneck_backward", "multi_lora_backward", "ia3_backward"])
 def test_every_choice_of_gradients(op, rank):
     """Gradients asked for together or alone are the same, whichever way the launcher takes to them."""
     m, k, n = 20, 30, 25
@@ -141,6 +152,10 @@ def test_every_choice_of_gradients(op, rank):
     lora_A, lora_B = random(2, rank, k, grad=False), random(2, n, rank, grad=False)
     arguments, shapes = {
         "lora_backward": ((dy, x, weight, lora_A[0], lora_B[0], 0.7, 0.0, None, s), [(m, k), (rank, k), (n, rank)]),
+        "bottleneck_backward": (
+            (dy, x, lora_A[0], random(rank, grad=False), lora_B[0], 0.7, "gelu", s, False),
+            [(m, k), (rank, k), (rank,), (n, rank)],
+        ),
         "multi_lora_backward": (
             (dy, x, lora_A, lora_B, torch.tensor([0.7, 2.0]), None, torch.arange(m), torch.tensor([2, 9, m]), s),
             [(m, k), (2, rank, k), (2, n, rank)],

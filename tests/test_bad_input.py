@@ -29,6 +29,20 @@ def ia3_arguments(**changed):
     return arguments | changed
 
 
+def bottleneck_arguments(**changed):
+    arguments = {
+        "x": random(4, 8),
+        "residual": random(4, 6),
+        "down": random(2, 8),
+        "down_bias": random(2),
+        "up": random(6, 2),
+        "up_bias": random(6),
+        "scaling": 0.5,
+        "activation": "gelu",
+    }
+    return arguments | changed
+
+
 def multi_arguments(**changed):
     arguments = {
         "y": random(4, 6, grad=False),
@@ -125,6 +139,22 @@ IA3 = [
     ({"weight": random(6, 9)}, ValueError, "weight is a torch.float32 tensor of shape [6, 9]"),
 ]
 
+BOTTLENECK = [
+    ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
+    ({"residual": None}, TypeError, "residual is None (NoneType); it must be a float64"),
+    ({"residual": random(4, 8)}, ValueError, "residual is a torch.float32 tensor of shape [4, 8] on cpu; it must be of shape [..., N] = [4, 6]"),
+    ({"residual": random(4, 6).half()}, TypeError, "residual is a torch.float16 tensor of shape [4, 6] on cpu; it must be of dtype torch.float32, as x is"),
+    ({"down": random(2, 7)}, ValueError, "down is a torch.float32 tensor of shape [2, 7] on cpu; it must be of shape [r, K] = [2, 8]"),
+    ({"up": random(6, 3)}, ValueError, "up is a torch.float32 tensor of shape [6, 3] on cpu; it must be of shape [N, r] = [6, 2]"),
+    ({"up": random(6, 2).half()}, TypeError, "up is a torch.float16 tensor of shape [6, 2] on cpu; it must be of dtype torch.float32, as down is"),
+    ({"down": META}, ValueError, "down is a torch.float32 tensor of shape [2, 8] on meta; it must be on cpu, where x is"),
+    ({"down_bias": random(6)}, ValueError, "down_bias is a torch.float32 tensor of shape [6] on cpu; it must be of shape [r] = [2]"),
+    ({"up_bias": random(6).half()}, TypeError, "up_bias is a torch.float16 tensor of shape [6] on cpu; it must be of dtype torch.float32, as down is"),
+    ({"scaling": torch.ones(2)}, ValueError, "scaling is a torch.float32 tensor of shape [2] on cpu; it must be of shape [1]"),
+    ({"scaling": None}, TypeError, "scaling is None (NoneType); it must be a number"),
+    ({"activation": "swish"}, ValueError, "activation is 'swish'; it must be one of relu, gelu, gelu_tanh, silu, tanh, identity"),
+]
+
 MULTI = [
     ({"slots": torch.tensor([0, 1, 3, 2])}, ValueError, "slots is between 0 and 3; it must be in [-1, 3) (-1: base only)"),
     ({"slots": torch.tensor([0, 1, -2, 2])}, ValueError, "slots is between -2 and 2; it must be in [-1, 3)"),
@@ -164,6 +194,11 @@ def test_ia3_linear(changed, error, message):
     refused(ops.ia3_linear, ia3_arguments(**changed), error, message)
 
 
+@pytest.mark.parametrize(("changed", "error", "message"), BOTTLENECK)
+def test_bottleneck(changed, error, message):
+    refused(ops.bottleneck, bottleneck_arguments(**changed), error, message)
+
+
 @pytest.mark.parametrize(("changed", "error", "message"), MULTI)
 def test_multi_lora(changed, error, message):
     refused(ops.multi_lora, multi_arguments(**changed), error, message)
@@ -173,6 +208,7 @@ def test_what_the_tables_change_is_all_that_was_wrong():
     ops.lora_linear(**lora_arguments())
     ops.ia3_linear(**ia3_arguments())
     ops.multi_lora(**multi_arguments())
+    ops.bottleneck(**bottleneck_arguments())
 
 
 def test_in_place_ops_refuse_an_output_that_overlaps_an_input():

@@ -13,9 +13,11 @@ from error_rule import (
     DTYPES,
     MIXED,
     assert_error_rule,
+    bottleneck_inputs,
     lora_inputs,
     poisoned_memory,
     random,
+    unfused_bottleneck,
     unfused_delta,
     unfused_ia3,
     unfused_lora,
@@ -56,6 +58,15 @@ def lora(x, weight, lora_A, lora_B, bias=None):
 
 def plain_lora(x, weight, lora_A, lora_B, bias=None):
     return unfused_lora(x, weight, bias, lora_A, lora_B, 0.7)
+
+
+def in_both(function, scaling=0.7, activation="relu"):
+    """Calls ops.bottleneck or its formula, with x for a residual that is not given."""
+
+    def run(x, down, up, residual=None, down_bias=None, up_bias=None, scaling=scaling):
+        return function(x, x if residual is None else residual, down, down_bias, up, up_bias, scaling, activation)
+
+    return run
 
 
 # --- the error rule ---
@@ -130,6 +141,60 @@ def test_ia3_trainable_weight_and_bias_get_gradients(backend, feedforward):
         functools.partial(unfused_ia3, feedforward=feedforward),
         inputs,
     )
+
+
+ACTIVATIONS = sorted(reference.ACTIVATIONS)
+
+
+def assert_bottleneck(inputs, scaling=0.7, activation="relu"):
+    ours, theirs = (in_both(f, scaling, activation) for f in (ops.bottleneck, unfused_bottleneck))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(5, 24, 17, 8), (33, 130, None, 20)])
+def test_bottleneck(backend, dtype, adapter_dtype, activation, shape):
+    assert_bottleneck(bottleneck_inputs(*shape, dtype, adapter_dtype), activation=activation)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 9, 8, 1), (70, 300, 257, 33), (3, 40, None, 150)])
+def test_bottleneck_without_biases(backend, dtype, adapter_dtype, shape):
+    assert_bottleneck(bottleneck_inputs(*shape, dtype, adapter_dtype, biases=False), activation="gelu")
+
+
+@backends
+@dtypes
+def test_bottleneck_learns_its_scaling(backend, dtype, adapter_dtype):
+    inputs = bottleneck_inputs(21, 40, 64, 12, dtype, adapter_dtype)
+    inputs["scaling"] = torch.tensor([1.7], dtype=adapter_dtype or dtype).requires_grad_()
+    ours, theirs = (in_both(f, activation="silu") for f in (ops.bottleneck, unfused_bottleneck))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@backends
+@pytest.mark.parametrize("only", ["x", "residual", "down", "down_bias", "up", "up_bias"])
+def test_bottleneck_forms_one_gradient_alone(backend, only):
+    inputs = bottleneck_inputs(6, 24, 40, 4, torch.float32)
+    inputs = {name: t.detach().requires_grad_(name == only) for name, t in inputs.items()}
+    assert_bottleneck(inputs, activation="tanh")
+
+
+@backends
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_exact_where_they_are_small_and_where_they_saturate(backend, activation):
+    one, zero = torch.ones(1, 1), torch.zeros(200, 1)
+    for size in (1e-3, 0.5, 30.0):
+        x = torch.randn(200, 1) * size
+        inputs = {"x": x.requires_grad_()}
+        ours, theirs = (
+            lambda x, f=f: f(x, zero.to(x), one.to(x), None, one.to(x), None, 1.0, activation)
+            for f in (ops.bottleneck, unfused_bottleneck)
+        )
+        assert_error_rule(ours, theirs, inputs)
 
 
 def multi_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
@@ -237,6 +302,27 @@ def test_lora_linear_takes_any_shape_and_strides(backend, shape, layout, weight_
 @backends
 @settings(max_examples=40)
 @given(
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.none() | st.integers(8, 200), st.integers(4, 70)),
+    layout=st.sampled_from(["contiguous", "columns", "transposed"]),
+    dtypes=st.sampled_from(DTYPES + MIXED),
+    biases=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+def test_bottleneck_takes_any_shape_and_strides(backend, shape, layout, dtypes, biases, activation):
+    torch.manual_seed(0)
+    inputs = bottleneck_inputs(*shape, *dtypes, biases=biases)
+    for name in {"x", "residual"} & set(inputs):
+        m, k = inputs[name].shape
+        if layout == "columns":
+            inputs[name] = random(m, k + 3, dtype=dtypes[0])[:, 1 : k + 1].detach().requires_grad_()
+        if layout == "transposed":
+            inputs[name] = random(k, m, dtype=dtypes[0]).T.detach().requires_grad_()
+    assert_bottleneck(inputs, activation=activation)
+
+
+@backends
+@settings(max_examples=40)
+@given(
     shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 60), (8, 200), (8, 300), (1, 12), (1, 9)))),
     dtypes=st.sampled_from(DTYPES + MIXED),
     ranked=st.booleans(),
@@ -323,6 +409,11 @@ def test_empty_batches_give_empty_outputs_and_zero_gradients(backend):
         assert not inputs["lora_B"].grad.any()
         x, ia3_l = random(*lead, 8), random(8)
         assert ops.ia3_linear(x, inputs["weight"], None, ia3_l, True).shape == (*lead, 6)
+        inputs = {n: random(*lead, 8) if n == "x" else t for n, t in bottleneck_inputs(3, 8, None, 2, x.dtype).items()}
+        out = in_both(ops.bottleneck)(**inputs)
+        assert out.shape == (*lead, 8)
+        out.sum().backward()
+        assert not any(t.grad.any() for t in inputs.values())
     y = ops.multi_lora(
         torch.zeros(0, 6), random(0, 8), random(3, 2, 8), random(3, 6, 2), torch.zeros(0, dtype=int), 1.0
     )
@@ -349,6 +440,12 @@ def test_gradcheck(backend):
         ia3_l = double(5 if feedforward else 4)
         ia3 = functools.partial(ops.ia3_linear, feedforward=feedforward)
         assert torch.autograd.gradcheck(ia3, (x, weight, bias, ia3_l))
+    for activation in ACTIVATIONS:
+        branch = lora_A, double(2), lora_B, double(4), double(1)
+        parallel = functools.partial(ops.bottleneck, activation=activation)
+        assert torch.autograd.gradcheck(parallel, (x, double(2, 3, 4), *branch))
+        serial = in_both(ops.bottleneck, 0.7, activation)
+        assert torch.autograd.gradcheck(serial, (double(2, 3, 5), lora_A, double(5, 2)))
     slots = torch.tensor([1, -1, 0, 2, 2, 0])
     ranks = torch.tensor([2, 1, 2])
     multi = lambda y, *a: ops.multi_lora(y.clone(), *a, slots, torch.tensor([0.5, -1.0, 2.0]), ranks)  # noqa: E731
@@ -368,6 +465,11 @@ def raw_arguments():
         "lora_backward": (y, x, weight, lora_A, lora_B, 0.5, 0.1, seed, s, empty(x), empty(lora_A), None),
         "ia3_forward": (x, weight, bias, bias, False, y, empty(y)),
         "ia3_backward": (y, None, weight, bias, False, empty(y), empty(x), empty(bias)),
+        "bottleneck_forward": (x, y, lora_A, lora_A[:, 0].clone(), lora_B, bias, 0.5, "gelu", empty(y), s),
+        "bottleneck_backward": (
+            *(y, x, lora_A, lora_A[:, 0].clone(), lora_B, 0.5, "gelu", s, False),
+            *(empty(x), empty(lora_A), torch.empty(3), empty(lora_B)),
+        ),
         "group_tokens": (torch.tensor([0, -1, 1, 0, 1, 0]), order.clone(), segments.clone()),
         "multi_lora_forward": (x, *common, y, s),
         "multi_lora_backward": (y, x, *common, s, empty(x), empty(many_A), empty(many_B)),
@@ -395,6 +497,8 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
         h = ops.ia3_linear(h, weight, bias, ia3_l, True)
         y = torch.nn.functional.linear(h, weight)
         y = ops.multi_lora(y, h, many_A, many_B, slots, 0.5)
+        y = ops.bottleneck(y, y, lora_A, None, lora_B, bias, 0.6, "silu")
+        y = ops.bottleneck(h, y, lora_A, None, lora_B, bias, ia3_l[:1], "gelu")
         return ops.lora_delta_(y, h, lora_A, lora_B, 0.3)
 
     inputs = [random(*s, dtype=dtype) for s in ((7, 8), (8, 8), (8,), (2, 8), (8, 2), (8,), (2, 3, 8), (2, 8, 3))]
@@ -523,6 +627,19 @@ def test_autocast_gives_its_dtype_and_trains_float32_parameters(backend):
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in (*inputs.values(), ia3_l))
 
 
+@backends
+def test_autocast_keeps_the_dtype_of_a_residual(backend):
+    inputs = bottleneck_inputs(6, 16, 12, 4, torch.float32)
+    expected = in_both(unfused_bottleneck)(**inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = in_both(ops.bottleneck)(**inputs | {"x": inputs["x"].bfloat16()})
+        serial = ops.bottleneck(inputs["x"], inputs["x"], inputs["down"], None, inputs["down"].T, None, 1.0)
+    assert out.dtype == serial.dtype == torch.float32
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+    out.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in inputs.values())
+
+
 def saved_bytes(run, parameters):
     seen = {}
 
@@ -546,6 +663,14 @@ def test_backward_keeps_x_s_and_a_seed_alone(backend):
     assert kept == 64 * 256 * 2 + 64 * 8 * 4 + 8
 
 
+@backends
+def test_a_serial_bottleneck_keeps_x_and_s_alone(backend):
+    inputs = bottleneck_inputs(64, 256, None, 8, torch.bfloat16, torch.float32)
+    parameters = [inputs[n] for n in ("down", "up", "down_bias", "up_bias")]
+    kept = saved_bytes(lambda: in_both(ops.bottleneck)(**inputs), parameters)
+    assert kept == 64 * 256 * 2 + 64 * 8 * 4
+
+
 def test_double_backward_is_refused():
     inputs = lora_inputs(3, 4, 5, 2, torch.float32)
     (gradient,) = torch.autograd.grad(lora(**inputs).square().sum(), inputs["lora_A"], create_graph=True)
@@ -557,6 +682,9 @@ def test_forward_mode_is_refused():
     inputs = {n: t.detach() for n, t in lora_inputs(3, 4, 5, 2, torch.float32).items()}
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda x: lora(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))
+    inputs = {n: t.detach() for n, t in bottleneck_inputs(3, 4, None, 2, torch.float32).items()}
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: in_both(ops.bottleneck)(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))
 
 
 @backends
@@ -587,6 +715,21 @@ def test_nan_and_infinity_are_propagated(backend, value, dtype):
         expected = {"row": bad[0], "column": bad[:, 0], "all": bad}[reached]
         assert expected.all()
         assert bad.sum() == expected.numel()
+
+
+@backends
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_pass_a_bottleneck(backend, value, activation):
+    for where, reached in {"x": "row", "residual": "element", "down_bias": "all", "up": "column"}.items():
+        inputs = {n: t.detach().abs() for n, t in bottleneck_inputs(20, 12, 9, 4, torch.float32).items()}
+        inputs[where].view(-1)[0] = value
+        bad = ~torch.isfinite(in_both(ops.bottleneck, activation=activation)(**inputs))
+        if activation == "tanh" and value == float("inf") and where in ("x", "down_bias"):
+            assert not bad.any()  # tanh of infinity is 1
+            continue
+        assert {"row": bad[0], "column": bad[:, 0], "all": bad, "element": bad[0, 0]}[reached].all()
+        assert bad.sum() == {"row": 9, "column": 20, "all": 180, "element": 1}[reached]
 
 
 @backends

@@ -14,6 +14,13 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "ia3_backward(Tensor dy, Tensor? x, Tensor weight, Tensor ia3_l, bool feedforward, Tensor? base,"
       " Tensor(a!)? dx, Tensor(b!)? dia3_l) -> ()");
+  m.def(
+      "bottleneck_forward(Tensor x, Tensor residual, Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias,"
+      " float scaling, str activation, Tensor(a!) y, Tensor(b!) s) -> ()");
+  m.def(
+      "bottleneck_backward(Tensor dy, Tensor? x, Tensor down, Tensor? down_bias, Tensor up, float scaling,"
+      " str activation, Tensor s, bool serial, Tensor(a!)? dx, Tensor(b!)? ddown, Tensor(c!)? ddown_bias,"
+      " Tensor(d!)? dup) -> ()");
   m.def("group_tokens(Tensor slots, Tensor(a!) order, Tensor(b!) segments) -> ()");
   m.def(
       "multi_lora_forward(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks, Tensor order,"

@@ -24,8 +24,9 @@ class Part(nn.Module):
         """The layer's input [..., K] as the layer is to see it."""
         return x
 
-    def beside(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's output [..., N] with this part's branch of its input x [..., K]; y may be written in place."""
+    def beside(self, y: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        """The layer's output [..., N] with this part's branch of its input x [..., K]; y may be written in place.
+        weight [N, K], None where the layer is no matrix."""
         return y
 
     def after(self, y: Tensor) -> Tensor:
@@ -150,6 +151,34 @@ class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
     transposed = True
 
 
+class AdaptedModule(Adapted):
+    """Any other module: adapters see its first argument as x, and its output, or the first of several, as y."""
+
+    def forward(self, *args, **kwargs):
+        parts = self.running()
+        if not parts:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        for part in parts:
+            x = part.before(x)
+        if args:
+            outputs = super().forward(x, *args[1:], **kwargs)
+        else:
+            outputs = super().forward(**kwargs | {next(iter(kwargs)): x})
+        y, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        for part in parts:
+            y = part.beside(y, x, None)
+        for part in parts:
+            y = part.after(y)
+        return (y, *others) if isinstance(outputs, tuple) else y
+
+
+@cache
+def module_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module of this class, which is no matrix, is swapped to."""
+    return type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
+
+
 @cache
 def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class that a module of exactly this class is swapped to; None if it cannot carry a matrix adapter.
@@ -230,7 +259,7 @@ def attach(module: nn.Module, name: str, part: nn.Module) -> None:
         checks.need(not hasattr(module, kind), "attach", "module", f"one with {kind!r} of its own", "without")
         setattr(module, kind, Parts())
     if isinstance(part, Part) and not isinstance(module, Adapted):
-        _set_class(module, adapted_class(type(module)))
+        _set_class(module, adapted_class(type(module)) or module_class(type(module)))
     if "active" not in module.__dict__:
         module.active = ()
     getattr(module, kind)[name] = part.train(module.training)

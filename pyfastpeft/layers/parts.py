@@ -107,7 +107,8 @@ class DoRAPart(LoRAPart):
 class AdaLoRAPart(LoRAPart):
     """W' = W + alpha / (r + 1e-5) * lora_B diag(lora_E) lora_A (Zhang et al. 2023, equation 3): lora_E [r, 1], zero.
 
-    lora_A and lora_B start normal with deviation 0.02. A rank that is out of the budget has a zero in lora_E.
+    lora_A and lora_B start normal with deviation 0.02. A rank that is out of the budget has a zero in lora_E, or is
+    gone (`keep`); the scaling stays that of the r at the start.
     """
 
     def __init__(self, in_features, out_features, r, alpha, dropout_p=0.0, init=True, device=None, dtype=None):
@@ -122,21 +123,42 @@ class AdaLoRAPart(LoRAPart):
         return self.lora_A * self.lora_E, self.lora_B, self.scaling
 
     def fused(self, x, weight, bias):
+        if self.r == 0:
+            return None
         return ops.adalora_linear(x, weight, bias, self.lora_A, self.lora_E, self.lora_B, self.scaling, self.drop)
+
+    def beside(self, y, x, weight):
+        return super().beside(y, x, weight) if self.r else y
+
+    def keep(self, ranks: Tensor) -> None:
+        """Drop all but `ranks`, bool [r], for good; the parameters are new ones. What is computed stays the same if
+        lora_E is zero where `ranks` is False."""
+        for name, factor in list(self._parameters.items()):
+            kept = factor.detach()[:, ranks] if name == "lora_B" else factor.detach()[ranks]
+            setattr(self, name, nn.Parameter(kept.contiguous(), requires_grad=factor.requires_grad))
+        self.r = len(self.lora_E)
 
 
 class DyLoRAPart(LoRAPart):
     """LoRA cut to its first `rank` ranks, scaled by alpha / rank (Valipour et al. 2023, section 4.2).
 
-    `rank` is drawn anew for every training step and may be set to anything in [1, r] to evaluate.
+    `rank` is drawn anew for every training step and may be set to anything in [1, r] to evaluate. frozen_above: where
+    it is more than this, only the last of its ranks gets a gradient in training.
     """
 
-    def __init__(self, in_features, out_features, r, alpha, dropout_p=0.0, init=True, device=None, dtype=None):
+    def __init__(
+        self, in_features, out_features, r, alpha, dropout_p=0.0, init=True, device=None, dtype=None, frozen_above=None
+    ):
         super().__init__(in_features, out_features, r, alpha / r, dropout_p, init, device, dtype)
-        self.alpha, self.rank = alpha, r
+        self.alpha, self.rank, self.frozen_above = alpha, r, frozen_above
 
     def factors(self):
-        return self.lora_A[: self.rank], self.lora_B[:, : self.rank], self.alpha / self.rank
+        lora_A, lora_B = self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+        if self.training and self.frozen_above is not None and self.rank > self.frozen_above:
+            last = self.rank - 1
+            lora_A = torch.cat([lora_A[:last].detach(), lora_A[last:]])
+            lora_B = torch.cat([lora_B[:, :last].detach(), lora_B[:, last:]], dim=1)
+        return lora_A, lora_B, self.alpha / self.rank
 
 
 class IA3Part(Part):

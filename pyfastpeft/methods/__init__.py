@@ -14,6 +14,7 @@ from .adapt import (
     unload,
     unmerge_adapter,
 )
+from .checkpoint import load_adapter, load_config, save_adapter
 from .configs import (
     AdaLoraConfig,
     BitFitConfig,
@@ -26,6 +27,7 @@ from .configs import (
     PromptTuningConfig,
     SelectiveConfig,
 )
+from .ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank, truncate
 
 __all__ = [
     "AdaLoraConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "LoraConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "RankAllocator",
     "SelectiveConfig",
     "adapt",
     "adapter_parameters",
@@ -45,9 +48,16 @@ __all__ = [
     "count_parameters",
     "delete_adapter",
     "disable_adapter",
+    "draw_rank",
+    "load_adapter",
+    "load_config",
     "merge_adapter",
     "merged_adapters",
+    "orthogonality_loss",
+    "save_adapter",
     "set_adapter",
+    "set_rank",
+    "truncate",
     "unload",
     "unmerge_adapter",
 ]

@@ -41,7 +41,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     op = "adapt"
     need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
     config = deepcopy(as_config(config))
-    known = _adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
+    known = adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
     _need_new(known, op, name)
     _need_unmerged(model, op)
     strange = [path for path, module in carriers(model) if not set(_names(module)) <= set(known.configs)]
@@ -72,9 +72,9 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
     RuntimeError while adapters are merged.
     """
-    known = _adaptation(model)
+    known = adaptation(model)
     for name in names:
-        _need_adapter(known, "set_adapter", name)
+        need_adapter(known, "set_adapter", name)
         need(names.count(name) == 1, "set_adapter", "names", names, "distinct")
     _need_unmerged(model, "set_adapter")
     for path, module in carriers(model):
@@ -94,7 +94,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the model computes what it did before it was adapted. What is merged is unmerged before
     it and merged again after it."""
-    _adaptation(model)
+    adaptation(model)
     before = [(module, module.active, getattr(module, "merged", ())) for _, module in carriers(model)]
     unmerge_adapter(model)
     for module, *_ in before:
@@ -113,8 +113,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises ValueError for a name that the model does not have, RuntimeError while adapters are merged.
     """
-    known = _adaptation(model)
-    _need_adapter(known, "delete_adapter", name)
+    known = adaptation(model)
+    need_adapter(known, "delete_adapter", name)
     _need_unmerged(model, "delete_adapter")
     set_adapter(model, *(other for other in known.active if other != name))
     _detach_all(model, name)
@@ -130,7 +130,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
 
     Returns the model. Raises as `merge_adapter` does.
     """
-    known = _adaptation(model)
+    known = adaptation(model)
     kept = {}
     if merge:
         if not merged_adapters(model):
@@ -158,11 +158,11 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
 
     Raises TypeError, naming it, for an adapter whose method cannot be merged; RuntimeError if something is merged.
     """
-    known = _adaptation(model)
+    known = adaptation(model)
     names = names or known.active
     _need_unmerged(model, "merge_adapter")
     for name in names:
-        _need_adapter(known, "merge_adapter", name)
+        need_adapter(known, "merge_adapter", name)
     here = {path: [n for n in names if n in getattr(m, "adapters", {})] for path, m in carriers(model)}
     for path, present in here.items():
         module = model.get_submodule(path)
@@ -184,7 +184,7 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the weights of before `merge_adapter` back, bit for bit."""
-    _adaptation(model)
+    adaptation(model)
     for _, module in carriers(model):
         if isinstance(module, AdaptedMatrix):
             module.unmerge()
@@ -231,11 +231,11 @@ def add_weighted_adapter(
     """
     from .combine import combine
 
-    known, op = _adaptation(model), "add_weighted_adapter"
+    known, op = adaptation(model), "add_weighted_adapter"
     need(not isinstance(names, str), op, "names", repr(names), "a list of names", TypeError)
     need(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
-        _need_adapter(known, op, other)
+        need_adapter(known, op, other)
     _need_new(known, op, name)
     _need_unmerged(model, op)
     config, parts = combine(model, known.configs, names, weights, combination_type, rank)
@@ -252,7 +252,8 @@ def _detach_all(model, name):
     inject.eject(model)
 
 
-def _adaptation(model: nn.Module) -> Adaptation:
+def adaptation(model: nn.Module) -> Adaptation:
+    """`model.pyfastpeft`. Raises ValueError for a model that is not adapted."""
     known = getattr(model, "pyfastpeft", None)
     need(isinstance(known, Adaptation), "model", "model", model.__class__.__name__ + " without adapters", "adapted")
     return known
@@ -263,7 +264,8 @@ def _names(module) -> list[str]:
     return [name for kind in ("adapters", "replaced") for name in getattr(module, kind, ())]
 
 
-def _need_adapter(known, op, name):
+def need_adapter(known: Adaptation, op: str, name: str) -> None:
+    """Raise ValueError, listing the adapters there are, unless `name` is one of them."""
     found = isinstance(name, str) and name in known.configs
     need(found, op, "name", repr(name), f"one of the model's adapters: {', '.join(known.configs)}")
 

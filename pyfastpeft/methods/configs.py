@@ -19,7 +19,8 @@ class Config:
     """What all methods share.
 
     modules_to_save: names of modules (a classification head) of which the adapter trains and stores its own copy; with
-        task_type "SEQ_CLS" or "TOKEN_CLS" the heads named classifier and score are among them.
+        task_type "SEQ_CLS" or "TOKEN_CLS" the heads named classifier and score are among them, with "QUESTION_ANS"
+        that named qa_outputs.
     base_model_name_or_path: of the model that the adapter belongs to; stored, and compared when it is loaded.
     inference_mode: whether the adapter is injected frozen.
     """
@@ -197,7 +198,7 @@ class DyLoraConfig(LoraConfig):
     """DyLoRA (Valipour et al. 2023): every training step cuts the factors to a rank drawn from [min_rank, r], so that
     one training serves all of these ranks.
 
-    frozen: whether only the last of these ranks is trained in a step (the paper's faster variant).
+    frozen: whether a step trains only the last of its ranks (the paper's variant); at min_rank it trains them all.
     """
 
     peft_type: ClassVar[str] = "DYLORA"
@@ -228,14 +229,19 @@ class IA3Config(TargetedConfig):
 
 @dataclass(kw_only=True)
 class BottleneckConfig(TargetedConfig):
-    """Bottleneck adapters: serial after attention and feed-forward (Houlsby et al. 2019) or after feed-forward alone
-    (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
+    """Bottleneck adapters: serial, on the output of attention and feed-forward (Houlsby et al. 2019) or of feed-forward
+    alone (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
 
-    placement: "houlsby", "pfeiffer" or "parallel". bottleneck_size: r, the width.
+    placement: "houlsby", "pfeiffer" or "parallel".
+    bottleneck_size: r, the width.
     activation: one of `ACTIVATIONS`.
     scaling: the factor s, a number, or "learned" (one scalar a layer, starting at 1).
     layer_norm: whether a LayerNorm of its own stands before the branch.
+    train_layer_norm: whether the model's own normalisation layers (of the chosen layers) train, too.
     init_weights: True makes up zero and down Kaiming-uniform, so that nothing changes at the start; False draws both.
+    target_modules: modules of any kind, after each of which the branch stands; where parallel, beside each of which, or
+    input_modules: beside the chains of layers from each of these to the corresponding target module. Both are taken in
+        the order in which the model holds them.
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -244,8 +250,9 @@ class BottleneckConfig(TargetedConfig):
     activation: str = "relu"
     scaling: float | Literal["learned"] = 1.0
     layer_norm: bool = False
-    train_layer_norm: bool = False  # the model's own normalisation layers train, too (Houlsby et al. 2019)
+    train_layer_norm: bool = False
     init_weights: bool = True
+    input_modules: str | Sequence[str] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -255,6 +262,8 @@ class BottleneckConfig(TargetedConfig):
         self.need(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
         self.need_flags("layer_norm", "train_layer_norm", "init_weights")
         self.need(_is_number(self.scaling) or self.scaling == "learned", "scaling", 'a number or "learned"')
+        ends = self.input_modules is None or (self.placement == "parallel" and self.target_modules is not None)
+        self.need(ends, "input_modules", 'None unless placement is "parallel" and target_modules are given')
 
 
 @dataclass(kw_only=True)
@@ -262,13 +271,15 @@ class PrefixTuningConfig(Config):
     """Prefix tuning (Li & Liang 2021): trainable keys and values before those of every layer.
 
     num_virtual_tokens: V. prefix_projection: whether an MLP over a smaller matrix makes them during training;
-    encoder_hidden_size: its width (default: the model's). The other fields follow from the model, as in PEFT.
+    encoder_hidden_size: its width (default: the keys'). init_weights: "zero" starts from rows of zeros, None from
+    random ones. The other fields follow from the model, as in PEFT.
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     num_virtual_tokens: int = 20
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
+    init_weights: Literal["zero"] | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
@@ -279,6 +290,7 @@ class PrefixTuningConfig(Config):
         self.need_count("num_virtual_tokens")
         if self.encoder_hidden_size is not None:
             self.need_count("encoder_hidden_size")
+        self.need(self.init_weights in (None, "zero"), "init_weights", 'None or "zero"')
 
 
 @dataclass(kw_only=True)
@@ -389,7 +401,10 @@ def _peft_defaults(config) -> dict:
 
 
 # Of PEFT's fields, those that say nothing about what is computed.
-_IGNORED = {"peft_type", "auto_mapping", "peft_version", "runtime_config", "megatron_core", "ensure_weight_tying"}
+_IGNORED = {
+    "peft_type", "auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
 
 
 def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:

@@ -11,14 +11,17 @@ from ..layers.adapted import AdaptedMatrix, Parts, Replacement, adapted_class, a
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
 from ..ops.dispatch import FLOATS
-from . import targets
+from . import prefix, prompt, targets
 from .configs import (
     AdaLoraConfig,
     BitFitConfig,
+    BottleneckConfig,
     Config,
     DyLoraConfig,
     IA3Config,
     LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     SelectiveConfig,
     TargetedConfig,
 )
@@ -38,6 +41,8 @@ def inject(model: nn.Module, config: Config, name: str, autocast_adapter_dtype: 
 
 def eject(model: nn.Module) -> None:
     """Take back what was done to the model as a whole for methods of which it holds no adapter any more."""
+    prefix.eject(model)
+    prompt.eject(model)
     adapted = _transformer_layers(model)
     for module in model.modules():
         if module in adapted:
@@ -79,11 +84,11 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _is_embedding(module):
+def is_embedding(module):
     return isinstance(module, nn.Embedding)
 
 
-def _sizes(module) -> tuple[int, int]:
+def sizes(module) -> tuple[int, int]:
     """(K, N)"""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -107,7 +112,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
         target = usual(targets.family(model, op))
     elif target == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        layers = {path: m for path, m in layers.items() if m is not head and not _is_embedding(m)}
+        layers = {path: m for path, m in layers.items() if m is not head and not is_embedding(m)}
         target = ".*"
     if not isinstance(target, str):
         for path, module in own_modules(model).items():
@@ -150,14 +155,20 @@ def _lora_part(path, module, config, like):
     alpha = _of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
-        need(not _is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        need(not is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        part = AdaLoRAPart(*sizes(module), config.init_r, config.lora_alpha, **options)
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
-        return AdaLoRAPart(*_sizes(module), sum(mask) if mask else config.init_r, config.lora_alpha, **options)
+        if mask is not None:
+            given, needed = f"of {len(mask)} ranks for {path!r}", f"of init_r = {config.init_r} ranks"
+            need(len(mask) == config.init_r, "AdaLoraConfig", "rank_pattern", given, needed)
+            part.keep(torch.tensor(mask, device=part.lora_E.device))
+        return part
     if isinstance(config, DyLoraConfig):
-        need(not _is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
-        return DyLoRAPart(*_sizes(module), r, alpha, **options)
+        need(not is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        frozen_above = config.min_rank if config.frozen else None
+        return DyLoRAPart(*sizes(module), r, alpha, **options, frozen_above=frozen_above)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-    if _is_embedding(module):
+    if is_embedding(module):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
         return EmbeddingLoRAPart(module, r, scaling, config.init_lora_weights, **like)
     if config.use_dora:
@@ -165,7 +176,7 @@ def _lora_part(path, module, config, like):
         need(plain, "LoraConfig", "use_dora", f"True with the quantised layer {path!r}", "False there", TypeError)
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return DoRAPart(weight, r, scaling, **options)
-    return LoRAPart(*_sizes(module), r, scaling, **options)
+    return LoRAPart(*sizes(module), r, scaling, **options)
 
 
 def _of_pattern(path, patterns, default):
@@ -187,9 +198,15 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, wide: bool) -> None:
         feedforward = set()
     for path in found:
         module = model.get_submodule(path)
-        need(not _is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
-        size = _sizes(module)[0 if path in feedforward else 1]
+        need(not is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
+        size = sizes(module)[0 if path in feedforward else 1]
         attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **placed(module, wide)))
+
+
+def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, wide: bool) -> None:
+    from . import bottleneck  # which is built on this module
+
+    bottleneck.inject(model, config, name, wide)
 
 
 # --- parameters of the model itself ----------------------------------------------------------------------------------
@@ -200,7 +217,7 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> No
     modules, saved, chosen = own_modules(model), saved_modules(model, config), {}
     for path, module in modules.items():
         names = _biases(module)
-        if config.train_layer_norm and _is_norm(module):
+        if config.train_layer_norm and is_norm(module):
             names += [n for n in ("weight",) if module._parameters.get(n) is not None]
         if config.add_missing and type(module).__name__ in ("Linear", "AdaptedLinear") and module.bias is None:
             names += ["bias"]
@@ -216,7 +233,7 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> No
         attach(modules[path], name, Replacement(modules[path], chosen[path]))
 
 
-def _is_norm(module):
+def is_norm(module):
     return "norm" in type(module).__name__.lower()
 
 
@@ -240,17 +257,21 @@ def _replace(model, name, paths):
         attach(module, name, Replacement(module, tuple(names)))
 
 
-def _modules_to_save(config) -> list[str]:
-    heads = ["classifier", "score"] if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
-    return [*(config.modules_to_save or []), *heads]
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def saved_names(config: Config) -> list[str]:
+    """Names of the modules that an adapter has copies of: those asked for, and its task's heads, as in PEFT."""
+    return list(dict.fromkeys([*(config.modules_to_save or []), *HEADS.get(config.task_type, ())]))
 
 
 def saved_modules(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     """path -> module of those that a config's modules_to_save mean, and of all inside of them."""
-    modules, names = own_modules(model), _modules_to_save(config)
-    if config.modules_to_save:
-        candidates = [path for path in modules if path]
-        targets.select(type(config).__name__, "modules_to_save", candidates, config.modules_to_save)
+    modules, names = own_modules(model), saved_names(config)
+    # A checkpoint names all heads of its task, of which a model has one.
+    asked = [name for name in config.modules_to_save or () if name not in HEADS.get(config.task_type, ())]
+    if asked:
+        targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
     ancestors = {path: [path[: hit.start()] for hit in re.finditer(r"\.|$", path)] for path in modules}
     return {p: m for p, m in modules.items() if any(targets.matches(ancestor, names) for ancestor in ancestors[p])}
 
@@ -266,6 +287,9 @@ INJECT: dict[type[Config], Callable[[nn.Module, Config, str, bool], None]] = {
     AdaLoraConfig: _lora,
     DyLoraConfig: _lora,
     IA3Config: _ia3,
+    BottleneckConfig: _bottleneck,
     BitFitConfig: _bitfit,
     SelectiveConfig: _selective,
+    PrefixTuningConfig: prefix.inject,
+    PromptTuningConfig: prompt.inject,
 }

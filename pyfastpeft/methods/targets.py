@@ -19,21 +19,27 @@ class Family(NamedTuple):
     attention_out: str  # the layer whose output the attention sub-layer returns
     feedforward_in: str  # the first layer that sees the feed-forward sub-layer's input
     feedforward_out: str  # the layer whose output that sub-layer returns
+    feedforward: str | None = None  # that sub-layer, where it is a module of its own
 
 
-_LLAMA = Family("q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.gate_proj", r"mlp\.down_proj")
+_LLAMA = Family("q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.gate_proj", r"mlp\.down_proj", "mlp")
 _BERT = Family(
     "query", "key", "value", r"attention\.output\.dense", r"intermediate\.dense", r"layer\.\d+\.output\.dense"
 )
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
-    "gpt2": Family(*["c_attn"] * 3, r"attn\.c_proj", r"mlp\.c_fc", r"mlp\.c_proj"),
+    "gpt2": Family(*["c_attn"] * 3, r"attn\.c_proj", r"mlp\.c_fc", r"mlp\.c_proj", "mlp"),
     "opt": Family("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "gpt_neox": Family(*["query_key_value"] * 3, r"attention\.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "gpt_neox": Family(*["query_key_value"] * 3, r"attention\.dense", "dense_h_to_4h", "dense_4h_to_h", "mlp"),
     "bert": _BERT,
     "roberta": _BERT,
-    "distilbert": Family("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
-    "t5": Family(*(rf"(SelfAttention|EncDecAttention)\.{name}" for name in "qkvo"), r"DenseReluDense\.wi(_0)?", r"wo"),
+    "distilbert": Family("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2", "ffn"),
+    "t5": Family(
+        *(rf"(SelfAttention|EncDecAttention)\.{name}" for name in "qkvo"),
+        r"DenseReluDense\.wi(_0)?",
+        "wo",
+        "DenseReluDense",
+    ),
     # The second of each pair is what older versions of transformers call it.
     "vit": Family(
         r"attention\.q_proj|attention\.query",
@@ -42,6 +48,7 @@ FAMILIES: dict[str, Family] = {
         r"attention\.o_proj|attention\.output\.dense",
         r"mlp\.fc1|intermediate\.dense",
         r"mlp\.fc2|layer\.\d+\.output\.dense",
+        "mlp",
     ),
 }
 

@@ -1,6 +1,7 @@
 """Functional ops with forward and backward, in nn.Linear's layout: weight [N, K], lora_A [r, K], lora_B [N, r]."""
 
 from . import backends
+from .bottleneck import bottleneck
 from .dispatch import use_backend
 from .ia3 import ia3_linear
 from .lora import lora_delta_, lora_linear
@@ -8,4 +9,4 @@ from .multi_lora import Routing, multi_lora, route
 
 backends.register_all()
 
-__all__ = ["Routing", "ia3_linear", "lora_delta_", "lora_linear", "multi_lora", "route", "use_backend"]
+__all__ = ["Routing", "bottleneck", "ia3_linear", "lora_delta_", "lora_linear", "multi_lora", "route", "use_backend"]

@@ -49,24 +49,33 @@ def like(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor, dtype: b
         need(False, op, argument, tensor, f"of dtype {x.dtype}, as {other} is", TypeError)
 
 
-def adapters(op: str, lora_A: torch.Tensor, lora_B: torch.Tensor, x: torch.Tensor, lead: tuple[str, ...] = ()) -> None:
-    """lora_A [*lead, r, K] and lora_B [*lead, N, r]: dtypes, devices and shapes that fit each other and x."""
-    floating(op, "lora_A", lora_A)
-    floating(op, "lora_B", lora_B)
+def adapters(
+    op: str,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    x: torch.Tensor,
+    lead: tuple[str, ...] = (),
+    called: tuple[str, str] = ("lora_A", "lora_B"),
+) -> None:
+    """lora_A [*lead, r, K] and lora_B [*lead, N, r]: dtypes, devices and shapes that fit each other and x. The op
+    calls them by the names in `called`."""
+    name_A, name_B = called
+    floating(op, name_A, lora_A)
+    floating(op, name_B, lora_B)
     names, dims = "".join([f"{name}, " for name in lead]), 2 + len(lead)
     if lora_A.dim() != dims or lora_B.dim() != dims:
-        need(lora_A.dim() == dims, op, "lora_A", lora_A, f"of shape [{names}r, K]")
-        need(False, op, "lora_B", lora_B, f"of shape [{names}N, r]")
+        need(lora_A.dim() == dims, op, name_A, lora_A, f"of shape [{names}r, K]")
+        need(False, op, name_B, lora_B, f"of shape [{names}N, r]")
     *stack, rank, _ = lora_A.shape
     features_out = lora_B.shape[-2]
-    need(rank > 0, op, "lora_A", lora_A, "of rank r >= 1")
-    need(features_out > 0, op, "lora_B", lora_B, "of at least one output feature, N >= 1")
-    shape(op, "lora_A", lora_A, (*stack, rank, x.shape[-1]), f"[{names}r, K]")
-    shape(op, "lora_B", lora_B, (*stack, features_out, rank), f"[{names}N, r]")
-    like(op, "lora_A", lora_A, x, dtype=False)
-    like(op, "lora_B", lora_B, x, dtype=False)
-    like(op, "lora_B", lora_B, lora_A, other="lora_A")
-    no_wider(op, "lora_A", lora_A, x)
+    need(rank > 0, op, name_A, lora_A, "of rank r >= 1")
+    need(features_out > 0, op, name_B, lora_B, "of at least one output feature, N >= 1")
+    shape(op, name_A, lora_A, (*stack, rank, x.shape[-1]), f"[{names}r, K]")
+    shape(op, name_B, lora_B, (*stack, features_out, rank), f"[{names}N, r]")
+    like(op, name_A, lora_A, x, dtype=False)
+    like(op, name_B, lora_B, x, dtype=False)
+    like(op, name_B, lora_B, lora_A, other=name_A)
+    no_wider(op, name_A, lora_A, x)
 
 
 def no_wider(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
@@ -87,6 +96,14 @@ def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         floating(op, "bias", bias)
         shape(op, "bias", bias, (weight.shape[0],), "[N]")
         like(op, "bias", bias, x)
+
+
+def vector(op: str, argument: str, tensor: torch.Tensor, size: int, name: str, x: torch.Tensor) -> None:
+    """Floating, of shape [size], on x's device, no wider than its sums."""
+    floating(op, argument, tensor)
+    shape(op, argument, tensor, (size,), f"[{name}]")
+    like(op, argument, tensor, x, dtype=False)
+    no_wider(op, argument, tensor, x)
 
 
 def dropout(op: str, p: float) -> None:

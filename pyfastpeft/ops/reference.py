@@ -5,6 +5,9 @@ The functions write into their last arguments, as the kernels do. Products of ad
 `accumulation(x.dtype)` and rounded once.
 """
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,6 +118,64 @@ def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l) -> None:
         dia3_l.copy_((dy.to(scale.dtype) * base).sum(0))
     if dx is not None:
         dx.copy_((dy * scale).to(dy.dtype) @ weight)
+
+
+# --- bottleneck adapters ---------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda v: v,
+}
+GELU_TANH = math.sqrt(2 / math.pi), 0.044715
+
+
+def slope(v: Tensor, activation: str) -> Tensor:
+    """The derivative of ACTIVATIONS[activation] at v."""
+    if activation == "relu":
+        return (v > 0).to(v.dtype)
+    if activation == "gelu":
+        return torch.special.ndtr(v) + v * torch.exp(-v * v / 2) / math.sqrt(2 * math.pi)
+    if activation == "gelu_tanh":
+        outer, cubic = GELU_TANH
+        share = torch.sigmoid(2 * outer * (v + cubic * v**3))
+        return share + v * share * (1 - share) * 2 * outer * (1 + 3 * cubic * v * v)
+    if activation == "silu":
+        share = torch.sigmoid(v)
+        return share + v * share * (1 - share)
+    if activation == "tanh":
+        return 1 - torch.tanh(v) ** 2
+    return torch.ones_like(v)
+
+
+def _shifted(s: Tensor, bias: Tensor | None) -> Tensor:
+    return s if bias is None else s + bias
+
+
+def bottleneck_forward(x, residual, down, down_bias, up, up_bias, scaling, activation, y, s) -> None:
+    """s = x down^T;  y = residual + scaling * phi(s + down_bias) up^T + up_bias.  down [r, K], up [N, r]."""
+    torch.mm(x.to(s.dtype), down.to(s.dtype).T, out=s)
+    hidden = ACTIVATIONS[activation](_shifted(s, down_bias))
+    y.copy_(_shifted(residual + scaling * (hidden @ up.to(s.dtype).T), up_bias))
+
+
+def bottleneck_backward(dy, x, down, down_bias, up, scaling, activation, s, serial, dx, ddown, ddown_bias, dup) -> None:
+    """dup = scaling * dy^T phi(s + down_bias);  ds = scaling * dy up * phi'(s + down_bias);  ddown = ds^T x;
+    ddown_bias = sum over rows of ds;  dx = ds down, + dy where serial (residual is x). What is None is not formed."""
+    wide, middle = dy.to(s.dtype), _shifted(s, down_bias)
+    ds = scaling * (wide @ up.to(s.dtype)) * slope(middle, activation)
+    if dup is not None:
+        dup.copy_(scaling * (wide.T @ ACTIVATIONS[activation](middle)))
+    if ddown is not None:
+        ddown.copy_(ds.T @ x.to(s.dtype))
+    if ddown_bias is not None:
+        ddown_bias.copy_(ds.sum(0))
+    if dx is not None:
+        branch = ds @ down.to(s.dtype)
+        dx.copy_(branch + dy if serial else branch)
 
 
 # --- batched multi-LoRA ----------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ namespace pyfastpeft {
 
 enum class Dtype : int { f64, f32, bf16, f16 };
 
+// What stands between the two halves of a bottleneck; reference.ACTIVATIONS names them in this order.
+enum class Activation : int { relu, gelu, gelu_tanh, silu, tanh, identity };
+
 inline int64_t item_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
 // Sums are formed in C: double for f64, float for all others.
@@ -36,6 +39,10 @@ struct Kernels {
   // x[i] *= kept(seed; token, k0 + i) ? 1 / (1 - p) : 0 for i < n; k0 is a multiple of 4. The mask is that of
   // reference.dropout_factor: word k mod 4 of Philox4x32-10 under counter (k / 4, token, 0, 0).
   void (*drop)(C* x, int64_t n, int64_t k0, int64_t token, uint64_t seed, double p);
+  // x[i] = phi(x[i]) for i < n.
+  void (*activate)(Activation, C* x, int64_t n);
+  // x[i] = phi'(x[i]) for i < n.
+  void (*slope)(Activation, C* x, int64_t n);
 };
 
 template <class C>

@@ -12,6 +12,7 @@ template <class C>
 using Vec = typename Simd<C>::V;
 
 typedef uint16_t Bits16 __attribute__((vector_size(BYTES / 2)));
+typedef int32_t Signed32 __attribute__((vector_size(BYTES)));
 typedef uint32_t Bits32 __attribute__((vector_size(BYTES)));
 typedef uint64_t Bits64 __attribute__((vector_size(BYTES)));
 
@@ -392,9 +393,132 @@ void drop(C* x, int64_t n, int64_t k0, int64_t token, uint64_t seed, double p) {
   }
 }
 
+// --- activations ---
+
+// f of every lane.
+template <class V, class F>
+inline V lanewise(V v, F f) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = f(v[i]);
+  return v;
+}
+
+// e^x; the argument is held where the result is a normal number. NaN stays NaN.
+inline Vec<double> exponential(Vec<double> x) {
+  return lanewise(x, [](double v) { return std::exp(v); });
+}
+inline Vec<float> exponential(Vec<float> x) {
+  constexpr float HIGH = 0x1.62ep-1f, LOW = 0x1.0bfbe8p-15f;  // of ln 2: n * HIGH is exact
+  constexpr float ROUND = 0x1.8p23f;                          // added and taken off again, it leaves an integer
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  Vec<float> n = (x * 0x1.715476p+0f + ROUND) - ROUND, r = x - n * HIGH - n * LOW;
+  Vec<float> series = splat(1.0f / 5040);
+  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+  return series * (Vec<float>)((Bits32)(__builtin_convertvector(n, Signed32) + 127) << 23);
+}
+
+// erfc(z) for z >= 0. For float e^(-z^2) times a polynomial in t = 1 / (1 + z / 2), fitted to a relative error of 4e-8.
+inline Vec<double> complementary_error(Vec<double> z) {
+  return lanewise(z, [](double v) { return std::erfc(v); });
+}
+inline Vec<float> complementary_error(Vec<float> z) {
+  Vec<float> t = 1.0f / (1.0f + 0.5f * z), series = splat(-0.05889077112078667f);
+  for (float term : {0.28370192646980286f, -0.485383540391922f, 0.2759779095649719f, -0.02517746202647686f,
+                     0.2020697146654129f, 0.24326103925704956f, 0.2823534905910492f, 0.28208768367767334f})
+    series = series * t + term;
+  return exponential(-z * z) * series * t;
+}
+
+template <class V>
+inline V logistic(V x) {
+  return 1 / (1 + exponential(-x));
+}
+
+// The share of the normal distribution below x.
+template <class V>
+inline V normal_share(V x) {
+  V above = decltype(x[0] + 0)(0.5) * complementary_error((x < 0 ? -x : x) * decltype(x[0] + 0)(M_SQRT1_2));
+  return x < 0 ? above : 1 - above;
+}
+
+// Below 1/2 the eighth convergent of tanh's continued fraction, since 1 - 2 / (e^2x + 1) cancels there.
+template <class V>
+inline V hyperbolic_tangent(V x) {
+  V size = x < 0 ? -x : x, q = x * x;
+  V small = x * (((36 * q + 6930) * q + 270270) * q + 2027025) /
+            ((((q + 630) * q + 51975) * q + 945945) * q + 2027025);
+  V large = 1 - 2 / (exponential(2 * size) + 1);
+  return size < decltype(x[0] + 0)(0.5) ? small : x < 0 ? -large : large;
+}
+
+// f of every element, a vector at a time.
+template <class C, class F>
+inline void elementwise(C* x, int64_t n, F f) {
+  constexpr int64_t L = Simd<C>::lanes;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(x + i, f(load(x + i)));
+  if (i == n) return;
+  C rest[L] = {};
+  for (int64_t j = i; j < n; ++j) rest[j - i] = x[j];
+  store(rest, f(load(rest)));
+  for (int64_t j = i; j < n; ++j) x[j] = rest[j - i];
+}
+
+// gelu_tanh(x) = x logistic(2 sqrt(2 / pi) (x + CUBIC x^3)).
+constexpr double TWICE_SQRT_2_PI = 2 * M_2_SQRTPI * M_SQRT1_2, CUBIC = 0.044715;
+
 template <class C>
-constexpr Kernels<C> table = {widen<C>,     narrow<C>, dot<C>,      axpy<C>,         project<C>,
-                              transpose<C>, add<C>,    multiply<C>, multiply_add<C>, drop<C>};
+void activate(Activation activation, C* x, int64_t n) {
+  using V = Vec<C>;
+  switch (activation) {
+    case Activation::relu:
+      return elementwise(x, n, [](V v) { return v < 0 ? V{} : v; });
+    case Activation::gelu:
+      return elementwise(x, n, [](V v) { return v * normal_share(v); });
+    case Activation::gelu_tanh:
+      return elementwise(x, n, [](V v) { return v * logistic(C(TWICE_SQRT_2_PI) * v * (1 + C(CUBIC) * v * v)); });
+    case Activation::silu:
+      return elementwise(x, n, [](V v) { return v * logistic(v); });
+    case Activation::tanh:
+      return elementwise(x, n, [](V v) { return hyperbolic_tangent(v); });
+    case Activation::identity:
+      return;
+  }
+}
+
+template <class C>
+void slope(Activation activation, C* x, int64_t n) {
+  using V = Vec<C>;
+  switch (activation) {
+    case Activation::relu:
+      return elementwise(x, n, [](V v) { return v <= 0 ? V{} : splat(C(1)); });
+    case Activation::gelu:
+      return elementwise(x, n, [](V v) {
+        return normal_share(v) + v * C(0.5 * M_2_SQRTPI * M_SQRT1_2) * exponential(C(-0.5) * v * v);
+      });
+    case Activation::gelu_tanh:
+      return elementwise(x, n, [](V v) {
+        V share = logistic(C(TWICE_SQRT_2_PI) * v * (1 + C(CUBIC) * v * v));
+        return share + v * share * (1 - share) * C(TWICE_SQRT_2_PI) * (1 + C(3 * CUBIC) * v * v);
+      });
+    case Activation::silu:
+      return elementwise(x, n, [](V v) {
+        V share = logistic(v);
+        return share + v * share * (1 - share);
+      });
+    case Activation::tanh:
+      return elementwise(x, n, [](V v) {
+        V value = hyperbolic_tangent(v);
+        return 1 - value * value;
+      });
+    case Activation::identity:
+      return elementwise(x, n, [](V) { return splat(C(1)); });
+  }
+}
+
+template <class C>
+constexpr Kernels<C> table = {widen<C>,    narrow<C>,       dot<C>,  axpy<C>,     project<C>, transpose<C>, add<C>,
+                              multiply<C>, multiply_add<C>, drop<C>, activate<C>, slope<C>};
 #undef SHUFFLE
 
 }  // namespace pyfastpeft::ISA

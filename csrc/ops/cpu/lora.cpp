@@ -10,17 +10,6 @@ namespace pyfastpeft {
 namespace {
 
 template <class C>
-Branch<C> single(const Tensor& lora_A, const Tensor& lora_B, double scaling, int64_t tokens, double p,
-                 const OptionalTensor& seed) {
-  int64_t rank = lora_A.size(0), k = lora_A.size(1), n = lora_B.size(0);
-  Rows a = rows_of(lora_A, rank, k, "lora_A"), b = rows_of(lora_B, n, rank, "lora_B");
-  check_adapters<C>(a.dtype, b.dtype);
-  Dropout dropout;
-  if (seed) dropout = {p, (uint64_t)*integers(*seed, 1, "seed")};
-  return {{{a, b, rank, scaling, {nullptr, tokens}}}, k, n, dropout};
-}
-
-template <class C>
 void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
              const Tensor& lora_B, double scaling, double p, const OptionalTensor& seed, Tensor& y, Tensor& s) {
   int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
@@ -73,13 +62,13 @@ void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& w
         for (int64_t t = 0; t < m; ++t)
           std::memcpy(sum.rows().at(t, k0), block.at(t), columns * sizeof(float));
       });
-      backward<C>(branch, wide.rows(), in, shrunk, rank, sum.rows(), true);
+      backward<C>(branch, wide.rows(), in, shrunk, rank, sum.rows(), sum.rows());
       convert(sum.rows(), out, m, k);
       return;
     }
   }
   if (weight && dx) matmul(dy, *weight, true, std::nullopt, *dx);
-  backward<C>(branch, gradient, in, shrunk, rank, out, weight.has_value());
+  backward<C>(branch, gradient, in, shrunk, rank, weight ? out : Rows{}, out);
 }
 
 void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,

@@ -97,13 +97,40 @@ void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t en
   }
 }
 
-// y[tokens[i]] (+)= drop'(s[i] c) on columns c0 .. c0 + n, whose memory begins at y; c is [rank, n] with row stride ldc.
+// Columns c0 .. of it.
+template <class C>
+Target<C> columns(const Target<C>& to, int64_t c0) {
+  auto slice = [c0](const Rows& rows) { return rows ? Rows{rows.dtype, rows.at(0, c0), rows.stride} : rows; };
+  return {slice(to.y), slice(to.from), to.scale ? to.scale + c0 : nullptr, to.shift ? to.shift + c0 : nullptr,
+          slice(to.unscaled)};
+}
+
+// Where the sums of a token are formed: in y, if they can be, else in `buffer`. They begin with `from`.
+template <class C>
+C* begin_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* buffer) {
+  C* out = in_place ? reinterpret_cast<C*>(to.y.at(token)) : buffer;
+  if (to.from && to.from.at(token) != reinterpret_cast<char*>(out))
+    kernels<C>().widen(to.from.dtype, to.from.at(token), out, n);
+  return out;
+}
+
+template <class C>
+void finish_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* sums) {
+  const auto& k = kernels<C>();
+  if (to.unscaled) k.narrow(to.unscaled.dtype, sums, to.unscaled.at(token), n);
+  if (to.scale) k.multiply(sums, to.scale, sums, n);
+  if (to.shift) k.add(sums, to.shift, n);
+  if (!in_place) k.narrow(to.y.dtype, sums, to.y.at(token), n);
+}
+
+// The target with drop'(s[i] c) for a branch, on columns c0 .. c0 + n, where its memory begins; c is [rank, n] with row
+// stride ldc.
 template <class C, class Row>
-void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Rows& y, const Tokens& tokens, int64_t c0,
-                  int64_t n, const Dropout& dropout, bool accumulate) {
+void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Target<C>& to, const Tokens& tokens, int64_t c0,
+                  int64_t n, const Dropout& dropout) {
   constexpr int64_t ROWS = 6;
   const auto& k = kernels<C>();
-  bool in_place = y.dtype == native<C> && dropout.p == 0;
+  bool drops = dropout.p > 0, in_place = to.y.dtype == native<C> && !drops, accumulate = to.from && !drops;
   C buffer[ROWS * COLUMN_BLOCK], previous[COLUMN_BLOCK];
   for (int64_t t = 0; t < tokens.count; t += ROWS) {
     int64_t count = std::min(ROWS, tokens.count - t);
@@ -111,42 +138,36 @@ void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Rows& y, c
     C* out[ROWS];
     for (int64_t i = 0; i < count; ++i) {
       factors[i] = s(t + i);
-      out[i] = in_place ? reinterpret_cast<C*>(y.at(tokens[t + i])) : buffer + i * COLUMN_BLOCK;
-      if (!in_place && dropout.p == 0 && accumulate) k.widen(y.dtype, y.at(tokens[t + i]), out[i], n);
+      out[i] = buffer + i * COLUMN_BLOCK;
+      if (!drops) out[i] = begin_row(to, tokens[t + i], n, in_place, out[i]);
     }
-    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate && dropout.p == 0);
-    if (in_place) continue;
+    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate);
     for (int64_t i = 0; i < count; ++i) {
-      char* row = y.at(tokens[t + i]);
-      if (dropout.p > 0) {
+      if (drops) {
         k.drop(out[i], n, c0, tokens[t + i], dropout.seed, dropout.p);
-        if (accumulate) {
-          k.widen(y.dtype, row, previous, n);
+        if (to.from) {
+          k.widen(to.from.dtype, to.from.at(tokens[t + i]), previous, n);
           k.add(out[i], previous, n);
         }
       }
-      k.narrow(y.dtype, out[i], row, n);
+      finish_row(to, tokens[t + i], n, in_place, out[i]);
     }
   }
 }
 
-// y[tokens[i]] += scaling * s[i] b^T, without a transposed b: for few tokens.  b: [n, rank] with row stride ldb
+// The target with scaling * s[i] b^T for a branch, without a transposed b: for few tokens.  b: [n, rank] with row
+// stride ldb
 template <class C, class Row>
-void project_block(Row s, double scaling, const C* b, int64_t ldb, int64_t rank, const Rows& y, const Tokens& tokens,
-                   int64_t n) {
-  const auto& k = kernels<C>();
+void project_block(Row s, double scaling, const C* b, int64_t ldb, int64_t rank, const Target<C>& to,
+                   const Tokens& tokens, int64_t n) {
   auto scaled = scratch<C>(rank);
+  bool in_place = to.y.dtype == native<C>;
   C buffer[COLUMN_BLOCK];
   for (int64_t t = 0; t < tokens.count; ++t) {
     for (int64_t r = 0; r < rank; ++r) scaled[r] = C(scaling) * s(t)[r];
-    char* row = y.at(tokens[t]);
-    if (y.dtype == native<C>) {
-      k.project(scaled.get(), b, ldb, rank, reinterpret_cast<C*>(row), n);
-      continue;
-    }
-    k.widen(y.dtype, row, buffer, n);
-    k.project(scaled.get(), b, ldb, rank, buffer, n);
-    k.narrow(y.dtype, buffer, row, n);
+    C* out = begin_row(to, tokens[t], n, in_place, buffer);
+    kernels<C>().project(scaled.get(), b, ldb, rank, out, n);
+    finish_row(to, tokens[t], n, in_place, out);
   }
 }
 
@@ -201,37 +222,36 @@ void shrink(const Branch<C>& branch, Rows x, C* s, int64_t s_stride) {
 }
 
 template <class C>
-void expand(const Branch<C>& branch, const C* s, int64_t s_stride, Rows y, int64_t n0, int64_t n1) {
+void expand(const Branch<C>& branch, const C* s, int64_t s_stride, const Target<C>& to, int64_t n0, int64_t n1) {
   const auto& k = kernels<C>();
   auto tasks = cut(branch.adapters, COLUMN_BLOCK, [&](const Adapter&) { return n1 - n0; });
   parallel(tasks, multiply_adds(branch, n1 - n0), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
     int64_t rank = adapter.rank, n = task.end - task.begin;
-    Rows columns = y;
-    columns.data = y.at(0, task.begin);
+    auto block = columns(to, task.begin);
     auto stage = scratch<C>(adapter.b.dtype == native<C> ? 0 : COLUMN_BLOCK * rank);
     Rows b = dense(adapter.b, n0 + task.begin, n, rank, stage.get());
-    const C* block = reinterpret_cast<const C*>(b.data);
     auto row = [&](int64_t i) { return s + adapter.tokens[i] * s_stride; };
     if (adapter.tokens.count <= FEW_TOKENS) {
-      project_block(row, adapter.scaling, block, b.stride, rank, columns, adapter.tokens, n);
+      project_block(row, adapter.scaling, reinterpret_cast<const C*>(b.data), b.stride, rank, block, adapter.tokens, n);
       return;
     }
     auto c = scratch<C>(rank * COLUMN_BLOCK);
-    k.transpose(block, b.stride, n, rank, adapter.scaling, c.get(), COLUMN_BLOCK);
-    expand_block<C>(row, rank, c.get(), COLUMN_BLOCK, columns, adapter.tokens, n0 + task.begin, n, Dropout{}, true);
+    k.transpose(reinterpret_cast<const C*>(b.data), b.stride, n, rank, adapter.scaling, c.get(), COLUMN_BLOCK);
+    expand_block<C>(row, rank, c.get(), COLUMN_BLOCK, block, adapter.tokens, n0 + task.begin, n, Dropout{});
   });
 }
 
 template <class C>
-void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_stride, Rows dx, bool accumulate) {
+void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_stride, Rows from, Rows dx,
+              const Middle<C>& middle) {
   const auto& adapters = branch.adapters;
   int64_t k = branch.features_in, n = branch.features_out;
   auto rank_columns = [&](int64_t features) {
     return cut(adapters, COLUMN_BLOCK, [features](const Adapter&) { return features; });
   };
 
-  bool need_ds = dx || std::any_of(adapters.begin(), adapters.end(), [](const Adapter& a) { return bool(a.da); });
+  bool need_ds = dx || middle.sum || std::any_of(adapters.begin(), adapters.end(), [](const Adapter& a) { return bool(a.da); });
   std::vector<std::unique_ptr<C[]>> bt(adapters.size()), ds(adapters.size());
   if (need_ds) {
     for (size_t i = 0; i < adapters.size(); ++i) {
@@ -252,7 +272,15 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
       Rows b{native<C>, reinterpret_cast<char*>(bt[task.index].get()), n};
       shrink_block<C>(dy, adapter.tokens, task.begin, task.end, n, Dropout{}, b, 0, adapter.rank,
                       [&](int64_t i) { return ds[task.index].get() + i * adapter.rank; });
+      int64_t first = task.begin * adapter.rank, count = (task.end - task.begin) * adapter.rank;
+      C* rows = ds[task.index].get() + first;
+      if (middle.slope) kernels<C>().multiply(rows, middle.slope + first, rows, count);
     });
+    if (middle.sum) {
+      int64_t rank = adapters[0].rank;
+      std::fill_n(middle.sum, rank, C(0));
+      for (int64_t i = 0; i < adapters[0].tokens.count; ++i) kernels<C>().add(middle.sum, ds[0].get() + i * rank, rank);
+    }
   }
 
   parallel(rank_columns(n), multiply_adds(branch, n), [&](const Task& task) {
@@ -282,19 +310,17 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
     if (dx) {
       for (int64_t r = 0; r < rank; ++r)
         kernels<C>().widen(adapter.a.dtype, adapter.a.at(r, task.begin), c.get() + r * COLUMN_BLOCK, columns);
-      Rows block = dx;
-      block.data = dx.at(0, task.begin);
-      expand_block<C>(factors, rank, c.get(), COLUMN_BLOCK, block, adapter.tokens, task.begin, columns, branch.dropout,
-                      accumulate);
+      auto block = pyfastpeft::columns(Target<C>{dx, from}, task.begin);
+      expand_block<C>(factors, rank, c.get(), COLUMN_BLOCK, block, adapter.tokens, task.begin, columns, branch.dropout);
     }
   });
 }
 
 template void shrink(const Branch<float>&, Rows, float*, int64_t);
 template void shrink(const Branch<double>&, Rows, double*, int64_t);
-template void expand(const Branch<float>&, const float*, int64_t, Rows, int64_t, int64_t);
-template void expand(const Branch<double>&, const double*, int64_t, Rows, int64_t, int64_t);
-template void backward(const Branch<float>&, Rows, Rows, const float*, int64_t, Rows, bool);
-template void backward(const Branch<double>&, Rows, Rows, const double*, int64_t, Rows, bool);
+template void expand(const Branch<float>&, const float*, int64_t, const Target<float>&, int64_t, int64_t);
+template void expand(const Branch<double>&, const double*, int64_t, const Target<double>&, int64_t, int64_t);
+template void backward(const Branch<float>&, Rows, Rows, const float*, int64_t, Rows, Rows, const Middle<float>&);
+template void backward(const Branch<double>&, Rows, Rows, const double*, int64_t, Rows, Rows, const Middle<double>&);
 
 }  // namespace pyfastpeft

@@ -35,17 +35,53 @@ struct Branch {
   Dropout dropout{};
 };
 
+// The branch of one adapter, which every token goes through.
+template <class C>
+Branch<C> single(const Tensor& lora_A, const Tensor& lora_B, double scaling, int64_t tokens, double p,
+                 const OptionalTensor& seed) {
+  int64_t rank = lora_A.size(0), k = lora_A.size(1), n = lora_B.size(0);
+  Rows a = rows_of(lora_A, rank, k, "lora_A"), b = rows_of(lora_B, n, rank, "lora_B");
+  check_adapters<C>(a.dtype, b.dtype);
+  Dropout dropout;
+  if (seed) dropout = {p, (uint64_t)*integers(*seed, 1, "seed")};
+  return {{{a, b, rank, scaling, {nullptr, tokens}}}, k, n, dropout};
+}
+
 // s[t] = drop(x[t]) A^T.  x: [M, K];  s: [M, s_stride], out
 template <class C>
 void shrink(const Branch<C>&, Rows x, C* s, int64_t s_stride);
 
+// Where an expanded branch goes:  unscaled = from + branch;  y = scale * unscaled + shift.  What is null is left out.
+template <class C>
+struct Target {
+  Rows y;                    // [M, N], out
+  Rows from{};               // [M, N], may be y
+  const C* scale = nullptr;  // [N]
+  const C* shift = nullptr;  // [N]
+  Rows unscaled{};           // [M, N], out
+};
+
+// y[t] = scale * (from[t] + scaling * s[t] B^T) + shift, on columns n0 .. n1, where the target's memory begins.
+template <class C>
+void expand(const Branch<C>&, const C* s, int64_t s_stride, const Target<C>&, int64_t n0, int64_t n1);
+
 // y[t] += scaling * s[t] B^T, on columns n0 .. n1, whose memory begins at y.  y: [M, n1 - n0], out
 template <class C>
-void expand(const Branch<C>&, const C* s, int64_t s_stride, Rows y, int64_t n0, int64_t n1);
+void expand(const Branch<C>& branch, const C* s, int64_t s_stride, Rows y, int64_t n0, int64_t n1) {
+  expand<C>(branch, s, s_stride, Target<C>{y, y}, n0, n1);
+}
 
-// ds = scaling * dy B;  dB = scaling * dy^T s;  dA = ds^T drop(x);  dx[t] = or += drop'(ds A): what is wanted of these.
-// dy: [M, N];  x: [M, K];  s: [M, s_stride];  dx: [M, K], out
+// What stands in the middle of a branch with an activation, of one adapter alone.
 template <class C>
-void backward(const Branch<C>&, Rows dy, Rows x, const C* s, int64_t s_stride, Rows dx, bool accumulate);
+struct Middle {
+  const C* slope = nullptr;  // [M, rank]: ds is multiplied by it
+  C* sum = nullptr;          // [rank], out: ds summed over tokens
+};
+
+// ds = scaling * dy B * slope;  dB = scaling * dy^T s;  dA = ds^T drop(x);  dx = from + drop'(ds A): what is wanted of
+// these.  dy: [M, N];  x: [M, K];  s: [M, s_stride];  from: [M, K], may be dx or null;  dx: [M, K], out
+template <class C>
+void backward(const Branch<C>&, Rows dy, Rows x, const C* s, int64_t s_stride, Rows from, Rows dx,
+              const Middle<C>& middle = {});
 
 }  // namespace pyfastpeft

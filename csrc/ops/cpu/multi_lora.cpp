@@ -85,7 +85,7 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, c
     if (!reached[t]) std::memset(out.at(t), 0, k * item_size(out.dtype));
 
   const C* shrunk = s ? sums<C>(*s, {tokens, rank}, "s") : nullptr;
-  backward<C>(branch, rows_of(dy, tokens, n, "dy"), rows_of(x, tokens, k, "x"), shrunk, rank, out, false);
+  backward<C>(branch, rows_of(dy, tokens, n, "dy"), rows_of(x, tokens, k, "x"), shrunk, rank, Rows{}, out);
 }
 
 void multi_lora_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,

@@ -1,0 +1,115 @@
+"""transformers.Trainer on adapted models: what AdaLoRA and DyLoRA do in each step, and checkpoints without the base.
+
+    model = pyfastpeft.adapt(model, AdaLoraConfig(...))
+    Trainer(model, ..., callbacks=[AdapterCallback(model)]).train()
+
+Other methods need no callback to train.
+"""
+
+from functools import partial
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ..methods.adapt import Adaptation
+from ..methods.configs import AdaLoraConfig, DyLoraConfig
+from ..methods.losses import regularize
+from ..methods.ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank
+from ..ops.checks import need
+
+_ALLOCATORS = "rank_allocators."  # what keys of an allocator's tensors in the model's state dict begin with
+
+
+class AdapterCallback(TrainerCallback):
+    """Drives the active adapters of `model` through Trainer's steps.
+
+    AdaLoRA: importances are observed and ranks allotted after every optimizer step, whose gradients are still there;
+    the orthogonality term joins the loss once a step. A total_step that is None becomes the number of steps that
+    Trainer takes. DyLoRA: each step's rank is drawn when it begins, from Trainer's seed, and serves all of its
+    micro-batches; evaluation sees all ranks.
+
+    Checkpoints hold what trains, buffers and the allocators' state, not the frozen base model, and
+    `Trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted.
+
+    Args:
+        model: the adapted model that Trainer is given.
+        adapter_only: whether checkpoints leave out parameters that do not train.
+        orthogonality: whether AdaLoRA's term is added to the loss that the model returns. Set it False where the loss
+            is formed elsewhere, as by compute_loss_func, and add `orthogonality_loss` there.
+
+    Attributes: allocators, adapter's name -> `RankAllocator`. After training `finalize()` of one drops pruned ranks.
+    """
+
+    def __init__(self, model: nn.Module, adapter_only: bool = True, orthogonality: bool = True):
+        """Raises ValueError unless the model is adapted."""
+        known = getattr(model, "pyfastpeft", None)
+        given = f"a {type(model).__name__} without adapters"
+        need(isinstance(known, Adaptation), "AdapterCallback", "model", given, "adapted: call pyfastpeft.adapt first")
+        training = {name: known.configs[name] for name in known.active if not known.configs[name].inference_mode}
+        self.model, self.adapter_only, self.orthogonality = model, adapter_only, orthogonality
+        self.allocators = {n: RankAllocator(model, n) for n, c in training.items() if isinstance(c, AdaLoraConfig)}
+        self.nested = [name for name, config in training.items() if isinstance(config, DyLoraConfig)]
+        self.hooks = []
+        # A checkpoint is loaded before training begins. Hooks of state dicts are partials, not bound methods, since
+        # torch sets an attribute on them.
+        model.register_load_state_dict_pre_hook(self._restore)
+        model.register_load_state_dict_post_hook(partial(self._forgive))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        own = any(module is self.model for module in model.modules())
+        need(own, "AdapterCallback", "model", "another than Trainer trains", "the one given to Trainer")
+        self._release()
+        self.hooks.append(self.model.register_state_dict_post_hook(partial(self._reduce)))
+        for name, allocator in self.allocators.items():
+            if allocator.config.total_step is None:
+                allocator.config.total_step = state.max_steps
+                allocator.config.__post_init__()
+            if self.orthogonality:
+                self.hooks.append(regularize(self.model, lambda name=name: orthogonality_loss(self.model, name)))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for name in self.nested:
+            draw_rank(self.model, name, step=state.global_step, seed=args.seed)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if not getattr(optimizer, "step_was_skipped", False):
+            for allocator in self.allocators.values():
+                allocator.step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for name in self.nested:
+            set_rank(self.model, name)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._release()
+
+    def _frozen(self) -> set[str]:
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in every if not parameter.requires_grad}
+
+    def _release(self):
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def _reduce(self, module, state_dict, prefix, metadata):
+        """Of the model's state dict, leave what a checkpoint holds."""
+        if self.adapter_only:
+            for name in self._frozen():
+                state_dict.pop(prefix + name, None)
+        for name, allocator in self.allocators.items():
+            for key, tensor in allocator.state_dict().items():
+                state_dict[f"{prefix}{_ALLOCATORS}{name}.{key}"] = tensor
+
+    def _restore(self, module, state_dict, prefix, *args):
+        """Take the allocators' state out of a state dict that the model is given."""
+        for name, allocator in self.allocators.items():
+            begin = f"{prefix}{_ALLOCATORS}{name}."
+            held = {key.removeprefix(begin): state_dict.pop(key) for key in list(state_dict) if key.startswith(begin)}
+            if held:
+                allocator.load_state_dict(held)
+
+    def _forgive(self, module, incompatible):
+        """Where none of the frozen parameters is in a state dict, it was meant to hold none."""
+        frozen = self._frozen()
+        if self.adapter_only and frozen <= set(incompatible.missing_keys):
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]

@@ -1,0 +1,109 @@
+"""Bottleneck adapters in a model: after its sub-layers, or beside them."""
+
+from torch import nn
+
+from ..layers.adapted import Replacement, attach
+from ..layers.bottleneck import EntrancePart, ExitPart, ParallelPart, Passage, SerialPart
+from ..ops.checks import need
+from . import targets
+from .configs import BottleneckConfig
+from .inject import is_embedding, is_norm, matrices, own_modules, placed, sizes, target_matrices
+
+OP = "BottleneckConfig"
+
+
+def inject(model: nn.Module, config: BottleneckConfig, name: str, wide: bool) -> None:
+    """Attach the parts of adapter `name`, none of which runs yet."""
+    (_parallel if config.placement == "parallel" else _serial)(model, config, name, wide)
+    if config.train_layer_norm:
+        _train_norms(model, config, name)
+
+
+def _serial(model, config, name, wide):
+    target = config.target_modules
+    if target is None:
+        family = targets.family(model, OP)
+        places = (family.attention_out, family.feedforward_out)
+        target = targets.ends(*(places if config.placement == "houlsby" else places[1:]))
+    for path in _select(model, config, target):
+        module = model.get_submodule(path)
+        _, width, like = _widths(path, module, wide)
+        attach(module, name, SerialPart(width, config.bottleneck_size, width, **_options(config), **like))
+
+
+def _parallel(model, config, name, wide):
+    for first, last in _chains(model, config):
+        entrance, exit = model.get_submodule(first), model.get_submodule(last)
+        need(not is_embedding(entrance), OP, "target_modules", f"meaning {first!r}", "of modules that read vectors")
+        in_width, _, _ = _widths(first, entrance, wide)
+        _, out_width, like = _widths(last, exit, wide)
+        arguments, options = (in_width, config.bottleneck_size, out_width), _options(config) | like
+        if first == last:
+            attach(exit, name, ParallelPart(*arguments, **options))
+        else:
+            passage = Passage()
+            attach(entrance, name, EntrancePart(passage))
+            attach(exit, name, ExitPart(passage, *arguments, **options))
+
+
+def _chains(model, config) -> list[tuple[str, str]]:
+    """The paths of the first and the last layer of all that get a branch beside them; equal where it is one module."""
+    entrances, exits = config.input_modules, config.target_modules
+    if exits is None:
+        family = targets.family(model, OP)
+        exits = targets.ends(family.feedforward) if family.feedforward else ""
+        if not any(targets.matches(path, exits) for path in _modules(model)):
+            entrances, exits = targets.ends(family.feedforward_in), targets.ends(family.feedforward_out)
+    chosen = _select(model, config, exits)
+    if entrances is None:
+        return [(path, path) for path in chosen]
+    firsts = targets.select(OP, "input_modules", _modules(model), entrances)
+    lasts = targets.select(OP, "target_modules", _modules(model), exits)
+    apart = len(firsts) == len(lasts) and not {*firsts} & {*lasts}
+    need(apart, OP, "input_modules", f"meaning {firsts}", f"others than the target modules, one for each of {lasts}")
+    return [(first, last) for first, last in zip(firsts, lasts) if last in chosen]
+
+
+def _modules(model) -> list[str]:
+    """The paths of all modules that are called."""
+    return [path for path, m in own_modules(model).items() if path and type(m).forward is not nn.Module.forward]
+
+
+def _select(model, config, target) -> list[str]:
+    if target == "all-linear":
+        return target_matrices(model, config, lambda family: target)
+    options = config.exclude_modules, config.layers_to_transform, config.layers_pattern
+    return targets.select(OP, "target_modules", _modules(model), target, *options)
+
+
+def _widths(path, module, wide) -> tuple[int, int, dict]:
+    """K of the first linear layer in a module, N of the last, and how its adapter's parameters are placed."""
+    layers = list(matrices(module).values())
+    if layers:
+        return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1], wide)
+    vector = getattr(module, "weight", None) is not None and module.weight.dim() == 1
+    given, needed = f"meaning {path!r}, a {type(module).__name__}", "of modules that hold linear layers, or of norms"
+    need(vector, OP, "target_modules", given, needed, TypeError)
+    return len(module.weight), len(module.weight), placed(module, wide)
+
+
+def _options(config) -> dict:
+    return {
+        "activation": config.activation,
+        "scaling": config.scaling,
+        "layer_norm": config.layer_norm,
+        "init_weights": config.init_weights,
+    }
+
+
+def _train_norms(model, config, name):
+    modules = own_modules(model)
+    norms = [
+        path for path, module in modules.items() if is_norm(module) and module._parameters.get("weight") is not None
+    ]
+    need(bool(norms), OP, "train_layer_norm", "True for a model without normalisation layers", "False")
+    options = config.exclude_modules, config.layers_to_transform, config.layers_pattern
+    for path in targets.select(OP, "train_layer_norm", norms, ".*", *options):
+        parameters = modules[path]._parameters
+        names = tuple(n for n in ("weight", "bias") if parameters.get(n) is not None)
+        attach(modules[path], name, Replacement(modules[path], names))

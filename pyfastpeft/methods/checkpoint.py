@@ -1,0 +1,298 @@
+"""Adapters on disk, as PEFT stores them: adapter_config.json and adapter_model.safetensors."""
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.adapted import AdaptedMatrix, carriers
+from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
+from ..ops.checks import need
+from .adapt import adapt, adaptation, delete_adapter, disable_adapter, need_adapter, set_adapter
+from .configs import (
+    AdaLoraConfig,
+    Config,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    from_fields,
+)
+from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
+from .inject import own_modules, saved_names
+from .targets import matches
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+
+# What PEFT calls the parameters of a part, after the module's path. A part that is not here keeps its own names.
+SUFFIXES: dict[type[nn.Module], dict[str, str]] = {
+    LoRAPart: {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+    DoRAPart: {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+    EmbeddingLoRAPart: {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+    AdaLoRAPart: {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"},
+    IA3Part: {"ia3_l": "ia3_l"},
+}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> None:
+    """Write an adapter as PEFT does, so that PEFT reads it: adapter_config.json and adapter_model.safetensors.
+
+    Methods that PEFT lacks are written alike, with a `peft_type` of their own. Targets that were found by architecture,
+    or among some layers only, are written by name. AdaLoRA's ranks outside the budget are left out. If it fails, files
+    that were there stay whole.
+
+    Raises ValueError for a name that the model does not have, NotADirectoryError or OSError where it cannot write.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    known = adaptation(model)
+    need_adapter(known, "save_adapter", name)
+    config = known.configs[name]
+    if isinstance(config, AdaLoraConfig) and config.rank_pattern:
+        config = dataclasses.replace(config, rank_pattern=_kept_ranks(model, config, name))
+    tensors = {slot.key: slot.read() for slot in _slots(model, config, name)}
+    fields = _stored_fields(model, config, name)
+    write_files(directory, {CONFIG_FILE: json_as_bytes(fields), TENSORS_FILE: tensors_as_bytes(tensors)})
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str = "default",
+    strict: bool = True,
+    is_trainable: bool = False,
+    check_base_model: bool = True,
+    autocast_adapter_dtype: bool = True,
+) -> nn.Module:
+    """Inject the adapter that `save_adapter` or PEFT wrote to `directory`, and let it alone run.
+
+    Args:
+        model: as for `adapt`; adapters that it has are kept, inactive.
+        strict: whether tensors in the file that the adapter has no place for are an error; else they are warned of.
+            Tensors of the base model itself, as PEFT writes some, are passed over where they are the model's own.
+        is_trainable: whether the adapter trains.
+        check_base_model: whether base_model_name_or_path must be that of the model, where both are known.
+        autocast_adapter_dtype: whether adapters of a 16-bit model are float32.
+
+    Returns the model. Raises FileNotFoundError or NotADirectoryError for missing files and ValueError or TypeError,
+    naming the file and the key or field, for what does not fit; the model is then as it was.
+    """
+    config = load_config(directory)
+    config.inference_mode = not is_trainable
+    ours, theirs = getattr(getattr(model, "config", None), "_name_or_path", None), config.base_model_name_or_path
+    same = not (check_base_model and ours and theirs) or os.path.normpath(ours) == os.path.normpath(theirs)
+    needed = f"{theirs!r}, for which the adapter was made, or check_base_model=False"
+    need(same, "load_adapter", "model", f"{ours!r}", needed)
+    path = need_file(directory, TENSORS_FILE)
+    active = model.pyfastpeft.active if hasattr(model, "pyfastpeft") else ()
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with opened(path) as file:
+        adapt(model, config, name, autocast_adapter_dtype)
+        try:
+            _fill(model, config, name, file, path, strict)
+        except BaseException:
+            delete_adapter(model, name)
+            if active:
+                set_adapter(model, *active)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+    return model
+
+
+def load_config(directory: str | os.PathLike) -> Config:
+    """The config of the adapter in `directory`. Fields of PEFT's that have no counterpart here must be unset."""
+    path = need_file(directory, CONFIG_FILE)
+    fields = read_json(path)
+    try:
+        return from_fields(fields.get("peft_type"), fields)
+    except (TypeError, ValueError) as why:
+        raise type(why)(f"{path}: {why}") from None
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """A tensor of an adapter: its key and shape in the file, and its ways out of the model and into it."""
+
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    write: Callable[[Tensor], None]
+
+
+def _slots(model: nn.Module, config: Config, name: str) -> list[Slot]:
+    base = _base(config)
+    slots = []
+    for path, module in carriers(model):
+        here, inner = f"{base}{path}.".replace("..", "."), ""
+        if name in getattr(module, "adapters", {}):
+            part = module.adapters[name]
+            if hasattr(part, "prompt_embeddings"):
+                slots.append(_prompt_slot(part))
+                continue
+            mask = (getattr(config, "rank_pattern", None) or {}).get(f"{path}.lora_E")
+            suffixes = next((SUFFIXES[kind] for kind in type(part).__mro__ if kind in SUFFIXES), {})
+            for own, parameter in part.named_parameters():
+                slots.append(_slot(here + suffixes.get(own, own), part, own, parameter, mask))
+            inner = "base_layer." if isinstance(module, AdaptedMatrix) else ""
+        if name in getattr(module, "replaced", {}):
+            part = module.replaced[name]
+            for own, parameter in part.trained(module).items():
+                slots.append(_slot(here + inner + own, part, own, parameter))
+    keys = [slot.key for slot in slots]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    need(not twice, "save_adapter", "model", f"with several tensors that are stored as {twice}", "without those")
+    return slots
+
+
+def _base(config):
+    """What PEFT's keys start with: its wrappers' names."""
+    return "base_model." if isinstance(config, (PrefixTuningConfig, PromptTuningConfig)) else "base_model.model."
+
+
+def _prompt_slot(part) -> Slot:
+    def read():
+        with torch.no_grad():
+            return part.prompt_embeddings().detach()
+
+    return Slot("prompt_embeddings", tuple(read().shape), read, part.load_prompt_embeddings)
+
+
+def _slot(key: str, part: nn.Module, own: str, parameter: nn.Parameter, mask: list[bool] | None = None) -> Slot:
+    tensor = parameter.detach()
+    if isinstance(part, IA3Part):
+        tensor = tensor[None] if part.feedforward else tensor[:, None]
+    elif mask is not None and len(mask) == part.r:  # ranks that are out of the budget but still in the model
+        kept = torch.tensor(mask, device=tensor.device)
+        tensor = tensor[:, kept] if own == "lora_B" else tensor[kept]
+    return Slot(key, tuple(tensor.shape), lambda: tensor, lambda given: tensor.copy_(given))
+
+
+def _kept_ranks(model, config, name) -> dict[str, list[bool]]:
+    """AdaLoRA's rank_pattern, with the ranks that training has moved off zero since it was made."""
+    pattern = {}
+    for key, mask in config.rank_pattern.items():
+        part = model.get_submodule(key.removesuffix(".lora_E")).adapters[name]
+        live = part.lora_E.detach().ne(0)[:, 0].tolist()
+        pattern[key] = [a or b for a, b in zip(mask, live)] if len(live) == len(mask) else mask
+    return pattern
+
+
+def _fill(model, config, name, file, path, strict) -> None:
+    """Check all of the file against all of the adapter, then copy."""
+    slots = {slot.key: slot for slot in _slots(model, config, name)}
+    given = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    missing = slots.keys() - given.keys()
+    needed = f"a file with all tensors of the {config.peft_type} adapter that {CONFIG_FILE} tells of"
+    need(not missing, "load_adapter", str(path), f"without {_some(missing)}", needed)
+    for key, slot in slots.items():
+        shape, dtype = tuple(given[key].get_shape()), given[key].get_dtype()
+        told = f"holding {key} of shape {list(shape)}"
+        need(shape == slot.shape, "load_adapter", str(path), told, f"of shape {list(slot.shape)} there")
+        told = f"holding {key} of dtype {dtype}"
+        need(dtype.startswith(("F", "BF")), "load_adapter", str(path), told, "of a floating dtype there", TypeError)
+    unknown = _unknown(model, config, file, given.keys() - slots.keys())
+    if unknown:
+        told = (
+            f"holding {_some(unknown)}, which have no place in the {config.peft_type} adapter or differ from the model"
+        )
+        need(not strict, "load_adapter", str(path), told, "without them, or loaded with strict=False")
+        warnings.warn(f"load_adapter: {path} is {told}; they are left out", stacklevel=3)
+    with torch.no_grad():
+        for key, slot in slots.items():
+            slot.write(file.get_tensor(key))
+
+
+def _unknown(model, config, file, keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that are not simply copies: of the base model's own tensors, as PEFT writes an adapted
+    embedding's, or of others in the file, as it writes biases of modules_to_save."""
+    if not keys:
+        return []
+    with disable_adapter(model):
+        own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    unknown = []
+    for key in keys:
+        tensor = file.get_tensor(key)
+        saved = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
+        if saved != key:
+            twin = file.get_tensor(saved) if saved in file.keys() else None  # noqa: SIM118
+        else:
+            twin = own.get(re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix(_base(config))))
+        same = twin is not None and twin.shape == tensor.shape
+        if not (same and torch.equal(twin.detach().cpu(), tensor.to(twin.dtype))):
+            unknown.append(key)
+    return unknown
+
+
+def _some(keys) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+# --- config ----------------------------------------------------------------------------------------------------------
+
+
+def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
+    """The fields as PEFT reads them: with targets by name, and in the state in which it loads adapters."""
+    fields = config.as_dict() | {"inference_mode": True, "modules_to_save": saved_names(config) or None}
+    if type(config) in (LoraConfig, AdaLoraConfig, IA3Config):
+        fields |= _named_targets(model, config, name)
+        fields["fan_in_fan_out"] |= _transposed(model, name)
+    if isinstance(config, IA3Config):
+        del fields["layers_to_transform"], fields["layers_pattern"]
+    if isinstance(config, AdaLoraConfig) and config.total_step is None:
+        fields["total_step"] = config.tinit + config.tfinal + 1  # PEFT wants a schedule even to load
+    if config.task_type is None:
+        kind = type(model)
+        fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in fields.items()}
+
+
+def _named_targets(model, config, name) -> dict:
+    """target_modules and what goes with it, by names alone where PEFT may find other modules than were found here."""
+    parts = {path: module.adapters[name] for path, module in carriers(model) if name in getattr(module, "adapters", {})}
+    inner = getattr(config, "feedforward_modules", None)
+    given = config.target_modules not in (None, "all-linear") and config.layers_to_transform is None
+    listed = not isinstance(config.target_modules, (str, type(None))) and not isinstance(inner, (str, type(None)))
+    if given and (type(config) is not IA3Config or (listed and set(inner) <= set(config.target_modules))):
+        return {}
+    every = [path for path in own_modules(model) if path]
+    groups = [
+        [path for path, part in parts.items() if getattr(part, "feedforward", False) is kind] for kind in (False, True)
+    ]
+    names = [_names(group, every) for group in groups]
+    if None in names:
+        names = ["|".join(map(re.escape, group)) for group in groups]
+        target = "|".join(filter(None, names))
+    else:
+        target = sorted({*names[0], *names[1]})
+    found = {"target_modules": target, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return found | ({"feedforward_modules": names[1]} if isinstance(config, IA3Config) else {})
+
+
+def _names(paths: list[str], every: list[str]) -> list[str] | None:
+    """The shortest ends of paths that mean these of `every` module; None where an end of one is another's path."""
+    others, names = [path for path in every if path not in set(paths)], set()
+    for path in paths:
+        if any(matches(path, [name]) for name in names):
+            continue
+        pieces = path.split(".")
+        ends = (".".join(pieces[-n:]) for n in range(1, len(pieces) + 1))
+        end = next((end for end in ends if not any(matches(other, [end]) for other in others)), None)
+        if end is None:
+            return None
+        names.add(end)
+    return sorted(names)
+
+
+def _transposed(model, name) -> bool:
+    """Whether the adapter is in layers like GPT-2's, of which PEFT wants to know."""
+    held = [module for _, module in carriers(model) if name in getattr(module, "adapters", {})]
+    return any(getattr(m, "transposed", False) and not isinstance(m, nn.Embedding) for m in held)

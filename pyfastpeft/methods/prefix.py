@@ -1,0 +1,232 @@
+"""Prefix tuning in a transformers model (Li and Liang 2021), at the attention call.
+
+Every self-attention module of transformers calls the function that its config names. Here each of them gets a stand-in
+for its config, which names `prefixed_attention`: the prefix's rows go in front of the keys and values, and the call
+goes on to the function that the model's own config names. The model's config, its masks and its cache know nothing of
+it, so that cached and uncached generation, padding, beams and checkpointing are what they were.
+
+The rows take the first V positions, as PEFT's do, which puts them into the cache: the real tokens' positions and T5's
+distances are shifted by V where they are used, and a sliding window moves away from the rows as from any token.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.prefix import PrefixEncoder
+from ..ops import checks
+from .virtual import active_parts, add_part, parts, settle
+
+ATTENTION = "pyfastpeft_prefix"
+POSITIONS = ("rotary_emb", "rotary_emb_local", "wpe", "embed_positions", "position_embeddings")
+
+
+def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Add a prefix to a transformers model, not active yet, and fill in the sizes that `config` leaves to the model.
+
+    In PEFT's order of draws. With config.inference_mode there is no MLP, since rows are loaded.
+    Raises ValueError for sizes that are not the model's; NotImplementedError, which says what is missing, for a model
+    that takes no prefix; TypeError for one that is not of transformers.
+    """
+    attentions = _attentions(model)
+    base = attentions[0].config
+    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+    head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
+    head_dim = head_dim or base.hidden_size // base.num_attention_heads
+    layers, submodules = len(attentions), 2 if model.config.is_encoder_decoder else 1
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
+    settle(config, num_transformer_submodules=submodules, **sizes)
+    config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
+    hidden = config.encoder_hidden_size if config.prefix_projection and not config.inference_mode else None
+    encoder = PrefixEncoder(config.num_virtual_tokens, layers, heads, head_dim, hidden, config.init_weights)
+    if not parts(model, PrefixEncoder):
+        _attach(model, attentions)
+    add_part(model, name, encoder, autocast_adapter_dtype)
+
+
+def eject(model: nn.Module) -> None:
+    """Undo what `inject` did to the model, if none of its prefixes is left; else nothing."""
+    if parts(model, PrefixEncoder):
+        return
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PrefixedConfig):
+            module.config.prefixes.detach()
+            module.config = module.config.config
+            if isinstance(module, ShiftedBias):
+                module.__class__ = type(module).__bases__[1]
+
+
+class Prefixes:
+    """The active prefixes of a model, and the hooks that shift positions."""
+
+    def __init__(self, model):
+        self.model = model
+        self.handles = []
+
+    def encoders(self):
+        return active_parts(self.model, PrefixEncoder)
+
+    def num_virtual_tokens(self):
+        return sum([encoder.num_virtual_tokens for encoder in self.encoders()])
+
+    def shift(self, module, args, kwargs):
+        """Pre-hook of a module that embeds positions. Those of padding stay, where they are told apart."""
+        virtual = self.num_virtual_tokens()
+        if not virtual:
+            return None
+        integer = [i for i, value in enumerate(args) if isinstance(value, Tensor) and not value.is_floating_point()]
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[integer[0]]
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(module, nn.Embedding):
+            first = getattr(module, "offset", 0 if padding is None else padding + 1)
+            room, tokens = module.num_embeddings - first - virtual, positions.shape[-1]
+            given = f"{tokens} tokens after {virtual} virtual ones"
+            checks.need(tokens <= room, "prefix tuning", "input_ids", given, f"at most {room}: positions end there")
+        shifted = torch.where(positions > (-1 if padding is None else padding), positions + virtual, positions)
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": shifted}
+        return (*args[: integer[0]], shifted, *args[integer[0] + 1 :]), kwargs
+
+    def detach(self):
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+class PrefixedConfig:
+    """What one attention module has for a config: the model's config, but for the attention function's name."""
+
+    _attn_implementation = ATTENTION
+
+    def __init__(self, config, prefixes, layer, eager):
+        self.config, self.prefixes, self.layer, self.eager = config, prefixes, layer, eager
+
+    def __getattr__(self, name):
+        if name == "config" or name.startswith("__"):  # not there yet while a copy is made
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+class OwnConfig:
+    """An attention module with its own config, as the attention functions know it."""
+
+    def __init__(self, module, config):
+        self.module, self.config = module, config
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+class ShiftedBias:
+    """T5's first self-attention, which forms the distances' bias for all layers: V more keys come first."""
+
+    def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
+        virtual = self.config.prefixes.num_virtual_tokens()
+        return super().compute_bias(query_length, key_length + virtual, device, past_seen_tokens + virtual)
+
+
+def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
+    """The attention function that the model's config names, with the active prefixes before key and value.
+
+    query [B, Hq, T, D]; key and value [B, H, K, D]; attention_mask [B, 1, T, K], [B, K] or None.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    view = module.config
+    implementation = view.config._attn_implementation
+    attention = view.eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    rows = [encoder(view.layer) for encoder in view.prefixes.encoders()]
+    if rows:
+        known = attention_mask is None or isinstance(attention_mask, Tensor)
+        known = known and kwargs.get("cache") is None
+        needed = "eager, sdpa or flash attention without pages"
+        checks.need(known, "prefix tuning", "attn_implementation", implementation, needed, NotImplementedError)
+        virtual = sum([keys.shape[1] for keys, _ in rows])
+        attention_mask = prefixed_mask(module, query, key, attention_mask, virtual, implementation, kwargs)
+        batch = key.shape[0]
+        key = torch.cat([*(keys.to(key.dtype).expand(batch, -1, -1, -1) for keys, _ in rows), key], 2)
+        value = torch.cat([*(values.to(value.dtype).expand(batch, -1, -1, -1) for _, values in rows), value], 2)
+    return attention(OwnConfig(module, view.config), query, key, value, attention_mask, **kwargs)
+
+
+def prefixed_mask(module, query, key, mask, virtual, implementation, kwargs):
+    """The mask with columns for the virtual tokens in front, which all see but those that a sliding window has left."""
+    if (mask is not None and mask.dim() == 2) or "flash" in implementation:  # flash attention knows the rest itself
+        return mask if mask is None else F.pad(mask, (virtual, 0), value=1)
+    tokens, keys = query.shape[2], key.shape[2]
+    window = kwargs.get("sliding_window")
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        causal = causal and tokens > 1 and implementation == "sdpa"
+        if not causal and window is None:
+            return None
+        mask = torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril() if causal else mask
+    mask = mask[..., :keys]
+    if window is None:
+        return F.pad(mask, (virtual, 0), value=mask.dtype == torch.bool)
+    positions = kwargs["position_ids"] + virtual  # [B or 1, T]
+    seen = positions[:, None, :, None] - torch.arange(virtual, device=query.device) < window
+    if mask.dtype != torch.bool:
+        seen = torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    batch = max(mask.shape[0], seen.shape[0])
+    return torch.cat([seen.expand(batch, mask.shape[1], -1, -1), mask.expand(batch, -1, tokens, -1)], -1)
+
+
+def _attach(model, attentions):
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, prefixed_attention)
+    prefixes = Prefixes(model)
+    decoder_only = not model.config.is_encoder_decoder
+    for index, module in enumerate(attentions):
+        # PEFT gives layer l of an encoder-decoder's L the rows of layer 2 l modulo L.
+        layer = index if decoder_only else 2 * index % len(attentions)
+        eager = _forward(module).__globals__["eager_attention_forward"]
+        module.config = PrefixedConfig(module.config, prefixes, layer, eager)
+        if getattr(module, "has_relative_attention_bias", False):
+            base = type(module)
+            module.__class__ = type(base.__name__, (ShiftedBias, base), {"__module__": base.__module__})
+    for module in _positions(model):
+        prefixes.handles.append(module.register_forward_pre_hook(prefixes.shift, with_kwargs=True))
+
+
+def _positions(model):
+    """The modules that turn positions into embeddings; T5 has none."""
+    if model.config.is_encoder_decoder:
+        return []
+    return [module for path, module in model.named_modules() if path.rpartition(".")[2] in POSITIONS]
+
+
+def _attentions(model):
+    """The self-attention modules that get a prefix, one for each layer: of an encoder-decoder, the decoder's."""
+    config = getattr(model, "config", None)
+    checks.need(config is not None, "prefix tuning", "model", type(model).__name__, "a transformers model", TypeError)
+    kind = f"{type(model).__name__} (model_type {config.model_type!r})"
+    stack = model.get_decoder() if config.is_encoder_decoder else model
+    found = []
+    for path, module in stack.named_modules():
+        cross = "Cross" in type(module).__name__ or path.endswith("EncDecAttention")
+        cross = cross or getattr(module, "is_cross_attention", False)
+        calls = getattr(_forward(module), "__code__", None)
+        if calls and "ALL_ATTENTION_FUNCTIONS" in calls.co_names and hasattr(module, "config") and not cross:
+            found.append(module)
+    layers = getattr(stack.config, "num_hidden_layers", None)
+    given = f"{kind}, in which {len(found)} self-attention modules use transformers' attention interface"
+    needed = f"a model in which all {layers} layers do"
+    checks.need(found and len(found) == layers, "prefix tuning", "model", given, needed, NotImplementedError)
+    relative = hasattr(found[0], "has_relative_attention_bias")
+    placed = relative or _positions(model) or getattr(model, "main_input_name", None) == "pixel_values"
+    needed = f"a model whose tokens' positions are found: modules called {', '.join(POSITIONS)}, or T5's bias"
+    checks.need(placed, "prefix tuning", "model", kind, needed, NotImplementedError)
+    upcast = getattr(found[0], "reorder_and_upcast_attn", False) and config._attn_implementation == "eager"
+    needed = "without reorder_and_upcast_attn, whose attention cannot be extended"
+    checks.need(not upcast, "prefix tuning", "model", kind, needed, NotImplementedError)
+    return found
+
+
+def _forward(module):
+    return inspect.unwrap(type(module).forward)

@@ -1,0 +1,207 @@
+"""Prompt tuning in a transformers model (Lester et al. 2021): trained embeddings in front of the input's.
+
+Hooks on the model's call turn input_ids into inputs_embeds with the virtual tokens in front, extend what goes with
+them (masks, positions, labels), and cut the virtual tokens off what comes back. While a cache continues, the virtual
+tokens lie in it, and only the mask and the positions are extended. An encoder-decoder gets them in its encoder; its
+hidden states there keep the virtual tokens, which the decoder attends to.
+"""
+
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.prompt import PromptEmbedding
+from ..ops import checks
+from .virtual import active_parts, add_part, parts, settle
+
+
+def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Add a prompt to a transformers model, not active yet, and fill in the sizes that `config` leaves to the model.
+
+    In PEFT's order of draws. With config.inference_mode it is random, and no text is read, since rows are loaded.
+    Raises ValueError for sizes that are not the model's; TypeError or NotImplementedError for a model without word
+    embeddings or inputs_embeds.
+    """
+    words = _words(model)
+    submodules = 2 if model.config.is_encoder_decoder else 1
+    settle(config, token_dim=words.weight.shape[1], num_transformer_submodules=submodules)
+    part = PromptEmbedding(config.num_virtual_tokens, config.token_dim, submodules)
+    if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
+        ids = _initial_ids(config, words, len(part.weight))
+        part.load_prompt_embeddings(words(ids.to(words.weight.device)).detach().float())
+    if not parts(model, PromptEmbedding):
+        _attach(model)
+    add_part(model, name, part, autocast_adapter_dtype)
+
+
+def eject(model: nn.Module) -> None:
+    """Undo what `inject` did to the model, if none of its prompts is left; else nothing."""
+    if hasattr(model, "pyfastpeft_prompts") and not parts(model, PromptEmbedding):
+        for handle in model.pyfastpeft_prompts.handles:
+            handle.remove()
+        del model.pyfastpeft_prompts
+
+
+class Prompts:
+    """The active prompts of a model, and the hooks that put them in front of its input."""
+
+    def __init__(self, model):
+        self.model = model
+        self.names = list(inspect.signature(_entrance(model).forward).parameters)
+        self.handles = []
+        self.tokens = None  # how many real tokens the call under way has, if virtual ones were put in front
+
+    def rows(self):
+        """[V, d], or None where no prompt is active."""
+        running = active_parts(self.model, PromptEmbedding)
+        return torch.cat([part() for part in running]) if running else None
+
+    def prepend(self, module, args, kwargs):
+        """Pre-hook of the model, or of its encoder."""
+        self.tokens, prompt = None, self.rows()
+        if prompt is None:
+            return None
+        kwargs = {**kwargs, **dict(zip(self.names, args))}
+        virtual = len(prompt)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if mask is not None:
+            checks.need(mask.dim() == 2, "prompt tuning", "attention_mask", mask, "of shape [B, T]")
+            kwargs["attention_mask"] = F.pad(mask, (virtual, 0), value=1)
+        grows = not getattr(cache, "is_compileable", False)
+        checks.need(grows, "prompt tuning", "past_key_values", type(cache).__name__, "a cache that grows, or none")
+        kwargs.pop("cache_position", None)  # the model counts for itself
+        positions = kwargs.get("position_ids")
+        if cache is not None and cache.get_seq_length() > 0:
+            if positions is not None:
+                kwargs["position_ids"] = positions + virtual
+            return (), kwargs
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = module.get_input_embeddings()(kwargs.pop("input_ids"))
+        batch, self.tokens = inputs.shape[:2]
+        prompt = prompt.to(inputs.dtype).expand(batch, -1, -1)
+        kwargs["inputs_embeds"] = torch.cat([prompt, inputs], 1)
+        if positions is not None:
+            first = torch.arange(virtual, device=positions.device).expand(*positions.shape[:-1], virtual)
+            kwargs["position_ids"] = torch.cat([first, positions + virtual], -1)
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (virtual, 0))
+        labels = kwargs.get("labels")
+        if labels is not None and labels.shape == inputs.shape[:2] and not labels.is_floating_point():
+            kwargs["labels"] = F.pad(labels, (virtual, 0), value=-100)
+        for name in ("start_positions", "end_positions", "logits_to_keep"):
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs[name] = kwargs[name] + virtual
+        return (), kwargs
+
+    def trim(self, module, args, output):
+        """Hook of the model: what comes out has one row for each real token."""
+        tokens = self.tokens
+        if tokens is None:
+            return None
+        checks.need(not isinstance(output, tuple), "prompt tuning", "return_dict", False, "True")
+        for name, value in output.items():
+            per_token = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
+            if value is not None and name in per_token and value.dim() == per_token[name]:
+                output[name] = value[:, -tokens:]
+            elif name == "hidden_states":
+                output[name] = tuple([state[:, -tokens:] for state in value])
+            elif name == "attentions":
+                output[name] = tuple([weights[..., -tokens:, :] for weights in value])
+        return output
+
+    def extend(self, module, args, kwargs):
+        """Pre-hook of a decoder behind an encoder with a prompt: all may attend to the virtual tokens."""
+        prompt, mask = self.rows(), kwargs.get("encoder_attention_mask")
+        if prompt is None or mask is None:
+            return None
+        return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (len(prompt), 0), value=1)}
+
+
+class NearestWord(NamedTuple):
+    """One of the k vocabulary rows nearest to a virtual token by cosine; distance is Euclidean."""
+
+    virtual_token: int
+    token_id: int
+    word: str
+    cosine: float
+    distance: float
+
+
+class NearestWords(list):
+    """Rows of NearestWord, k for each virtual token, nearest first, which print as a table."""
+
+    def __str__(self):
+        table = [("virtual token", "token id", "word", "cosine", "distance")]
+        table += [(str(v), str(i), word, f"{cosine:.3f}", f"{far:.3f}") for v, i, word, cosine, far in self]
+        widths = [max(len(row[column]) for row in table) for column in range(5)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
+
+
+@torch.no_grad()
+def nearest_words(model: nn.Module, name: str, tokenizer=None, k: int = 5) -> NearestWords:
+    """The k vocabulary rows nearest to each virtual token of the prompt called `name`, by cosine.
+
+    tokenizer: decodes the tokens; without one, words are empty. Raises ValueError for an unknown name or a bad k.
+    """
+    prompts = {n: part for n, part in getattr(model, "adapters", {}).items() if isinstance(part, PromptEmbedding)}
+    checks.need(name in prompts, "nearest_words", "name", name, f"a prompt: one of {sorted(prompts)}")
+    words, prompt = _words(model), prompts[name]().float()
+    vocabulary = words.weight.shape[0]
+    fits = isinstance(k, int) and 1 <= k <= vocabulary
+    checks.need(fits, "nearest_words", "k", k, f"an integer in [1, {vocabulary}], the size of the vocabulary")
+    cosines = []
+    for ids in torch.arange(vocabulary, device=prompt.device).split(8192):
+        cosines.append(F.normalize(prompt, dim=1) @ F.normalize(words(ids).float(), dim=1).T)
+    cosine, ids = torch.cat(cosines, 1).topk(k, 1)  # [V, k]
+    distance = (words(ids).float() - prompt[:, None]).norm(dim=2)
+    rows = NearestWords()
+    for v, row in enumerate(zip(ids.tolist(), cosine.tolist(), distance.tolist())):
+        for token, near, far in zip(*row):
+            rows.append(NearestWord(v, token, tokenizer.decode([token]) if tokenizer else "", near, far))
+    return rows
+
+
+def _attach(model):
+    prompts = Prompts(model)
+    entrance = _entrance(model)
+    needed = "one whose forward takes input_ids and inputs_embeds"
+    takes = {"input_ids", "inputs_embeds"} <= set(prompts.names)
+    checks.need(takes, "prompt tuning", "model", type(entrance).__name__, needed, NotImplementedError)
+    model.pyfastpeft_prompts = prompts
+    prompts.handles.append(entrance.register_forward_pre_hook(prompts.prepend, with_kwargs=True))
+    if entrance is model:
+        prompts.handles.append(model.register_forward_hook(prompts.trim))
+    else:
+        prompts.handles.append(model.get_decoder().register_forward_pre_hook(prompts.extend, with_kwargs=True))
+
+
+def _entrance(model):
+    """The module that the virtual tokens enter."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def _words(model):
+    embeds = hasattr(model, "get_input_embeddings") and hasattr(model, "config")
+    checks.need(embeds, "prompt tuning", "model", type(model).__name__, "a transformers model", TypeError)
+    words = model.get_input_embeddings()
+    needed = "a model whose inputs are embedded words"
+    checks.need(isinstance(words, nn.Embedding), "prompt tuning", "model", type(model).__name__, needed, TypeError)
+    return words
+
+
+def _initial_ids(config, words, count):
+    """[count]: the words to start from."""
+    if config.prompt_tuning_init == "SAMPLE_VOCAB":
+        return torch.randint(0, words.num_embeddings, (count,))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    needed = "a text of at least one token"
+    checks.need(len(ids) > 0, "prompt tuning", "prompt_tuning_init_text", config.prompt_tuning_init_text, needed)
+    return torch.tensor((ids * math.ceil(count / len(ids)))[:count])

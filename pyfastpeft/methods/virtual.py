@@ -1,0 +1,34 @@
+"""What prefix and prompt tuning share: parts that lie at the top of a model, as `model.adapters[name]`."""
+
+import torch
+from torch import nn
+
+from ..layers.adapted import attach
+from ..ops.checks import need
+
+
+def add_part(model: nn.Module, name: str, part: nn.Module, wide: bool) -> None:
+    """Put a part at the top of the model, on its device; in its dtype, or float32 where that is 16 bits and `wide`."""
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    narrow = like.dtype in (torch.bfloat16, torch.float16)
+    attach(model, name, part.to(like.device, torch.float32 if narrow and wide else like.dtype).train(model.training))
+
+
+def parts(model: nn.Module, kind: type) -> list[nn.Module]:
+    """All the model's parts of that kind."""
+    return [part for part in getattr(model, "adapters", {}).values() if isinstance(part, kind)]
+
+
+def active_parts(model: nn.Module, kind: type) -> list[nn.Module]:
+    """The parts of that kind that run now, in the order of `model.active`."""
+    held = model.adapters._modules
+    return [held[name] for name in model.active if isinstance(held.get(name), kind)]
+
+
+def settle(config, **values: int) -> None:
+    """Fill in the config's fields that follow from the model. Raises ValueError where one says something else."""
+    for name, value in values.items():
+        given = getattr(config, name)
+        need(given in (None, value), type(config).__name__, name, given, f"None or {value}, as in the model")
+    for name, value in values.items():
+        setattr(config, name, value)

@@ -1,0 +1,661 @@
+"""Prefix and prompt tuning: equal to PEFT where PEFT is right, and right where PEFT is not."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from pyfastpeft.layers.prefix import PrefixEncoder
+from pyfastpeft.layers.prompt import PromptEmbedding
+from pyfastpeft.methods import (
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    adapt,
+    adapter_parameters,
+    delete_adapter,
+    disable_adapter,
+    merge_adapter,
+    set_adapter,
+)
+from pyfastpeft.methods.prompt import nearest_words
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+VIRTUAL, VOCABULARY, TOKENS = 4, 99, 12
+WIDE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED = {**WIDE, "intermediate_size": 64, "num_key_value_heads": 2}
+SLIDING = {**GROUPED, "head_dim": 16, "sliding_window": 8}
+ENCODER = {**WIDE, "intermediate_size": 64, "max_position_embeddings": 64}
+KINDS = ("prefix", "projection", "prompt")
+FAMILIES = {
+    "llama": ("Llama", GROUPED),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": 8}),
+    "qwen2": ("Qwen2", {**GROUPED, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "gemma2": ("Gemma2", SLIDING),
+    "gemma3": ("Gemma3", SLIDING),
+    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4}),
+    "opt": ("OPT", {**WIDE, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "gpt_neox": ("GPTNeoX", {**WIDE, "intermediate_size": 64}),
+}
+
+
+def decoder(family, implementation="sdpa", **options):
+    name, sizes = FAMILIES[family]
+    config = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")(**sizes, **options)
+    kind = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    return build(kind, config, implementation)
+
+
+def build(kind, config, implementation="sdpa"):
+    torch.manual_seed(0)
+    config._attn_implementation = implementation
+    return kind(config).eval()
+
+
+def bert():
+    return build(transformers.BertForSequenceClassification, transformers.BertConfig(**ENCODER))
+
+
+def roberta():
+    return build(transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**ENCODER))
+
+
+def distilbert():
+    sizes = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4}
+    return build(transformers.DistilBertForSequenceClassification, transformers.DistilBertConfig(**sizes))
+
+
+def t5(layers=3, implementation="sdpa"):
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": layers, "num_heads": 4}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    return build(transformers.T5ForConditionalGeneration, config, implementation)
+
+
+def vit():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return build(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
+
+
+def peft_config(kind, task):
+    if kind == "prompt":
+        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=VIRTUAL)
+    projection = {"prefix_projection": kind == "projection", "encoder_hidden_size": 24}
+    return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=VIRTUAL, **projection)
+
+
+def pair(make, kind, task="CAUSAL_LM"):
+    """The same model and seed, adapted by us and by PEFT."""
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(make(), peft_config(kind, task)).eval()
+    torch.manual_seed(1)
+    return adapt(make(), peft_config(kind, task)), theirs
+
+
+def adapted(make, kind, name="default"):
+    if kind == "prompt":
+        return adapt(make(), PromptTuningConfig(num_virtual_tokens=VIRTUAL), name)
+    projection = {"prefix_projection": kind == "projection", "encoder_hidden_size": 24}
+    return adapt(make(), PrefixTuningConfig(num_virtual_tokens=VIRTUAL, **projection), name)
+
+
+def batch(padding=0, rows=3):
+    """Ids, and a mask that hides `padding` tokens of the first row: on the left, or, if negative, on the right."""
+    ids = torch.randint(3, VOCABULARY, (rows, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[0, slice(padding) if padding >= 0 else slice(padding, None)] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def part_of(model, name="default"):
+    return model.adapters[name]
+
+
+# --- the same numbers as PEFT ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoders_compute_what_peft_computes(family, implementation, kind):
+    if family == "gemma2" and implementation == "sdpa":
+        pytest.skip("Gemma 2 has no sdpa")
+    ours, theirs = pair(lambda: decoder(family, implementation), kind)
+    inputs = batch(padding=5)
+    out, expected = (model(**inputs, labels=inputs["input_ids"]) for model in (ours, theirs))
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[real], expected.logits[:, -TOKENS:][real])
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert out.logits.shape == (*inputs["input_ids"].shape, VOCABULARY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [bert, roberta])
+def test_encoders_compute_what_peft_computes(make, kind):
+    ours, theirs = pair(make, kind, "SEQ_CLS")
+    inputs = batch(padding=-4)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    inputs["labels"] = torch.tensor([0, 1, 1])
+    out, expected = ours(**inputs), theirs(**inputs)
+    torch.testing.assert_close(out.logits, expected.logits)
+    torch.testing.assert_close(out.loss, expected.loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("layers", "implementation"), [(3, "sdpa"), (4, "eager")])
+def test_t5_computes_what_peft_computes(layers, implementation, kind):
+    ours, theirs = pair(lambda: t5(layers, implementation), kind, "SEQ_2_SEQ_LM")
+    inputs = batch(padding=-4)
+    labels = torch.randint(2, VOCABULARY, (3, 7))
+    out, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
+    torch.testing.assert_close(out.logits, expected.logits)
+    torch.testing.assert_close(out.loss, expected.loss)
+    words = ours.generate(**inputs, max_new_tokens=6)
+    assert torch.equal(words, theirs.generate(**inputs, max_new_tokens=6))
+    assert torch.equal(words, ours.generate(**inputs, max_new_tokens=6, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loss_curve_is_pefts(family, kind):
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
+    ours, theirs = pair(lambda: decoder(family, **dropout), kind)
+    curves = []
+    for model in (ours, theirs):
+        trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.02)
+        torch.manual_seed(2)
+        steps = [batch(padding=0) for _ in range(50)]
+        curve = []
+        for inputs in steps:
+            inputs["input_ids"] %= 7  # something to learn
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.detach())
+        curves.append(torch.stack(curve))
+    assert curves[1][-1] < 0.9 * curves[1][0]
+    torch.testing.assert_close(*curves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [lambda: decoder("llama"), t5], ids=["llama", "t5"])
+def test_rows_go_to_peft_and_back(make, kind):
+    ours, theirs = pair(make, kind, "CAUSAL_LM" if make is not t5 else "SEQ_2_SEQ_LM")
+    stored = peft.get_peft_model_state_dict(theirs)["prompt_embeddings"]
+    assert torch.equal(part_of(ours).prompt_embeddings(), stored)
+
+    config = peft_config(kind, "CAUSAL_LM" if make is not t5 else "SEQ_2_SEQ_LM")
+    config.inference_mode = True
+    loaded = adapt(make(), config)
+    part_of(loaded).load_prompt_embeddings(stored)
+    inputs = batch(padding=0)
+    if make is t5:
+        inputs["labels"] = inputs["input_ids"]
+    torch.testing.assert_close(loaded(**inputs).logits, ours(**inputs).logits)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert getattr(part_of(loaded), "projected", False) is False
+
+
+def test_sizes_of_the_config_are_pefts():
+    for kind in KINDS:
+        ours, theirs = pair(lambda: decoder("llama"), kind)
+        mine, peers = ours.pyfastpeft.configs["default"], theirs.peft_config["default"]
+        names = ["token_dim", "num_transformer_submodules"]
+        names += ["num_layers", "num_attention_heads", "encoder_hidden_size"] if kind != "prompt" else []
+        assert [getattr(mine, name) for name in names] == [getattr(peers, name) for name in names]
+        trained = sum(p.numel() for p in ours.parameters() if p.requires_grad)
+        assert trained == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_zero_init_is_pefts():
+    config = {"num_virtual_tokens": VIRTUAL, "prefix_projection": True, "init_weights": "zero"}
+    ours = adapt(decoder("llama"), PrefixTuningConfig(**config))
+    assert part_of(ours).prompt_embeddings().abs().max() == 0
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", **config)
+    inputs = batch()
+    torch.testing.assert_close(ours(**inputs).logits, peft.get_peft_model(decoder("llama"), config)(**inputs).logits)
+
+
+@pytest.mark.parametrize("init", ["TEXT", "SAMPLE_VOCAB"])
+@pytest.mark.parametrize("virtual", [3, 8])
+def test_prompt_starts_from_words_as_pefts(tmp_path, init, virtual):
+    words = {word: i for i, word in enumerate("classify this review : good or bad".split())}
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="or"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    given = {"task_type": "CAUSAL_LM", "num_virtual_tokens": virtual, "prompt_tuning_init": init}
+    if init == "TEXT":
+        given |= {"prompt_tuning_init_text": "classify this review : good", "tokenizer_name_or_path": str(tmp_path)}
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(decoder("llama"), peft.PromptTuningConfig(**given))
+    torch.manual_seed(1)
+    ours = adapt(decoder("llama"), PromptTuningConfig(**given))
+    assert torch.equal(part_of(ours).weight, peft.get_peft_model_state_dict(theirs)["prompt_embeddings"])
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+GENERATION = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma3", "mistral"])
+def test_generation_needs_no_cache_and_sees_no_padding(family, kind):
+    ours, theirs = pair(lambda: decoder(family), kind)
+    inputs = batch(padding=5)
+    words = ours.generate(**inputs, **GENERATION)
+    assert torch.equal(words, ours.generate(**inputs, **GENERATION, use_cache=False))
+    assert torch.equal(words[1:], theirs.generate(**inputs, **GENERATION)[1:])
+    beams = ours.generate(**inputs, **GENERATION, num_beams=3)
+    assert torch.equal(beams, ours.generate(**inputs, **GENERATION, num_beams=3, use_cache=False))
+    if not (kind == "prompt" and family in ("gemma3", "mistral")):  # their windows count padding after the prompt
+        alone = inputs["input_ids"][:1, 5:]
+        assert torch.equal(words[0, 5:], ours.generate(alone, **GENERATION)[0])
+        assert torch.equal(words[0, 5:], theirs.generate(input_ids=alone, **GENERATION)[0])
+
+
+def test_cached_logits_are_the_uncached_ones():
+    for kind in KINDS:
+        model = adapted(lambda: decoder("llama"), kind)
+        ids = batch()["input_ids"]
+        first = model(ids[:, :7], use_cache=True)
+        rest = model(ids[:, 7:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(ids).logits)
+
+
+def test_static_cache():
+    model = adapted(lambda: decoder("llama"), "projection")
+    inputs = batch(padding=5)
+    options = {**GENERATION, "cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **GENERATION))
+    with pytest.raises(ValueError, match="must be"):
+        adapted(lambda: decoder("llama"), "prompt").generate(**inputs, **options)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    return {path: parameter.grad.clone() for path, parameter in adapter_parameters(model, "default").items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
+    model = adapted(lambda: decoder("llama"), kind).train()
+    inputs = batch(padding=5)
+    expected = gradients(model, inputs)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    again = gradients(model, inputs)
+    for path, gradient in expected.items():
+        torch.testing.assert_close(again[path], gradient, msg=lambda text, path=path: f"{path}: {text}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_is_pefts(kind):
+    ours, theirs = pair(lambda: decoder("llama"), kind)
+    inputs = batch(padding=0)
+    exact = ours(**inputs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = ours(**inputs).logits, theirs(**inputs).logits[:, -TOKENS:]
+    own = (expected.float() - exact).norm()
+    assert own > 0
+    assert (out.float() - exact).norm() <= 1.1 * own + 1e-3
+
+
+def test_sixteen_bit_models_have_wide_adapters():
+    for kind in KINDS:
+        model = adapted(lambda: decoder("llama").bfloat16(), kind)
+        assert {p.dtype for p in adapter_parameters(model, "default").values()} == {torch.float32}
+        assert model(**batch()).logits.dtype == torch.bfloat16
+        assert all(gradient.abs().max() > 0 for gradient in gradients(model, batch()).values())
+
+
+@pytest.mark.parametrize("kind", ["projection", "prompt"])
+def test_forward_compiles_as_one_graph(kind):
+    model = adapted(lambda: decoder("llama"), kind)
+    inputs = batch(padding=5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    compiled(**inputs, labels=inputs["input_ids"]).loss.backward()
+    got = {path: p.grad.clone() for path, p in adapter_parameters(model, "default").items()}
+    for path, gradient in gradients(model, inputs).items():
+        torch.testing.assert_close(got[path], gradient)
+
+
+def test_a_layers_mlp_runs_once_a_pass_on_the_virtual_tokens_alone():
+    model = adapted(lambda: decoder("llama"), "projection")
+    rows = []
+    for head in part_of(model).heads:
+        head.register_forward_hook(lambda head, args, out: rows.append(tuple(out.shape)))
+    model(**batch(rows=5))
+    assert rows == [(VIRTUAL, 2 * 16)] * 3
+
+
+def test_kept_rows_follow_the_parameters():
+    model = adapted(lambda: decoder("llama"), "projection")
+    encoder, inputs = part_of(model), batch()
+    fresh = lambda: model(**inputs).logits.detach()  # noqa: E731 -- with gradients nothing is kept
+    with torch.no_grad():
+        model(**inputs)
+        encoder.hidden.bias.add_(0.5)
+        torch.testing.assert_close(model(**inputs).logits, model.train()(**inputs).logits)
+        model.eval()(**inputs)
+        encoder.heads[1].weight = nn.Parameter(torch.randn_like(encoder.heads[1].weight))
+        kept = model(**inputs).logits
+    torch.testing.assert_close(kept, fresh())
+    with torch.no_grad():
+        encoder.load_state_dict({key: value + 0.1 for key, value in encoder.state_dict().items()})
+        kept = model(**inputs).logits
+    torch.testing.assert_close(kept, fresh())
+
+
+def test_training_resumes_with_the_mlp():
+    def train(model, optimizer, steps):
+        for inputs in steps:
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    make = lambda: adapted(lambda: decoder("llama"), "projection").train()  # noqa: E731
+    model, steps = make(), [batch() for _ in range(6)]
+    optimizer = torch.optim.AdamW(adapter_parameters(model, "default").values(), lr=0.01)
+    train(model, optimizer, steps[:3])
+    states = copy.deepcopy((part_of(model).state_dict(), optimizer.state_dict()))
+    train(model, optimizer, steps[3:])
+    resumed = make()
+    part_of(resumed).load_state_dict(states[0])
+    optimizer = torch.optim.AdamW(adapter_parameters(resumed, "default").values(), lr=0.01)
+    optimizer.load_state_dict(states[1])
+    train(resumed, optimizer, steps[3:])
+    assert torch.equal(part_of(resumed).prompt_embeddings(), part_of(model).prompt_embeddings())
+
+
+def test_bake_keeps_the_rows():
+    model = adapted(lambda: decoder("llama"), "projection")
+    inputs = batch()
+    before = model(**inputs).logits
+    part_of(model).bake()
+    assert set(adapter_parameters(model, "default")) == {"rows.0", "rows.1", "rows.2"}
+    torch.testing.assert_close(model(**inputs).logits, before)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model, inputs).values())
+
+
+# --- several adapters, copies, removal -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_two_active_ones_are_one_longer_one(kind):
+    two, one = adapted(lambda: decoder("gpt2"), kind, "a"), decoder("gpt2")
+    config = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[kind]
+    adapt(two, config(num_virtual_tokens=3), "b")
+    adapt(one, config(num_virtual_tokens=VIRTUAL + 3))
+    rows = [part_of(two, name).prompt_embeddings() for name in ("b", "a")]
+    part_of(one).load_prompt_embeddings(torch.cat(rows))
+    inputs = batch(padding=5)
+    set_adapter(two, "b", "a")
+    torch.testing.assert_close(two(**inputs).logits, one(**inputs).logits)
+    assert torch.equal(two.generate(**inputs, **GENERATION), one.generate(**inputs, **GENERATION))
+    set_adapter(two, "a", "b")
+    assert not torch.allclose(two(**inputs).logits, one(**inputs).logits)
+
+
+def test_prefix_and_prompt_together():
+    """The same as the prompt's embeddings given by hand to a model with the prefix alone."""
+    model = adapted(lambda: decoder("llama"), "prefix", "a")
+    adapt(model, PromptTuningConfig(num_virtual_tokens=3), "b")
+    ids = batch()["input_ids"]
+    words = torch.cat([part_of(model, "b")().expand(3, -1, -1), model.get_input_embeddings()(ids)], 1)
+    set_adapter(model, "a")
+    expected = model(inputs_embeds=words).logits[:, 3:]
+    set_adapter(model, "a", "b")
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [lambda: decoder("llama"), t5, vit, distilbert], ids=["llama", "t5", "vit", "distil"])
+def test_removal_leaves_nothing(make, kind):
+    if make is vit and kind == "prompt":
+        pytest.skip("a ViT has no words")
+    plain = make()
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)} if make is vit else batch(padding=-3)
+    if make is t5:
+        inputs["labels"] = inputs["input_ids"]
+    expected = plain(**inputs).logits
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in plain.modules()]
+    before = {path: (type(module), dict(module.__dict__).keys()) for path, module in plain.named_modules()}
+    configs = {path: module.config for path, module in plain.named_modules() if hasattr(module, "config")}
+    config = PromptTuningConfig if kind == "prompt" else PrefixTuningConfig
+    model = adapt(plain, config(num_virtual_tokens=VIRTUAL), "a")
+    adapt(model, config(num_virtual_tokens=VIRTUAL), "b")
+    changed = model(**inputs).logits
+    assert changed.shape == expected.shape
+    assert (changed - expected).abs().max() > 1e-4
+    with disable_adapter(model):
+        assert torch.equal(model(**inputs).logits, expected)
+    delete_adapter(model, "a")
+    torch.testing.assert_close(model(**inputs).logits, changed)
+    delete_adapter(model, "b")
+    assert torch.equal(model(**inputs).logits, expected)
+    assert hooks == [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    assert before == {path: (type(module), dict(module.__dict__).keys()) for path, module in model.named_modules()}
+    assert all(model.get_submodule(path).config is config for path, config in configs.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [lambda: decoder("llama"), t5], ids=["llama", "t5"])
+def test_copies_are_independent(make, kind):
+    model = adapted(make, kind)
+    inputs = batch()
+    if make is t5:
+        inputs["labels"] = inputs["input_ids"]
+    expected = model(**inputs).logits
+    double = copy.deepcopy(model)
+    assert torch.equal(double(**inputs).logits, expected)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, "default").values():
+            parameter.add_(0.3)
+    assert torch.equal(double(**inputs).logits, expected)
+    assert not torch.equal(model(**inputs).logits, expected)
+    delete_adapter(model, "default")
+    assert torch.equal(double(**inputs).logits, expected)
+    delete_adapter(double, "default")
+    assert torch.equal(double(**inputs).logits, model(**inputs).logits)
+
+
+def test_models_that_share_a_config_do_not_share_a_prefix():
+    config = transformers.LlamaConfig(**GROUPED)
+    one, other = (build(transformers.LlamaForCausalLM, config) for _ in range(2))
+    inputs = batch()
+    expected = other(**inputs).logits
+    adapt(one, PrefixTuningConfig(num_virtual_tokens=VIRTUAL))
+    assert torch.equal(other(**inputs).logits, expected)
+    assert not torch.equal(one(**inputs).logits, expected)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_implementation_can_change_afterwards():
+    model = adapted(lambda: decoder("llama"), "prefix")
+    inputs = batch(padding=5)
+    expected = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    out = model(**inputs, output_attentions=True)
+    torch.testing.assert_close(out.logits, expected)
+    assert out.attentions[0].shape == (3, 4, TOKENS, VIRTUAL + TOKENS)
+
+
+def test_attention_functions_see_the_modules_own_config():
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, **options):
+        seen.append((module.config._attn_implementation, module.config.hidden_size, key.shape[2]))
+        return transformers.integrations.sdpa_attention.sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+
+    transformers.AttentionInterface.register("flash_of_this_test", attention)
+    model = adapted(lambda: decoder("llama"), "prefix")
+    model.config._attn_implementation = "flash_of_this_test"
+    model(**batch())
+    assert seen == [("flash_of_this_test", 32, VIRTUAL + TOKENS)] * 3
+
+
+# --- what goes in and comes out --------------------------------------------------------------------------------------
+
+
+def test_states_have_one_row_for_each_token():
+    model = adapted(lambda: decoder("llama", "eager"), "prompt")
+    out = model(**batch(), output_hidden_states=True, output_attentions=True)
+    assert {tuple(state.shape) for state in out.hidden_states} == {(3, TOKENS, 32)}
+    assert {tuple(weights.shape) for weights in out.attentions} == {(3, 4, TOKENS, VIRTUAL + TOKENS)}
+    base = adapted(lambda: decoder("llama").model, "prompt")
+    assert base(**batch()).last_hidden_state.shape == (3, TOKENS, 32)
+
+
+def test_positions_can_be_given():
+    for kind in KINDS:
+        model = adapted(lambda: decoder("llama"), kind)
+        ids = batch()["input_ids"]
+        positions = torch.arange(TOKENS).expand(3, -1)
+        torch.testing.assert_close(model(ids, position_ids=positions).logits, model(ids).logits)
+        assert not torch.allclose(model(ids, position_ids=2 * positions).logits, model(ids).logits)
+
+
+def test_some_logits_only():
+    model = adapted(lambda: decoder("llama"), "prompt")
+    inputs = batch()
+    every = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, every[:, -2:])
+    torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([1, 5])).logits, every[:, [1, 5]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_answers_are_found_where_they_are(kind):
+    inputs = batch(padding=-4)
+    tagger = build(transformers.BertForTokenClassification, transformers.BertConfig(**ENCODER))
+    adapt(tagger, peft_config(kind, "TOKEN_CLS"))
+    labels = torch.randint(2, (3, TOKENS))
+    out = tagger(**inputs, labels=labels)
+    torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+    reader = build(transformers.BertForQuestionAnswering, transformers.BertConfig(**ENCODER))
+    adapt(reader, peft_config(kind, "QUESTION_ANS"))
+    start, end = torch.tensor([2, 3, 0]), torch.tensor([4, 3, 11])
+    out = reader(**inputs, start_positions=start, end_positions=end)
+    assert out.start_logits.shape == (3, TOKENS)
+    assert out.loss.isfinite()
+    if kind != "prompt":  # its probabilities are over the virtual tokens, too
+        both = [(out.start_logits, start), (out.end_logits, end)]
+        expected = sum(nn.functional.cross_entropy(logits, target) for logits, target in both) / 2
+        torch.testing.assert_close(out.loss, expected)
+
+
+# --- nearest words ---------------------------------------------------------------------------------------------------
+
+
+def test_nearest_words():
+    model = adapted(lambda: decoder("llama"), "prompt", "a")
+    words = model.get_input_embeddings().weight.detach()
+    part_of(model, "a").load_prompt_embeddings(3 * words[[5, 90, 7, 5]] + 1e-4 * torch.randn(4, 32))
+
+    class Tokenizer:
+        def decode(self, ids):
+            return f"<{ids[0]}>"
+
+    report = nearest_words(model, "a", Tokenizer(), k=2)
+    assert [(row.virtual_token, row.token_id, row.word) for row in report[::2]] == [
+        (0, 5, "<5>"), (1, 90, "<90>"), (2, 7, "<7>"), (3, 5, "<5>")
+    ]  # fmt: skip
+    prompt = part_of(model, "a")().detach()
+    for row in report:
+        word = words[row.token_id]
+        assert row.cosine == pytest.approx(torch.cosine_similarity(word, prompt[row.virtual_token], 0).item(), abs=1e-5)
+        assert row.distance == pytest.approx((word - prompt[row.virtual_token]).norm().item(), rel=1e-5)
+    table = str(report).splitlines()
+    assert len(table) == 9
+    assert table[0].split() == ["virtual", "token", "token", "id", "word", "cosine", "distance"]
+    assert table[3].split()[:3] == ["1", "90", "<90>"]
+    with pytest.raises(ValueError, match="nearest_words: name is 'b'"):
+        nearest_words(model, "b")
+    with pytest.raises(ValueError, match="nearest_words: k is 0"):
+        nearest_words(model, "a", k=0)
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def bart():
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes)
+    return transformers.BartForConditionalGeneration(config)
+
+
+def bloom():
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    return transformers.BloomForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (bloom, "prefix", "bloom.*attention interface"),
+        (bart, "prefix", "bart"),
+        (lambda: decoder("gpt2", "eager", reorder_and_upcast_attn=True), "prefix", "reorder_and_upcast_attn"),
+        (vit, "prompt", "embedded words"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "prefix", "transformers model"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "prompt", "transformers model"),
+    ],
+)
+def test_models_that_cannot_be_adapted_stay_as_they_are(make, kind, words):
+    model = make()
+    keys = model.state_dict().keys()
+    with pytest.raises((TypeError, NotImplementedError), match=words):
+        adapted(lambda: model, kind)
+    assert model.state_dict().keys() == keys
+    assert not hasattr(model, "pyfastpeft")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_bad_input():
+    model = adapted(lambda: decoder("gpt2", n_positions=16), "prefix")
+    model(**batch())
+    with pytest.raises(ValueError, match="13 tokens after 4 virtual ones"):
+        model(torch.ones(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match="num_layers is 7"):
+        adapt(decoder("llama"), PrefixTuningConfig(num_layers=7))
+    with pytest.raises(ValueError, match="token_dim is 7"):
+        adapt(decoder("llama"), PromptTuningConfig(token_dim=7))
+    with pytest.raises(TypeError, match="PrefixEncoder"):
+        merge_adapter(model)
+    model = adapted(lambda: decoder("llama"), "prompt")
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(batch()["input_ids"], attention_mask=torch.ones(3, 1, TOKENS, TOKENS, dtype=torch.bool))
+    with pytest.raises(ValueError, match="return_dict"):
+        model(**batch(), return_dict=False)
+    for part, shape in ((PrefixEncoder(3, 2, 2, 4), r"\[3, 32\]"), (PromptEmbedding(3, 8), r"\[3, 8\]")):
+        with pytest.raises(ValueError, match=shape):
+            part.load_prompt_embeddings(torch.zeros(3, 9))
+        with pytest.raises(TypeError, match="prompt_embeddings"):
+            part.load_prompt_embeddings(torch.zeros(3, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="num_heads is 0"):
+        PrefixEncoder(3, 2, 0, 4)
+    with pytest.raises(ValueError, match="token_dim is 0"):
+        PromptEmbedding(3, 0)
+
+
+def test_flex_attention_is_refused():
+    model = adapted(lambda: decoder("llama"), "prefix")
+    layer = model.model.layers[0].self_attn
+    x = torch.randn(1, 4, TOKENS, 8)
+    from pyfastpeft.methods.prefix import prefixed_attention
+
+    with pytest.raises(NotImplementedError, match="prefix tuning: attn_implementation is 'sdpa'"):
+        prefixed_attention(layer, x, x[:, :2], x[:, :2], object())
