@@ -257,9 +257,10 @@ def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     kind = "replaced" if isinstance(part, Replacement) else "adapters"
     if kind not in _parts(module):
         checks.need(not hasattr(module, kind), "attach", "module", f"one with {kind!r} of its own", "without")
-        setattr(module, kind, Parts())
     if isinstance(part, Part) and not isinstance(module, Adapted):
         _set_class(module, adapted_class(type(module)) or module_class(type(module)))
+    if kind not in _parts(module):
+        setattr(module, kind, Parts())
     if "active" not in module.__dict__:
         module.active = ()
     getattr(module, kind)[name] = part.train(module.training)

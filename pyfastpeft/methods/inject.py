@@ -155,7 +155,14 @@ def _lora_part(path, module, config, like):
     alpha = _of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
-        need(not is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        need(
+            not is_embedding(module),
+            "AdaLoraConfig",
+            "target_modules",
+            f"meaning {path!r}",
+            "of linear layers",
+            TypeError,
+        )
         part = AdaLoRAPart(*sizes(module), config.init_r, config.lora_alpha, **options)
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
         if mask is not None:
@@ -164,7 +171,14 @@ def _lora_part(path, module, config, like):
             part.keep(torch.tensor(mask, device=part.lora_E.device))
         return part
     if isinstance(config, DyLoraConfig):
-        need(not is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        need(
+            not is_embedding(module),
+            "DyLoraConfig",
+            "target_modules",
+            f"meaning {path!r}",
+            "of linear layers",
+            TypeError,
+        )
         frozen_above = config.min_rank if config.frozen else None
         return DyLoRAPart(*sizes(module), r, alpha, **options, frozen_above=frozen_above)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
