@@ -45,21 +45,32 @@ def ia3_linear_kernel(
 
 @triton.jit
 def column_sums_kernel(
-    a, b, sums, M, N, part, a_row, b_row, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """sums[h, n] = sum over the rows m of part h of a[m, n] b[m, n]:  a, b [M, N], sums [parts, N]."""
+    a, b, sums, scale, scaled, M, N, part, a_row, b_row, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """sums[h, n] = sum over the rows m of part h of a[m, n] b[m, n];  scaled = a * scale. What is None is not formed.
+
+    a, b, scaled [M, N], scale [N], sums [parts, N].
+    """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * part
     end = tl.minimum(start + part, M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    if scale is not None:
+        factor = tl.load(scale + columns, mask=columns < N, other=0.0).to(WIDE)[None, :]
     for m in range(start, end, BLOCK_M):
         rows = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
         inside = (rows < end) & (columns < N)[None, :]
-        left = tl.load(a + rows * a_row + columns[None, :], mask=inside, other=0.0)
-        right = tl.load(b + rows * b_row + columns[None, :], mask=inside, other=0.0)
-        acc += left.to(WIDE) * right.to(WIDE)
-    out = sums + tl.program_id(1).to(tl.int64) * N + columns
-    tl.store(out, tl.sum(acc, axis=0).to(sums.dtype.element_ty), mask=columns < N)
+        left = tl.load(a + rows * a_row + columns[None, :], mask=inside, other=0.0).to(WIDE)
+        if sums is not None:
+            right = tl.load(b + rows * b_row + columns[None, :], mask=inside, other=0.0)
+            acc += left * right.to(WIDE)
+        if scale is not None:
+            out = scaled + rows * N + columns[None, :]
+            tl.store(out, (left * factor).to(scaled.dtype.element_ty), mask=inside)
+    if sums is not None:
+        out = sums + tl.program_id(1).to(tl.int64) * N + columns
+        tl.store(out, tl.sum(acc, axis=0).to(sums.dtype.element_ty), mask=columns < N)
 
 
 @launcher
@@ -83,7 +94,7 @@ def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l):
         _linear(dy, weight.T, None, None, ia3_l, dx, other=x, total=dia3_l)
         return
     if dia3_l is not None:
-        _column_sums(dy, base, dia3_l)
+        column_sums(dy, base, dia3_l)
     if dx is not None:
         _linear(dy, weight.T, None, ia3_l, None, dx)
 
@@ -102,14 +113,17 @@ def _linear(x, weight, bias, scale_in, scale_out, y, base=None, other=None, tota
         finish(sums, total)
 
 
-def _column_sums(a, b, total):
+def column_sums(a, b, total, scale=None, scaled=None):
+    """total = sum over rows of a * b;  scaled = a * scale: what is not None of these, in one pass."""
     rows, columns = a.shape
     sizes = blocks("column_sums", a.dtype, rows, a.dtype)
     programs = triton.cdiv(columns, sizes["BLOCK_N"])
     parts, part = split(rows, sizes["BLOCK_M"], programs)
     wide = accumulation(a.dtype)
-    sums = partial(total, parts, wide)
+    sums = None if total is None else partial(total, parts, wide)
     column_sums_kernel[(programs, parts)](
-        a, b, sums, rows, columns, part, a.stride(0), b.stride(0), WIDE=DTYPES[wide], **sizes
-    )
-    finish(sums, total)
+        a, b, sums, scale, scaled, rows, columns, part, a.stride(0), 0 if b is None else b.stride(0), WIDE=DTYPES[wide],
+        **sizes,
+    )  # fmt: skip
+    if total is not None:
+        finish(sums, total)

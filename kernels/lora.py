@@ -98,8 +98,7 @@ def factor_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """gradient[h, j, f] = scaling * sum over the rows m of part h of phi(s + shift)[m, j] mask(t)[m, f]; and, where
-    lora_B is given, ds[i, m, j] = scaling * sum over the columns f of block i of t[m, f] lora_B[f, j] times
-    phi'(s + shift)[m, j].
+    lora_B is given, ds[i, m, j] = scaling * sum over the columns f of block i of t[m, f] lora_B[f, j].
 
     t [M, F], s [M, R], shift [R], gradient [parts, R, F] of any strides, lora_B [F, R], ds [F / BLOCK_N, M, R].
     """
@@ -128,15 +127,12 @@ def factor_gradient_kernel(
         at = row_at[None, :] * R + ranks[:, None]
         s_inside = rank_inside[:, None] & row_inside[None, :]
         shrunk = shifted(tl.load(s + at, mask=s_inside, other=0.0), shift, ranks, rank_inside)
-        hidden = shrunk
         if ACTIVATION is not None:
-            hidden = tl.where(s_inside, activated(shrunk, ACTIVATION), 0.0)
-        acc = tl.dot(hidden.to(DOT), tile.to(DOT), acc, input_precision=PRECISION, out_dtype=WIDE)
+            shrunk = tl.where(s_inside, activated(shrunk, ACTIVATION), 0.0)
+        acc = tl.dot(shrunk.to(DOT), tile.to(DOT), acc, input_precision=PRECISION, out_dtype=WIDE)
         if lora_B is not None:
             sums = tl.dot(factor, tl.trans(tile.to(DOT)), input_precision=PRECISION, out_dtype=WIDE)
             sums *= tl.full((1, 1), scaling, WIDE)
-            if ACTIVATION is not None:
-                sums *= slope(shrunk, ACTIVATION)
             tl.store(ds + block.to(tl.int64) * M * R + at, sums, mask=s_inside)
     acc *= tl.full((1, 1), scaling, WIDE)
     out = gradient + tl.program_id(1).to(tl.int64) * R * F
@@ -150,7 +146,7 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
 
     x [M, K], weight [N, K] of any strides, lora_A [r, K], lora_B [N, r]; written: y [M, N], s [M, r].
     """
-    shrink(x, lora_A, s, _keep(dropout_p, seed), dropout_p, seed)
+    shrink(x, lora_A, s, keep(dropout_p, seed), dropout_p, seed)
     linear(x, weight, bias, s, lora_B, y, scaling, base=y if weight is None else None)
 
 
@@ -161,18 +157,18 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
 
     dy [M, N], the rest as in lora_forward; written, each unless None: dx [M, K], dlora_A [r, K], dlora_B [N, r].
     """
-    keep = _keep(dropout_p, seed)
+    kept = keep(dropout_p, seed)
     ds = None
     if dx is not None or dlora_A is not None:
         ds = dy.new_empty(len(dy), len(lora_A), dtype=accumulation(dy.dtype))
     expand_backward(dy, s, lora_B, scaling, ds, dlora_B)
     if dlora_A is not None:
-        factor_gradient(x, ds, dlora_A, 0, keep, dropout_p, seed)
+        factor_gradient(x, ds, dlora_A, 0, kept, dropout_p, seed)
     if dx is not None:
-        linear(dy, None if weight is None else weight.T, None, ds, lora_A.T, dx, keep, dropout_p, seed)
+        linear(dy, None if weight is None else weight.T, None, ds, lora_A.T, dx, kept, dropout_p, seed)
 
 
-def _keep(dropout_p, seed):
+def keep(dropout_p, seed):
     return 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
 
 
@@ -215,7 +211,7 @@ def factor_gradient(
     t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=None, lora_B=None, ds=None, shift=None, activation=None
 ):
     """gradient = scaling * phi(s + shift)^T mask(t), its ranks on rank_axis, and, given ds,
-    ds = scaling * t lora_B * phi'(s + shift):  t [M, F]."""
+    ds = scaling * t lora_B:  t [M, F]."""
     (rows, columns), rank = t.shape, s.shape[1]
     sizes = blocks("factor_gradient", t.dtype, rows, gradient.dtype, rank)
     column_blocks = triton.cdiv(columns, sizes["BLOCK_N"])
@@ -236,9 +232,11 @@ def factor_gradient(
 def expand_backward(dy, s, lora_B, scaling, ds, dlora_B, shift=None, activation=None):
     """dlora_B = scaling * dy^T phi(s + shift);  ds = scaling * dy lora_B * phi'(s + shift): what is not None."""
     rank, middle = lora_B.shape[1], {"shift": shift, "activation": activation}
-    # One pass over dy serves both, unless ds in blocks of columns would weigh more than reading dy again.
+    # One pass over dy serves both, unless ds in blocks of columns would weigh more than reading dy again, or phi' would
+    # take more registers than there are.
     block = blocks("factor_gradient", dy.dtype, len(dy), lora_B.dtype)["BLOCK_N"]
-    together = ds is not None and dlora_B is not None and 2 * rank * ds.itemsize <= block * dy.itemsize
+    together = ds is not None and dlora_B is not None and activation is None
+    together = together and 2 * rank * ds.itemsize <= block * dy.itemsize
     if dlora_B is not None:
         factor_gradient(dy, s, dlora_B, 1, scaling, lora_B=lora_B, ds=ds if together else None, **middle)
     if ds is not None and not together:

@@ -49,8 +49,13 @@ def _same_strides(tensor):
     return copy.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 
 
-def assert_error_rule(fused: Callable, unfused: Callable, inputs: dict[str, Tensor], seed: int = 1) -> None:
-    """Both functions take `inputs` by name and return one tensor. AssertionError names what is off, and by how much."""
+def assert_error_rule(
+    fused: Callable, unfused: Callable, inputs: dict[str, Tensor], seed: int = 1, through: dict | None = None
+) -> None:
+    """Both functions take `inputs` by name and return one tensor. AssertionError names what is off, and by how much.
+
+    `through` tells for the inputs whose gradient is formed from a tensor that was kept rounded to which dtype.
+    """
     exact = _run(unfused, {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}, seed)
     own = _run(unfused, inputs, seed)
     with poisoned_memory():
@@ -61,7 +66,8 @@ def assert_error_rule(fused: Callable, unfused: Callable, inputs: dict[str, Tens
         assert ours[name].dtype == dtype, f"{name} is {ours[name].dtype}, not {dtype}"
         assert ours[name].shape == reference.shape, f"{name} has shape {list(ours[name].shape)}"
         error, own_error = ((r[name].double() - reference).norm().item() for r in (ours, own))
-        bound = own_error + TOLERANCE[dtype] * torch.finfo(dtype).eps * reference.norm().item()
+        unit = (through or {}).get(name, dtype)
+        bound = own_error + TOLERANCE[unit] * torch.finfo(unit).eps * reference.norm().item()
         assert error <= bound, f"{name}: error {error:.3e} against torch's own {own_error:.3e} (bound {bound:.3e})"
 
 
@@ -76,6 +82,18 @@ def unfused_delta(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
 def unfused_lora(x, weight, bias, lora_A, lora_B, scaling):
     base = F.linear(x, weight, bias)
     return (base + unfused_delta(x, lora_A, lora_B, scaling)).to(base.dtype)
+
+
+def unfused_dora(x, weight, bias, lora_A, lora_B, magnitude, scaling):
+    """The norm from the whole of B A, and a constant."""
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1)
+    y = magnitude / norm * (F.linear(x, weight) + unfused_delta(x, lora_A, lora_B, scaling))
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def unfused_adalora(x, weight, bias, lora_A, lora_E, lora_B, scaling):
+    return unfused_lora(x, weight, bias, lora_A * lora_E.reshape(-1, 1), lora_B, scaling)
 
 
 def unfused_ia3(x, weight, bias, ia3_l, feedforward):

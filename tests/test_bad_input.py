@@ -43,6 +43,14 @@ def bottleneck_arguments(**changed):
     return arguments | changed
 
 
+def dora_arguments(**changed):
+    return lora_arguments(magnitude=random(6), weight_norm_squared=torch.ones(6)) | changed
+
+
+def adalora_arguments(**changed):
+    return lora_arguments(lora_E=random(2)) | changed
+
+
 def multi_arguments(**changed):
     arguments = {
         "y": random(4, 6, grad=False),
@@ -155,6 +163,39 @@ BOTTLENECK = [
     ({"activation": "swish"}, ValueError, "activation is 'swish'; it must be one of relu, gelu, gelu_tanh, silu, tanh, identity"),
 ]
 
+DORA = [
+    ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
+    ({"weight": random(6, 9)}, ValueError, "weight is a torch.float32 tensor of shape [6, 9] on cpu; it must be of shape"),
+    ({"lora_A": META}, ValueError, "lora_A is a torch.float32 tensor of shape [2, 8] on meta; it must be on cpu, where x is"),
+    ({"lora_B": random(5, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [5, 2] on cpu; it must be of shape [N, r] = [6, 2]"),
+    ({"magnitude": random(8)}, ValueError, "magnitude is a torch.float32 tensor of shape [8] on cpu; it must be of shape [N] = [6]"),
+    ({"magnitude": random(6).double()}, TypeError, "magnitude is a torch.float64 tensor of shape [6] on cpu; it must be no wider than float32 while x is torch.float32"),
+    ({"magnitude": 1.0}, TypeError, "magnitude is 1.0 (float); it must be a float64"),
+    ({"weight_norm_squared": torch.ones(8)}, ValueError, "weight_norm_squared is a torch.float32 tensor of shape [8] on cpu; it must be of shape [N] = [6]"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0 (float); it must be a probability with 0 <= p < 1"),
+]
+
+DORA_NORM = [
+    ({"weight": random(6)}, ValueError, "weight is a torch.float32 tensor of shape [6] on cpu; it must be of shape [N, K] with N, K >= 1"),
+    ({"weight": INTEGER}, TypeError, "weight is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
+    ({"lora_A": META}, ValueError, "lora_A is a torch.float32 tensor of shape [2, 8] on meta; it must be on cpu, where weight is"),
+    ({"lora_A": random(2, 8).double(), "lora_B": random(6, 2).double()}, TypeError, "it must be no wider than float32 while weight is torch.float32"),
+    ({"lora_B": random(5, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [5, 2] on cpu; it must be of shape [N, r] = [6, 2]"),
+    ({"weight_norm_squared": torch.ones(8)}, ValueError, "weight_norm_squared is a torch.float32 tensor of shape [8] on cpu; it must be of shape [N] = [6]"),
+    ({"scaling": None}, TypeError, "scaling is None (NoneType); it must be a number"),
+]
+
+ADALORA = [
+    ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
+    ({"bias": random(5)}, ValueError, "bias is a torch.float32 tensor of shape [5] on cpu; it must be of shape [N] = [6]"),
+    ({"lora_B": random(6, 3)}, ValueError, "lora_B is a torch.float32 tensor of shape [6, 3] on cpu; it must be of shape [N, r] = [6, 2]"),
+    ({"lora_E": random(1, 2)}, ValueError, "lora_E is a torch.float32 tensor of shape [1, 2] on cpu; it must be of shape [r] = [2] or [r, 1] = [2, 1]"),
+    ({"lora_E": random(2).half()}, TypeError, "lora_E is a torch.float16 tensor of shape [2] on cpu; it must be of dtype torch.float32, as lora_A is"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1 (float)"),
+]
+
 MULTI = [
     ({"slots": torch.tensor([0, 1, 3, 2])}, ValueError, "slots is between 0 and 3; it must be in [-1, 3) (-1: base only)"),
     ({"slots": torch.tensor([0, 1, -2, 2])}, ValueError, "slots is between -2 and 2; it must be in [-1, 3)"),
@@ -199,6 +240,23 @@ def test_bottleneck(changed, error, message):
     refused(ops.bottleneck, bottleneck_arguments(**changed), error, message)
 
 
+@pytest.mark.parametrize(("changed", "error", "message"), DORA)
+def test_dora_linear(changed, error, message):
+    refused(ops.dora_linear, dora_arguments(**changed), error, message)
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), DORA_NORM)
+def test_dora_norm(changed, error, message):
+    arguments = dora_arguments(**changed)
+    names = "weight", "lora_A", "lora_B", "scaling", "weight_norm_squared"
+    refused(ops.dora_norm, {name: arguments[name] for name in names}, error, message)
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), ADALORA)
+def test_adalora_linear(changed, error, message):
+    refused(ops.adalora_linear, adalora_arguments(**changed), error, message)
+
+
 @pytest.mark.parametrize(("changed", "error", "message"), MULTI)
 def test_multi_lora(changed, error, message):
     refused(ops.multi_lora, multi_arguments(**changed), error, message)
@@ -209,6 +267,8 @@ def test_what_the_tables_change_is_all_that_was_wrong():
     ops.ia3_linear(**ia3_arguments())
     ops.multi_lora(**multi_arguments())
     ops.bottleneck(**bottleneck_arguments())
+    ops.dora_linear(**dora_arguments())
+    ops.adalora_linear(**adalora_arguments())
 
 
 def test_in_place_ops_refuse_an_output_that_overlaps_an_input():

@@ -17,8 +17,10 @@ from error_rule import (
     lora_inputs,
     poisoned_memory,
     random,
+    unfused_adalora,
     unfused_bottleneck,
     unfused_delta,
+    unfused_dora,
     unfused_ia3,
     unfused_lora,
     unfused_multi_lora,
@@ -141,6 +143,112 @@ def test_ia3_trainable_weight_and_bias_get_gradients(backend, feedforward):
         functools.partial(unfused_ia3, feedforward=feedforward),
         inputs,
     )
+
+
+def dora_inputs(m, k, n, r, dtype, adapter_dtype=None, **options):
+    inputs = lora_inputs(m, k, n, r, dtype, adapter_dtype, **options)
+    return inputs | {"magnitude": random(n, dtype=adapter_dtype or dtype)}
+
+
+def dora(x, weight, lora_A, lora_B, magnitude, bias=None, **options):
+    return ops.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, 0.7, **options)
+
+
+def plain_dora(x, weight, lora_A, lora_B, magnitude, bias=None):
+    return unfused_dora(x, weight, bias, lora_A, lora_B, magnitude, 0.7)
+
+
+def assert_dora(inputs, ours=dora):
+    # The output without its scale is kept in x's dtype.
+    assert_error_rule(ours, plain_dora, inputs, through={"magnitude": inputs["x"].dtype})
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("shape", [(4, 9, 8, 2), (33, 255, 129, 16), (70, 300, 513, 5)])
+def test_dora_linear(backend, dtype, adapter_dtype, shape):
+    assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_trainable_weight_and_bias_get_gradients(backend, dtype):
+    assert_dora(dora_inputs((3, 5), 33, 17, 4, dtype, frozen=False))
+
+
+@backends
+@pytest.mark.parametrize("only", ["x", "lora_A", "lora_B", "magnitude"])
+def test_dora_forms_one_gradient_alone(backend, only):
+    inputs = dora_inputs(6, 24, 40, 4, torch.float32, bias=False)
+    assert_dora({name: t.detach().requires_grad_(name == only) for name, t in inputs.items()})
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 77, 5), (40, 300, 33)])
+def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
+    n, k, r = shape
+    inputs = lora_inputs(1, k, n, r, dtype, adapter_dtype, bias=False)
+    weight, lora_A, lora_B = (inputs[name].detach() for name in ("weight", "lora_A", "lora_B"))
+    exact = torch.linalg.vector_norm(weight.double() - 1.3 * lora_B.double() @ lora_A.double(), dim=1)
+    squares = weight.double().square().sum(1).to(reference.accumulation(dtype))
+    for cached in (None, squares):
+        with poisoned_memory():
+            norm = ops.dora_norm(weight, lora_A, lora_B, -1.3, cached)
+        assert norm.dtype == reference.accumulation(dtype)
+        assert not norm.requires_grad
+        assert (norm - exact).norm() <= 8 * torch.finfo(norm.dtype).eps * exact.norm()
+
+
+@backends
+def test_dora_norm_of_what_all_but_cancels_is_small_and_real(backend):
+    lora_A, lora_B = random(4, 200, grad=False), random(30, 4, grad=False)
+    weight = -2.0 * lora_B @ lora_A
+    norm = ops.dora_norm(weight, lora_A, lora_B, 2.0)
+    assert (norm.square() <= 100 * torch.finfo(torch.float32).eps * weight.square().sum(1)).all()
+    transposed = random(200, 30, grad=False).T
+    exact = torch.linalg.vector_norm(transposed.double() + 2.0 * lora_B.double() @ lora_A.double(), dim=1)
+    torch.testing.assert_close(ops.dora_norm(transposed, lora_A, lora_B, 2.0), exact.float())
+    weight[3, 5] = float("nan")
+    assert ops.dora_norm(weight, lora_A, lora_B, 2.0).isnan().nonzero().tolist() == [[3]]
+
+
+@backends
+def test_a_magnitude_of_zero_has_a_gradient(backend):
+    inputs = dora_inputs(6, 24, 40, 4, torch.float32)
+    with torch.no_grad():
+        inputs["magnitude"][::2] = 0
+    assert_dora(inputs)
+
+
+@backends
+@dtypes
+def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
+    torch.manual_seed(9)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+
+    def fused(**inputs):
+        torch.manual_seed(9)
+        return dora(**inputs, dropout_p=0.25)
+
+    def unfused(x, weight, bias, lora_A, lora_B, magnitude):
+        dropped = x.to(lora_A.dtype) * reference.dropout_factor(seed, 0.25, *x.shape, lora_A.dtype)
+        norm = torch.linalg.vector_norm(weight + 0.7 * (lora_B @ lora_A).detach(), dim=1)
+        u = torch.nn.functional.linear(x, weight) + unfused_delta(dropped, lora_A, lora_B, 0.7)
+        return (magnitude / norm * u + bias).to(x.dtype)
+
+    inputs = dora_inputs(19, 130, 40, 4, dtype, adapter_dtype)
+    assert_error_rule(fused, unfused, inputs, through={"magnitude": dtype})
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("form", [(-1,), (-1, 1)])
+def test_adalora_linear(backend, dtype, adapter_dtype, form):
+    inputs = lora_inputs(33, 130, 65, 8, dtype, adapter_dtype)
+    inputs["lora_E"] = random(8, dtype=adapter_dtype or dtype).detach().view(form).requires_grad_()
+    ours, theirs = (functools.partial(f, scaling=-1.3) for f in (ops.adalora_linear, unfused_adalora))
+    assert_error_rule(ours, theirs, inputs)
 
 
 ACTIVATIONS = sorted(reference.ACTIVATIONS)
@@ -302,6 +410,25 @@ def test_lora_linear_takes_any_shape_and_strides(backend, shape, layout, weight_
 @backends
 @settings(max_examples=40)
 @given(
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), st.integers(1, 20)),
+    transposed=st.booleans(),
+    weight_transposed=st.booleans(),
+    dtypes=st.sampled_from(DTYPES + MIXED),
+)
+def test_dora_linear_takes_any_shape_and_strides(backend, shape, transposed, weight_transposed, dtypes):
+    torch.manual_seed(0)
+    m, k, n, _ = shape
+    inputs = dora_inputs(*shape, *dtypes)
+    if transposed:
+        inputs["x"] = random(k, m, dtype=dtypes[0]).T.detach().requires_grad_()
+    if weight_transposed:
+        inputs["weight"] = random(k, n, dtype=dtypes[0]).T.detach()
+    assert_dora(inputs)
+
+
+@backends
+@settings(max_examples=40)
+@given(
     shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.none() | st.integers(8, 200), st.integers(4, 70)),
     layout=st.sampled_from(["contiguous", "columns", "transposed"]),
     dtypes=st.sampled_from(DTYPES + MIXED),
@@ -409,6 +536,10 @@ def test_empty_batches_give_empty_outputs_and_zero_gradients(backend):
         assert not inputs["lora_B"].grad.any()
         x, ia3_l = random(*lead, 8), random(8)
         assert ops.ia3_linear(x, inputs["weight"], None, ia3_l, True).shape == (*lead, 6)
+        inputs = dora_inputs(lead, 8, 6, 2, torch.float32)
+        assert dora(**inputs).shape == (*lead, 6)
+        dora(**inputs).sum().backward()
+        assert not any(inputs[name].grad.any() for name in ("lora_A", "lora_B", "magnitude"))
         inputs = {n: random(*lead, 8) if n == "x" else t for n, t in bottleneck_inputs(3, 8, None, 2, x.dtype).items()}
         out = in_both(ops.bottleneck)(**inputs)
         assert out.shape == (*lead, 8)
@@ -440,6 +571,18 @@ def test_gradcheck(backend):
         ia3_l = double(5 if feedforward else 4)
         ia3 = functools.partial(ops.ia3_linear, feedforward=feedforward)
         assert torch.autograd.gradcheck(ia3, (x, weight, bias, ia3_l))
+    adalora = functools.partial(ops.adalora_linear, scaling=0.7)
+    assert torch.autograd.gradcheck(adalora, (x, weight, bias, lora_A, double(2, 1), lora_B))
+    # The norm is a constant by definition, which finite differences would see through: without it, dropout and all.
+    with pytest.MonkeyPatch.context() as patch:
+        norm = ops.dora_norm(weight, lora_A, lora_B, 0.7)
+        patch.setattr("pyfastpeft.ops.dora.dora_norm", lambda *args: norm)
+
+        def dropped_dora(*args):
+            torch.manual_seed(7)
+            return ops.dora_linear(*args, 0.7, 0.4)
+
+        assert torch.autograd.gradcheck(dropped_dora, (x, weight, bias, lora_A, lora_B, double(4)))
     for activation in ACTIVATIONS:
         branch = lora_A, double(2), lora_B, double(4), double(1)
         parallel = functools.partial(ops.bottleneck, activation=activation)
@@ -470,6 +613,12 @@ def raw_arguments():
             *(y, x, lora_A, lora_A[:, 0].clone(), lora_B, 0.5, "gelu", s, False),
             *(empty(x), empty(lora_A), torch.empty(3), empty(lora_B)),
         ),
+        "dora_norm": (weight, lora_A, lora_B, 0.5, None, torch.empty(5)),
+        "dora_forward": (x, weight, bias, lora_A, lora_B, bias.abs(), 0.5, 0.1, seed, y, s, empty(y)),
+        "dora_backward": (
+            *(y, x, weight, lora_A, lora_B, bias.abs(), 0.5, 0.1, seed, s, empty(y)),
+            *(empty(x), empty(lora_A), empty(lora_B), torch.empty(5)),
+        ),
         "group_tokens": (torch.tensor([0, -1, 1, 0, 1, 0]), order.clone(), segments.clone()),
         "multi_lora_forward": (x, *common, y, s),
         "multi_lora_backward": (y, x, *common, s, empty(x), empty(many_A), empty(many_B)),
@@ -497,6 +646,8 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
         h = ops.ia3_linear(h, weight, bias, ia3_l, True)
         y = torch.nn.functional.linear(h, weight)
         y = ops.multi_lora(y, h, many_A, many_B, slots, 0.5)
+        y = ops.dora_linear(y, weight, bias, lora_A, lora_B, ia3_l, 0.4)
+        y = ops.adalora_linear(y, weight, bias, lora_A, ia3_l[:2], lora_B, 0.4)
         y = ops.bottleneck(y, y, lora_A, None, lora_B, bias, 0.6, "silu")
         y = ops.bottleneck(h, y, lora_A, None, lora_B, bias, ia3_l[:1], "gelu")
         return ops.lora_delta_(y, h, lora_A, lora_B, 0.3)
@@ -628,6 +779,21 @@ def test_autocast_gives_its_dtype_and_trains_float32_parameters(backend):
 
 
 @backends
+def test_autocast_of_dora_and_adalora(backend):
+    inputs = dora_inputs(6, 16, 12, 4, torch.float32)
+    lora_E, lora = random(4), {name: t for name, t in inputs.items() if name != "magnitude"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = dora(**inputs), ops.adalora_linear(**lora, lora_E=lora_E, scaling=0.7)
+    exact = plain_dora(**inputs), unfused_adalora(**lora, lora_E=lora_E, scaling=0.7)
+    for out, wanted in zip(ours, exact):
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.float(), wanted, atol=0.03, rtol=0.03)
+        out.float().square().sum().backward()
+    trained = (lora_E, *(inputs[name] for name in ("x", "lora_A", "lora_B", "magnitude")))
+    assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in trained)
+
+
+@backends
 def test_autocast_keeps_the_dtype_of_a_residual(backend):
     inputs = bottleneck_inputs(6, 16, 12, 4, torch.float32)
     expected = in_both(unfused_bottleneck)(**inputs)
@@ -664,6 +830,14 @@ def test_backward_keeps_x_s_and_a_seed_alone(backend):
 
 
 @backends
+def test_dora_keeps_the_output_and_no_weight(backend):
+    inputs = dora_inputs(64, 256, 128, 8, torch.bfloat16, torch.float32)
+    parameters = [inputs[n] for n in ("weight", "lora_A", "lora_B")]
+    kept = saved_bytes(lambda: dora(**inputs, dropout_p=0.1), parameters)
+    assert kept == 64 * 256 * 2 + 64 * 8 * 4 + 64 * 128 * 2 + 2 * 128 * 4 + 8
+
+
+@backends
 def test_a_serial_bottleneck_keeps_x_and_s_alone(backend):
     inputs = bottleneck_inputs(64, 256, None, 8, torch.bfloat16, torch.float32)
     parameters = [inputs[n] for n in ("down", "up", "down_bias", "up_bias")]
@@ -682,6 +856,9 @@ def test_forward_mode_is_refused():
     inputs = {n: t.detach() for n, t in lora_inputs(3, 4, 5, 2, torch.float32).items()}
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda x: lora(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))
+    inputs = {n: t.detach() for n, t in dora_inputs(3, 4, 5, 2, torch.float32).items()}
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: dora(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))
     inputs = {n: t.detach() for n, t in bottleneck_inputs(3, 4, None, 2, torch.float32).items()}
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda x: in_both(ops.bottleneck)(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))

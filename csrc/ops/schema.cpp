@@ -21,6 +21,16 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       "bottleneck_backward(Tensor dy, Tensor? x, Tensor down, Tensor? down_bias, Tensor up, float scaling,"
       " str activation, Tensor s, bool serial, Tensor(a!)? dx, Tensor(b!)? ddown, Tensor(c!)? ddown_bias,"
       " Tensor(d!)? dup) -> ()");
+  m.def(
+      "dora_norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? weight_norm_squared,"
+      " Tensor(a!) norm) -> ()");
+  m.def(
+      "dora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scale, float scaling,"
+      " float dropout_p, Tensor? seed, Tensor(a!) y, Tensor(b!) s, Tensor(c!)? unscaled) -> ()");
+  m.def(
+      "dora_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scale, float scaling,"
+      " float dropout_p, Tensor? seed, Tensor? s, Tensor? unscaled, Tensor(a!)? dx, Tensor(b!)? dlora_A,"
+      " Tensor(c!)? dlora_B, Tensor(d!)? dscale) -> ()");
   m.def("group_tokens(Tensor slots, Tensor(a!) order, Tensor(b!) segments) -> ()");
   m.def(
       "multi_lora_forward(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks, Tensor order,"

@@ -1,12 +1,26 @@
 """Functional ops with forward and backward, in nn.Linear's layout: weight [N, K], lora_A [r, K], lora_B [N, r]."""
 
 from . import backends
+from .adalora import adalora_linear
 from .bottleneck import bottleneck
 from .dispatch import use_backend
+from .dora import dora_linear, dora_norm
 from .ia3 import ia3_linear
 from .lora import lora_delta_, lora_linear
 from .multi_lora import Routing, multi_lora, route
 
 backends.register_all()
 
-__all__ = ["Routing", "bottleneck", "ia3_linear", "lora_delta_", "lora_linear", "multi_lora", "route", "use_backend"]
+__all__ = [
+    "Routing",
+    "adalora_linear",
+    "bottleneck",
+    "dora_linear",
+    "dora_norm",
+    "ia3_linear",
+    "lora_delta_",
+    "lora_linear",
+    "multi_lora",
+    "route",
+    "use_backend",
+]

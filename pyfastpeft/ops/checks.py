@@ -56,9 +56,10 @@ def adapters(
     x: torch.Tensor,
     lead: tuple[str, ...] = (),
     called: tuple[str, str] = ("lora_A", "lora_B"),
+    other: str = "x",
 ) -> None:
     """lora_A [*lead, r, K] and lora_B [*lead, N, r]: dtypes, devices and shapes that fit each other and x. The op
-    calls them by the names in `called`."""
+    calls these two by the names in `called`, and x by the name `other`."""
     name_A, name_B = called
     floating(op, name_A, lora_A)
     floating(op, name_B, lora_B)
@@ -72,16 +73,16 @@ def adapters(
     need(features_out > 0, op, name_B, lora_B, "of at least one output feature, N >= 1")
     shape(op, name_A, lora_A, (*stack, rank, x.shape[-1]), f"[{names}r, K]")
     shape(op, name_B, lora_B, (*stack, features_out, rank), f"[{names}N, r]")
-    like(op, name_A, lora_A, x, dtype=False)
-    like(op, name_B, lora_B, x, dtype=False)
+    like(op, name_A, lora_A, x, dtype=False, other=other)
+    like(op, name_B, lora_B, x, dtype=False, other=other)
     like(op, name_B, lora_B, lora_A, other=name_A)
-    no_wider(op, name_A, lora_A, x)
+    no_wider(op, name_A, lora_A, x, other)
 
 
-def no_wider(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+def no_wider(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor, other: str = "x") -> None:
     """float64 adapters go with float64 activations only, since sums are formed in float32 for all others."""
     if tensor.dtype == torch.float64 != x.dtype:
-        need(False, op, argument, tensor, f"no wider than float32 while x is {x.dtype}", TypeError)
+        need(False, op, argument, tensor, f"no wider than float32 while {other} is {x.dtype}", TypeError)
 
 
 def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -98,12 +99,14 @@ def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         like(op, "bias", bias, x)
 
 
-def vector(op: str, argument: str, tensor: torch.Tensor, size: int, name: str, x: torch.Tensor) -> None:
+def vector(
+    op: str, argument: str, tensor: torch.Tensor, size: int, name: str, x: torch.Tensor, other: str = "x"
+) -> None:
     """Floating, of shape [size], on x's device, no wider than its sums."""
     floating(op, argument, tensor)
     shape(op, argument, tensor, (size,), f"[{name}]")
-    like(op, argument, tensor, x, dtype=False)
-    no_wider(op, argument, tensor, x)
+    like(op, argument, tensor, x, dtype=False, other=other)
+    no_wider(op, argument, tensor, x, other)
 
 
 def dropout(op: str, p: float) -> None:

@@ -79,10 +79,49 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
     if dlora_A is not None:
         dlora_A.copy_(ds.T @ _dropped(x, dropout_p, seed))
     if dx is not None:
-        branch = ds @ lora_A.to(wide.dtype)
-        if seed is not None:
-            branch *= dropout_factor(seed, dropout_p, *branch.shape, branch.dtype)
+        branch = _dropped(ds @ lora_A.to(wide.dtype), dropout_p, seed)
         dx.copy_(branch if weight is None else branch + dy @ weight)
+
+
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+
+def dora_norm(weight, lora_A, lora_B, scaling, weight_norm_squared, norm) -> None:
+    """norm [N] = ||weight + scaling * lora_B lora_A|| of every row, as the root of
+    ||weight||^2 + 2 scaling <weight lora_A^T, lora_B> + scaling^2 <lora_B (lora_A lora_A^T), lora_B>."""
+    wide, factor_A, factor_B = (t.to(norm.dtype) for t in (weight, lora_A, lora_B))
+    squares = (wide * wide).sum(1) if weight_norm_squared is None else weight_norm_squared
+    inner = 2 * scaling * (wide @ factor_A.T) + scaling**2 * (factor_B @ (factor_A @ factor_A.T))
+    norm.copy_((squares + (inner * factor_B).sum(1)).clamp_min(0).sqrt())
+
+
+def dora_forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, y, s, unscaled) -> None:
+    """s = drop(x) lora_A^T;  unscaled = x weight^T + scaling * s lora_B^T;  y = scale * unscaled + bias.
+
+    scale [N] is of the dtype of sums; `unscaled` [M, N] may be None where no backward pass needs it.
+    """
+    torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
+    product = F.linear(x, weight).to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)
+    y.copy_(_shifted(scale * product, bias))
+    if unscaled is not None:
+        unscaled.copy_(product)
+
+
+def dora_backward(
+    dy, x, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled, dx, dlora_A, dlora_B, dscale
+) -> None:
+    """du = dy * scale;  dscale = sum over rows of dy * unscaled;  dx, dlora_A and dlora_B are those of LoRA for du in
+    place of dy. What is None is not formed."""
+    du = dy.to(scale.dtype) * scale
+    if dscale is not None:
+        torch.sum(dy.to(scale.dtype) * unscaled, 0, out=dscale)
+    ds = scaling * (du @ lora_B.to(du.dtype))
+    if dlora_B is not None:
+        dlora_B.copy_(scaling * (du.T @ s))
+    if dlora_A is not None:
+        dlora_A.copy_(ds.T @ _dropped(x, dropout_p, seed))
+    if dx is not None:
+        dx.copy_(_dropped(ds @ lora_A.to(du.dtype), dropout_p, seed) + du.to(dy.dtype) @ weight)
 
 
 # --- IA3 -------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,16 @@ struct Buffer {
   Rows rows() const { return {sizeof(C) == 8 ? Dtype::f64 : Dtype::f32, reinterpret_cast<char*>(data.get()), columns}; }
 };
 
+// t [n] as C; null where there is none.
+template <class C>
+std::unique_ptr<C[]> widened(const OptionalTensor& t, int64_t n, const char* name) {
+  if (!t) return nullptr;
+  check_adapters<C>(dtype_of(*t, name), dtype_of(*t, name));
+  std::unique_ptr<C[]> out(new C[n]);
+  kernels<C>().widen(dtype_of(*t, name), contiguous(*t, {n}, name), out.get(), n);
+  return out;
+}
+
 // out = in w^T (+ bias), or in w for `transposed`.  in: [M, K];  w: [N, K];  out: [M, N];  transposed: in [M, N], out [M, K]
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out);
 

@@ -19,16 +19,6 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation must not be '", name, "'");
 }
 
-// t [n] as C; null where there is none.
-template <class C>
-std::unique_ptr<C[]> vector(const OptionalTensor& t, int64_t n, const char* name) {
-  if (!t) return nullptr;
-  check_adapters<C>(dtype_of(*t, name), dtype_of(*t, name));
-  std::unique_ptr<C[]> out(new C[n]);
-  kernels<C>().widen(dtype_of(*t, name), contiguous(*t, {n}, name), out.get(), n);
-  return out;
-}
-
 // f(s + shift) for every token, f(row) working in place.  s: [tokens, rank]
 template <class C, class F>
 std::unique_ptr<C[]> middle(const C* s, const C* shift, int64_t tokens, int64_t rank, F f) {
@@ -49,7 +39,7 @@ void forward(const Tensor& x, const Tensor& residual, const Tensor& down, const 
   int64_t m = x.size(0), rank = down.size(0), n = up.size(0);
   auto branch = single<C>(down, up, scaling, m, 0, std::nullopt);
   C* shrunk = sums<C>(s, {m, rank}, "s");
-  auto shift = vector<C>(up_bias, n, "up_bias"), inner = vector<C>(down_bias, rank, "down_bias");
+  auto shift = widened<C>(up_bias, n, "up_bias"), inner = widened<C>(down_bias, rank, "down_bias");
   shrink<C>(branch, rows_of(x, m, branch.features_in, "x"), shrunk, rank);
   auto hidden = middle<C>(shrunk, inner.get(), m, rank,
                           [&](C* rows, int64_t count) { kernels<C>().activate(activation, rows, count); });
@@ -68,7 +58,7 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& down, con
   STD_TORCH_CHECK(!ddown || x, "ddown needs x");
   STD_TORCH_CHECK(!serial || k == n, "a serial bottleneck must be as wide as its input");
   const C* shrunk = sums<C>(s, {m, rank}, "s");
-  auto inner = vector<C>(down_bias, rank, "down_bias");
+  auto inner = widened<C>(down_bias, rank, "down_bias");
   const auto& kernel = kernels<C>();
   std::unique_ptr<C[]> hidden, slope, sum(new C[rank]);
   if (dup)

@@ -5,70 +5,11 @@
 #include <memory>
 
 #include "ops/cpu/base.h"
+#include "ops/cpu/scale.h"
 
 namespace pyfastpeft {
 
 namespace {
-
-constexpr int64_t CHUNKS = 32;  // partial sums of the reduction over rows: fixed, so that threads do not change it
-
-// Row i of x as C: where it lies if it is of that type, else in `stage`.
-template <class C>
-const C* row_of(const Rows& x, int64_t i, int64_t n, C* stage) {
-  if (item_size(x.dtype) == sizeof(C)) return reinterpret_cast<const C*>(x.at(i));
-  kernels<C>().widen(x.dtype, x.at(i), stage, n);
-  return stage;
-}
-
-// Row i of out = x * l.
-template <class C>
-void scale_row(const C* x, const C* l, const Rows& out, int64_t i, int64_t n, C* stage) {
-  if (item_size(out.dtype) == sizeof(C)) {
-    kernels<C>().multiply(x, l, reinterpret_cast<C*>(out.at(i)), n);
-  } else {
-    kernels<C>().multiply(x, l, stage, n);
-    kernels<C>().narrow(out.dtype, stage, out.at(i), n);
-  }
-}
-
-// out[i] = in[i] * l, row by row.  in, out: [rows, n];  l: [n]
-template <class C>
-void scale(Rows in, const C* l, Rows out, int64_t rows, int64_t n) {
-  torch::stable::parallel_for(0, rows, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<C[]> stage(new C[n]);
-    for (int64_t i = begin; i < end; ++i)
-      scale_row(row_of(in, i, n, stage.get()), l, out, i, n, stage.get());
-  });
-}
-
-// In one pass over g and v: out[i] = g[i] * l and dl = sum over rows of g * v, each where wanted.
-// g, v, out: [rows, n];  l, dl: [n]
-template <class C>
-void scale_and_reduce(Rows g, Rows v, const C* l, Rows out, Rows dl, int64_t rows, int64_t n) {
-  const auto& k = kernels<C>();
-  int64_t chunk = (rows + CHUNKS - 1) / CHUNKS;
-  std::unique_ptr<C[]> partial(new C[dl ? CHUNKS * n : 0]());
-  torch::stable::parallel_for(0, CHUNKS, rows * n < 32768 ? CHUNKS : 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<C[]> left(new C[n]), right(new C[n]);
-    for (int64_t i = begin * chunk; i < std::min(end * chunk, rows); ++i) {
-      const C* gradient = row_of(g, i, n, left.get());
-      if (dl) k.multiply_add(gradient, row_of(v, i, n, right.get()), partial.get() + i / chunk * n, n);
-      if (out) scale_row(gradient, l, out, i, n, left.get());
-    }
-  });
-  if (!dl) return;
-  for (int64_t c = 1; c < CHUNKS; ++c) k.add(partial.get(), partial.get() + c * n, n);
-  k.narrow(dl.dtype, partial.get(), dl.at(0), n);
-}
-
-// ia3_l as [n] of C.
-template <class C>
-std::unique_ptr<C[]> vector(const Tensor& ia3_l, int64_t n) {
-  std::unique_ptr<C[]> l(new C[n]);
-  check_adapters<C>(dtype_of(ia3_l, "ia3_l"), dtype_of(ia3_l, "ia3_l"));
-  kernels<C>().widen(dtype_of(ia3_l, "ia3_l"), contiguous(ia3_l, {n}, "ia3_l"), l.get(), n);
-  return l;
-}
 
 template <class C>
 void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l, bool feedforward,
@@ -76,7 +17,7 @@ void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
   int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y"), product = rows_of(base, m, n, "base");
   check_weight(weight, n, k, in.dtype);
-  auto l = vector<C>(ia3_l, feedforward ? k : n);
+  auto l = widened<C>(ia3_l, feedforward ? k : n, "ia3_l");
   if constexpr (sizeof(C) == 4) {
     if (!fast_matmul(in.dtype)) {
       Buffer<float> wide(m, k);
@@ -120,7 +61,7 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
   Rows out = rows_of(dx, m, k, "dx");
   Rows dl = dia3_l ? Rows{dtype_of(*dia3_l, "dia3_l"), contiguous(*dia3_l, {features}, "dia3_l"), 0} : Rows{};
   check_weight(weight, n, k, gradient.dtype);
-  auto l = vector<C>(ia3_l, features);
+  auto l = widened<C>(ia3_l, features, "ia3_l");
 
   if constexpr (sizeof(C) == 4) {
     if (!fast_matmul(gradient.dtype)) {

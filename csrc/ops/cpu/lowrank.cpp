@@ -97,14 +97,6 @@ void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t en
   }
 }
 
-// Columns c0 .. of it.
-template <class C>
-Target<C> columns(const Target<C>& to, int64_t c0) {
-  auto slice = [c0](const Rows& rows) { return rows ? Rows{rows.dtype, rows.at(0, c0), rows.stride} : rows; };
-  return {slice(to.y), slice(to.from), to.scale ? to.scale + c0 : nullptr, to.shift ? to.shift + c0 : nullptr,
-          slice(to.unscaled)};
-}
-
 // Where the sums of a token are formed: in y, if they can be, else in `buffer`. They begin with `from`.
 template <class C>
 C* begin_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* buffer) {
@@ -228,7 +220,7 @@ void expand(const Branch<C>& branch, const C* s, int64_t s_stride, const Target<
   parallel(tasks, multiply_adds(branch, n1 - n0), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
     int64_t rank = adapter.rank, n = task.end - task.begin;
-    auto block = columns(to, task.begin);
+    auto block = to.columns(task.begin);
     auto stage = scratch<C>(adapter.b.dtype == native<C> ? 0 : COLUMN_BLOCK * rank);
     Rows b = dense(adapter.b, n0 + task.begin, n, rank, stage.get());
     auto row = [&](int64_t i) { return s + adapter.tokens[i] * s_stride; };
@@ -310,7 +302,7 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
     if (dx) {
       for (int64_t r = 0; r < rank; ++r)
         kernels<C>().widen(adapter.a.dtype, adapter.a.at(r, task.begin), c.get() + r * COLUMN_BLOCK, columns);
-      auto block = pyfastpeft::columns(Target<C>{dx, from}, task.begin);
+      auto block = Target<C>{dx, from}.columns(task.begin);
       expand_block<C>(factors, rank, c.get(), COLUMN_BLOCK, block, adapter.tokens, task.begin, columns, branch.dropout);
     }
   });

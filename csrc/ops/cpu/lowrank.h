@@ -59,6 +59,12 @@ struct Target {
   const C* scale = nullptr;  // [N]
   const C* shift = nullptr;  // [N]
   Rows unscaled{};           // [M, N], out
+
+  // Its columns from c0 on.
+  Target columns(int64_t c0) const {
+    auto slice = [c0](const Rows& rows) { return rows ? Rows{rows.dtype, rows.at(0, c0), rows.stride} : rows; };
+    return {slice(y), slice(from), scale ? scale + c0 : nullptr, shift ? shift + c0 : nullptr, slice(unscaled)};
+  }
 };
 
 // y[t] = scale * (from[t] + scaling * s[t] B^T) + shift, on columns n0 .. n1, where the target's memory begins.

@@ -1,0 +1,171 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "ops/cpu/base.h"
+#include "ops/cpu/lowrank.h"
+#include "ops/cpu/scale.h"
+
+namespace pyfastpeft {
+
+namespace {
+
+// in a^T, summed in C.  in: [rows, k];  a: [rank, k]
+template <class C>
+Buffer<C> product(Rows in, int64_t rows, Rows a, int64_t rank, int64_t k) {
+  Buffer<C> out(rows, rank);
+  shrink<C>({{{a, {}, rank, 1, {nullptr, rows}}}, k, rank}, in, out.data.get(), rank);
+  return out;
+}
+
+template <class C>
+void norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+          const OptionalTensor& weight_norm_squared, Tensor& norm) {
+  int64_t n = weight.size(0), k = weight.size(1), rank = lora_A.size(0);
+  Rows w = rows_of(weight, n, k, "weight"), a = rows_of(lora_A, rank, k, "lora_A"), b = rows_of(lora_B, n, rank, "lora_B");
+  check_adapters<C>(a.dtype, b.dtype);
+  C* out = sums<C>(norm, {n}, "norm");
+  const C* squares = weight_norm_squared ? sums<C>(*weight_norm_squared, {n}, "weight_norm_squared") : nullptr;
+  auto cross = product<C>(w, n, a, rank, k), gram = product<C>(a, rank, a, rank, k);
+  auto own = product<C>(b, n, gram.rows(), rank, rank);
+  const auto& kernel = kernels<C>();
+  torch::stable::parallel_for(0, n, 1 + 16384 / (squares ? rank : k), [&](int64_t begin, int64_t end) {
+    std::unique_ptr<C[]> row(new C[std::max(k, rank)]);
+    for (int64_t i = begin; i < end; ++i) {
+      C square;
+      if (squares) {
+        square = squares[i];
+      } else {
+        const C* in = row_of(w, i, k, row.get());
+        C* to = &square;
+        kernel.dot(&in, 1, gram.rows().dtype, in, k, 1, k, &to);
+      }
+      const C *factors = row_of(b, i, rank, row.get()), *p = cross.data.get() + i * rank, *q = own.data.get() + i * rank;
+      for (int64_t r = 0; r < rank; ++r) square += C(scaling) * factors[r] * (2 * p[r] + C(scaling) * q[r]);
+      out[i] = std::sqrt(square < 0 ? C(0) : square);
+    }
+  });
+}
+
+template <class C>
+void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+             const Tensor& lora_B, const Tensor& scale, double scaling, double p, const OptionalTensor& seed, Tensor& y,
+             Tensor& s, const OptionalTensor& unscaled) {
+  int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
+  auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
+  Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y"), product = rows_of(unscaled, m, n, "unscaled");
+  C* shrunk = sums<C>(s, {m, rank}, "s");
+  check_weight(weight, n, k, in.dtype);
+  auto shift = widened<C>(bias, n, "bias");
+  Target<C> target{out, {}, sums<C>(scale, {n}, "scale"), shift.get(), product};
+  if constexpr (sizeof(C) == 4) {
+    if (!fast_matmul(in.dtype)) {
+      Buffer<float> wide(m, k);
+      convert(in, wide.rows(), m, k);
+      shrink<C>(branch, wide.rows(), shrunk, rank);
+      matmul_upcast(wide.data.get(), m, weight, false, [&](int64_t n0, int64_t columns, Rows block) {
+        auto part = target.columns(n0);
+        part.from = block;
+        expand<C>(branch, shrunk, rank, part, n0, n0 + columns);
+      });
+      return;
+    }
+  }
+  Tensor base = unscaled ? *unscaled : y;
+  matmul(x, weight, false, std::nullopt, base);
+  shrink<C>(branch, in, shrunk, rank);
+  target.from = unscaled ? product : out;
+  expand<C>(branch, shrunk, rank, target, 0, n);
+}
+
+template <class C>
+void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A,
+              const Tensor& lora_B, const Tensor& scale, double scaling, double p, const OptionalTensor& seed,
+              const OptionalTensor& s, const OptionalTensor& unscaled, OptionalTensor& dx, OptionalTensor& dlora_A,
+              OptionalTensor& dlora_B, const OptionalTensor& dscale) {
+  int64_t m = dy.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
+  const auto& kernel = kernels<C>();
+  STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
+  STD_TORCH_CHECK(!dlora_B || s, "dlora_B needs s");
+  STD_TORCH_CHECK(!dscale || unscaled, "dscale needs unscaled");
+  Rows gradient = rows_of(dy, m, n, "dy"), in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
+  Rows product = rows_of(unscaled, m, n, "unscaled"), db = rows_of(dlora_B, n, rank, "dlora_B"), sum;
+  check_weight(weight, n, k, gradient.dtype);
+  const C *factor = sums<C>(scale, {n}, "scale"), *shrunk = s ? sums<C>(*s, {m, rank}, "s") : nullptr;
+  if (dscale) sum = {dtype_of(*dscale, "dscale"), reinterpret_cast<char*>(sums<C>(*dscale, {n}, "dscale")), 0};
+
+  // What is low-rank meets the scale in B and dB, so that it is not rounded to dy's dtype on the way.
+  auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
+  Adapter& adapter = branch.adapters[0];
+  Buffer<C> b(n, rank), unscaled_db(dlora_B ? n : 0, rank);
+  for (int64_t i = 0; i < n; ++i) {
+    C* row = b.data.get() + i * rank;
+    kernel.widen(adapter.b.dtype, adapter.b.at(i), row, rank);
+    for (int64_t r = 0; r < rank; ++r) row[r] *= factor[i];
+  }
+  adapter.b = b.rows();
+  adapter.da = rows_of(dlora_A, rank, k, "dlora_A");
+  if (dlora_B) adapter.db = unscaled_db.rows();
+
+  auto scaled = [&](Rows du) { scale_and_reduce<C>(gradient, product, factor, du, sum, m, n); };
+  auto low_rank = [&](Rows from, Rows to) { backward<C>(branch, gradient, in, shrunk, rank, from, to); };
+  if (!dx) {
+    if (dscale) scaled({});
+    low_rank({}, {});
+  } else if (sizeof(C) == 4 && !fast_matmul(gradient.dtype)) {
+    if constexpr (sizeof(C) == 4) {
+      Buffer<float> du(m, n), whole(m, k);
+      scaled(du.rows());
+      matmul_upcast(du.data.get(), m, weight, true, [&](int64_t k0, int64_t columns, Rows block) {
+        for (int64_t t = 0; t < m; ++t) std::memcpy(whole.rows().at(t, k0), block.at(t), columns * sizeof(float));
+      });
+      low_rank(whole.rows(), whole.rows());
+      convert(whole.rows(), out, m, k);
+    }
+  } else {
+    int64_t shape[] = {m, n};
+    Tensor du = torch::stable::new_empty(dy, {shape, 2});
+    scaled(rows_of(du, m, n, "du"));
+    matmul(du, weight, true, std::nullopt, *dx);
+    low_rank(out, out);
+  }
+  for (int64_t i = 0; db && i < n; ++i) {
+    C* row = unscaled_db.data.get() + i * rank;
+    for (int64_t r = 0; r < rank; ++r) row[r] *= factor[i];
+    kernel.narrow(db.dtype, row, db.at(i), rank);
+  }
+}
+
+void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+               const OptionalTensor& weight_norm_squared, Tensor& out) {
+  auto run = weight.scalar_type() == ScalarType::Double ? norm<double> : norm<float>;
+  run(weight, lora_A, lora_B, scaling, weight_norm_squared, out);
+}
+
+void dora_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                  const Tensor& lora_B, const Tensor& scale, double scaling, double dropout_p,
+                  const OptionalTensor& seed, Tensor& y, Tensor& s, OptionalTensor unscaled) {
+  auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  run(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, y, s, unscaled);
+}
+
+void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A,
+                   const Tensor& lora_B, const Tensor& scale, double scaling, double dropout_p,
+                   const OptionalTensor& seed, const OptionalTensor& s, const OptionalTensor& unscaled,
+                   OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B, OptionalTensor dscale) {
+  auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  run(dy, x, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled, dx, dlora_A, dlora_B, dscale);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
+  m.impl("dora_norm", TORCH_BOX(&dora_norm));
+  m.impl("dora_forward", TORCH_BOX(&dora_forward));
+  m.impl("dora_backward", TORCH_BOX(&dora_backward));
+}
+
+}  // namespace pyfastpeft

@@ -1,0 +1,156 @@
+"""DoRA on a linear layer: every output feature of W + scaling * B A scaled to a learned magnitude (Liu et al. 2024)."""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import checks, dispatch, reference
+from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, without_autocast
+
+
+def _forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, keep_unscaled):
+    """(y, s, unscaled, backend); unscaled is the output without scale and bias, or None."""
+    row = dispatch.select("dora_forward", x.device.type, x.dtype)
+    rows, features = as_rows(x), weight.shape[0]
+    y = rows.new_empty(*x.shape[:-1], features)
+    s = rows.new_empty(rows.shape[0], lora_A.shape[0], dtype=scale.dtype)
+    unscaled = rows.new_empty(rows.shape[0], features) if keep_unscaled else None
+    if rows.numel():
+        out = y.view(-1, features)
+        row.function(rows, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, out, s, unscaled)
+    return y, s, unscaled, row.backend
+
+
+class _DoRA(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed):
+        _, need_weight, _, need_A, need_B, need_magnitude, *_ = ctx.needs_input_grad
+        scale = magnitude / norm
+        arguments = x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed
+        y, s, unscaled, backend = _forward(*arguments, need_magnitude)
+        kept_x, kept_s = x if need_A or need_weight else None, s if need_B else None
+        ctx.save_for_backward(kept_x, weight, lora_A, lora_B, scale, norm, kept_s, unscaled, seed)
+        ctx.options = backend, scaling, dropout_p, x.shape, magnitude.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, scale, norm, s, unscaled, seed = ctx.saved_tensors
+        backend, scaling, dropout_p, shape, dtype = ctx.options
+        need_x, need_weight, need_bias, need_A, need_B, need_magnitude, *_ = ctx.needs_input_grad
+        dy_rows = as_rows(dy)
+        x_rows = None if x is None else as_rows(x)
+        dx = dy_rows.new_empty(shape) if need_x else None
+        dlora_A = torch.empty_like(lora_A) if need_A else None
+        dlora_B = torch.empty_like(lora_B) if need_B else None
+        dscale = torch.empty_like(scale) if need_magnitude else None
+        if dy.numel() == 0:
+            for gradient in (dlora_A, dlora_B, dscale):
+                gradient is None or gradient.zero_()
+        elif need_x or need_A or need_B or need_magnitude:
+            row = dispatch.select("dora_backward", dy.device.type, dy.dtype, backend)
+            dx_rows = None if dx is None else dx.view(-1, shape[-1])
+            row.function(
+                *(dy_rows, x_rows, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled),
+                *(dx_rows, dlora_A, dlora_B, dscale),
+            )
+        dweight = (dy_rows * scale).to(dy.dtype).T @ x_rows if need_weight else None
+        dbias = dy_rows.sum(0) if need_bias else None
+        dmagnitude = (dscale / norm).to(dtype) if need_magnitude else None
+        return dx, dweight, dbias, dlora_A, dlora_B, dmagnitude, None, None, None, None
+
+
+@torch.no_grad()
+def dora_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_norm_squared: Tensor | None = None
+) -> Tensor:
+    """||weight + scaling * lora_B lora_A|| of every row  (Liu et al. 2024, equation 5), without forming lora_B lora_A.
+
+    It is the root of ||weight||^2 + 2 scaling <weight lora_A^T, lora_B> + scaling^2 <lora_B (lora_A lora_A^T), lora_B>,
+    summed in float32: its square is off by a few float32 epsilons of the largest of the three terms, so that it is as
+    exact as the norm of the sum unless the adapter all but cancels a row of the weight. A square below 0 counts as 0.
+
+    Args:
+        weight: [N, K], float64, float32, bfloat16 or float16.
+        lora_A: [r, K]; lora_B: [N, r]: both of one float dtype, no wider than float32 or weight's.
+        scaling: the factor s.
+        weight_norm_squared: [N] float32 (float64 for float64), the squared norms of weight's rows where they are known;
+            else weight is read once more.
+
+    Returns [N] in float32 (float64 for a float64 weight), without a gradient. Raises ValueError or TypeError naming the
+    argument that does not fit.
+    """
+    op = "dora_norm"
+    checks.floating(op, "weight", weight)
+    checks.need(weight.dim() == 2 and weight.numel() > 0, op, "weight", weight, "of shape [N, K] with N, K >= 1")
+    checks.adapters(op, lora_A, lora_B, weight, other="weight")
+    checks.shape(op, "lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), "[N, r]")
+    checks.number(op, "scaling", scaling)
+    dtype = reference.accumulation(weight.dtype)
+    if weight_norm_squared is not None:
+        checks.vector(op, "weight_norm_squared", weight_norm_squared, len(weight), "N", weight, other="weight")
+        weight_norm_squared = weight_norm_squared.to(dtype).contiguous()
+    if dtype == torch.float64:
+        lora_A, lora_B = lora_A.double(), lora_B.double()
+    norm = weight.new_empty(len(weight), dtype=dtype)
+    row = dispatch.select("dora_norm", weight.device.type, weight.dtype)
+    row.function(as_rows(weight), lora_A.contiguous(), lora_B.contiguous(), float(scaling), weight_norm_squared, norm)
+    return norm
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    weight_norm_squared: Tensor | None = None,
+) -> Tensor:
+    """y = magnitude / norm * (x weight^T + scaling * drop(x) lora_A^T lora_B^T) + bias, where norm is `dora_norm` of
+    the weights  (Liu et al. 2024, equation 5) and a constant in the backward pass (section 4.3).
+
+    Args:
+        x, weight, bias, lora_A, lora_B, scaling: as in `lora_linear`.
+        magnitude: [N], the learned norms; any float dtype no wider than float32 or x's.
+        dropout_p: as in `lora_linear`: x weight^T sees the whole of x, the low-rank branch what is kept of it. PEFT
+            drops x for x weight^T too while it trains and adds the plain layer's output in exchange.
+        weight_norm_squared: as in `dora_norm`: the squared norms of weight's rows, cached.
+
+    Returns y [..., N] in x's dtype. Gradients reach x, lora_A, lora_B, magnitude and, where they require it, weight and
+    bias. Kept for the backward pass: x, drop(x) lora_A^T [M, r], the output without scale and bias in x's dtype where
+    magnitude trains, two vectors [N] and the seed. Under autocast x, weight and bias are cast first, but the norm is
+    that of the weight as it is given. Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    checks.floating("dora_linear", "x", x)
+    arguments = lora_A, lora_B, magnitude, scaling, dropout_p, weight_norm_squared
+    if autocasting(x):
+        with autocast_off(x):
+            return _linear(weight, *autocast(x, weight, bias), *arguments)
+    return _linear(weight, x, weight, bias, *arguments)
+
+
+def _linear(normed, x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, weight_norm_squared):
+    op = "dora_linear"
+    checks.linear(op, x, weight, bias)
+    checks.adapters(op, lora_A, lora_B, x)
+    checks.shape(op, "lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), "[N, r]")
+    checks.vector(op, "magnitude", magnitude, weight.shape[0], "N", x)
+    checks.number(op, "scaling", scaling)
+    checks.dropout(op, dropout_p)
+    if weight_norm_squared is not None:
+        checks.vector(op, "weight_norm_squared", weight_norm_squared, weight.shape[0], "N", x)
+    norm = dora_norm(normed, lora_A, lora_B, scaling, weight_norm_squared).to(reference.accumulation(x.dtype))
+    if x.dtype == torch.float64:
+        lora_A, lora_B = lora_A.double(), lora_B.double()
+    bias = None if bias is None else bias.contiguous()
+    arguments = x, weight, bias, lora_A.contiguous(), lora_B.contiguous()
+    options = float(scaling), float(dropout_p), dropout_seed(x, dropout_p)
+    if needs_gradient(x, weight, bias, lora_A, lora_B, magnitude):
+        return _DoRA.apply(*arguments, magnitude, norm, *options)
+    return _forward(*arguments, magnitude / norm, *options, False)[0]
