@@ -10,6 +10,7 @@ from ..layers.adapted import carriers
 from ..layers.parts import EmbeddingLoRAPart, LoRAPart
 from ..ops.checks import need
 from .configs import Config, LoraConfig
+from .inject import saved_names
 
 
 def combine(model: nn.Module, configs: dict[str, Config], names, weights, combination_type: str, rank: int | None):
@@ -27,14 +28,8 @@ def combine(model: nn.Module, configs: dict[str, Config], names, weights, combin
         config = configs[name]
         plain = type(config) is LoraConfig and not config.use_dora and config.bias == "none"
         given = f"holding {name!r}, of {config.peft_type}"
-        need(
-            plain and not config.modules_to_save,
-            op,
-            "names",
-            given,
-            "of LoRA adapters that are factors alone",
-            TypeError,
-        )
+        needed = "of LoRA adapters that are factors alone"
+        need(plain and not saved_names(config), op, "names", given, needed, TypeError)
     ranks = [configs[name].r for name in names]
     uniform = not any(configs[name].rank_pattern for name in names)
     if combination_type == "linear":
@@ -60,8 +55,8 @@ def _part(held: list[LoRAPart], weights: list[float], combination_type: str, r: 
     if combination_type == "linear":
         roots = [math.sqrt(abs(w * s)) for w, (_, _, s) in zip(weights, factors)]
         signs = [math.copysign(1.0, w * s) for w, (_, _, s) in zip(weights, factors)]
-        lora_A = sum(root * A for root, (A, _, _) in zip(roots, factors))
-        lora_B = sum(sign * root * B for sign, root, (_, B, _) in zip(signs, roots, factors))
+        lora_A = sum(sign * root * A for sign, root, (A, _, _) in zip(signs, roots, factors))
+        lora_B = sum(root * B for root, (_, B, _) in zip(roots, factors))
     else:
         lora_A = torch.cat([w * s * A for w, (A, _, s) in zip(weights, factors)])
         lora_B = torch.cat([B for _, B, _ in factors], dim=1)
