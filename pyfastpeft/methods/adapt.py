@@ -226,8 +226,9 @@ def add_weighted_adapter(
     """Make the adapter `name`, inactive, whose change of every weight is the weighted sum of those of LoRA adapters.
 
     combination_type: "svd", the best approximation of rank `rank` (default: the largest of theirs), from factors alone
-    without forming a weight; "cat", exact, their ranks summed; "linear", A and B each summed with sqrt(|weight * s|), A
-    with the sign as well, as PEFT does it, for adapters of one rank. Raises ValueError or TypeError naming the argument that does not fit.
+    without forming a weight; "cat", exact, their ranks summed; "linear", for adapters of one rank, A and B each summed
+    with sqrt(|weight * s|), A with the sign as well, as PEFT does it. Raises ValueError or TypeError naming the argument
+    that does not fit.
     """
     from .combine import combine
 
