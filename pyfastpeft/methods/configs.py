@@ -53,7 +53,7 @@ class Config:
     def need(self, holds: bool, name: str, needed: str) -> None:
         """Raise ValueError, naming the field, unless `holds`."""
         value = getattr(self, name)
-        need(holds, type(self).__name__, name, repr(value) if isinstance(value, str) else value, needed)
+        need(holds, type(self).__name__, name, f"{value!r} ({type(value).__name__})", needed)
 
     def need_count(self, *names: str) -> None:
         """Raise ValueError unless the fields are integers >= 1."""
