@@ -272,8 +272,11 @@ def classes(task: Task) -> int:
 
 
 def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, seed: int = 0) -> Encoder:
-    """A BERT of 2 layers, 128 wide, with words of the training texts for vocabulary, pretrained on these texts as a
-    masked language model for `steps` steps of 32 rows of at most 32 tokens; pooler and classifier are new."""
+    """A BERT of 2 layers, 128 wide, with words of the training texts for vocabulary; pooler and classifier are new.
+
+    It is pretrained on these texts for `steps` steps of 32 rows of at most 32 tokens: as a masked language model, and
+    to tell all words of a row from its first state, which is what a classifier is to read.
+    """
     task, rows = one_task(problems), problems[0].training
     texts = [str(row[column]) for row in rows for column in task.text]
     tokenizer = word_tokenizer(texts, 8000)
@@ -285,6 +288,8 @@ def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, see
         num_attention_heads=4,
         intermediate_size=512,
         max_position_embeddings=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
         num_labels=classes(task),
     )
@@ -301,7 +306,9 @@ def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, see
         ids = ids.masked_fill(chosen & (torch.rand(ids.shape) < 0.9), tokenizer.mask_token_id)
         if chosen.any():
             hidden = masked.bert(input_ids=ids, attention_mask=batch["attention_mask"]).last_hidden_state
-            F.cross_entropy(masked.cls(hidden[chosen]), labels).backward()
+            summary = masked.cls(hidden[:, 0]).log_softmax(-1).gather(1, batch["input_ids"])  # [B, T]
+            told = summary.masked_select(~special).mean()
+            (F.cross_entropy(masked.cls(hidden[chosen]), labels) - told).backward()
             nn.utils.clip_grad_norm_(masked.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
