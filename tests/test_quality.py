@@ -213,6 +213,19 @@ def test_word_tokenizer():
     )
 
 
+def test_word_vectors_know_who_stands_together():
+    pytest.importorskip("sklearn")
+    rows = [[0, 1, 2], [3, 1, 4], [5, 6, 7], [8, 6, 9]] * 3  # 0 and 3 stand beside 1, 5 and 8 beside 6; 10 nowhere
+    vectors = learners.word_vectors(rows, 11, 6)
+    assert vectors.shape == (11, 6)
+    norms = vectors.norm(dim=1)
+    assert norms[10] == 0
+    torch.testing.assert_close(norms[:10], torch.ones(10))
+    alike = vectors @ vectors.T
+    assert alike[0, 3] > 0.5 > 0.1 > alike[0, 5].abs()
+    assert learners.word_vectors(rows, 11, 16)[:, 11:].count_nonzero() == 0
+
+
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +530,7 @@ def test_sweep(story_model, tmp_path, capsys):
     ],
 )
 def test_misuse(story_model, data, capsys, arguments, words):
+    pytest.importorskip("sklearn")
     arguments = [str(story_model) if each == "MODEL" else each for each in arguments]
     assert main([*arguments, "--data", str(data), "--pretrain", "1"]) == 2
     error = capsys.readouterr().err

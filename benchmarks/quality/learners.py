@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -274,11 +275,12 @@ def classes(task: Task) -> int:
 def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, seed: int = 0) -> Encoder:
     """A BERT of 2 layers, 128 wide, with words of the training texts for vocabulary; pooler and classifier are new.
 
-    It is pretrained on these texts for `steps` steps of 32 rows of at most 32 tokens: as a masked language model, and
-    to tell all words of a row from its first state, which is what a classifier is to read.
+    Its words start from `word_vectors` of these texts, and it is pretrained on them for `steps` steps of 32 rows of at
+    most 32 tokens: as a masked language model, and to tell all words of a row from its first state, which is what a
+    classifier is to read.
     """
-    task, rows = one_task(problems), problems[0].training
-    texts = [str(row[column]) for row in rows for column in task.text]
+    task = one_task(problems)
+    texts = [str(row[column]) for row in problems[0].training for column in task.text]
     tokenizer = word_tokenizer(texts, 8000)
     torch.manual_seed(seed)
     config = BertConfig(
@@ -294,6 +296,8 @@ def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, see
         num_labels=classes(task),
     )
     masked = BertForMaskedLM(config).train()
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    masked.get_input_embeddings().weight.data.copy_(word_vectors(rows, len(tokenizer), config.hidden_size))
     optimizer = torch.optim.AdamW(masked.parameters(), lr=1e-3)
     pick = random.Random(seed)
     for step in range(steps):
@@ -315,3 +319,22 @@ def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, see
     model = BertForSequenceClassification(config)
     model.bert.load_state_dict(masked.bert.state_dict(), strict=False)
     return Encoder(model.eval(), tokenizer, ("bert.pooler", "classifier"), length)
+
+
+def word_vectors(rows: Sequence[Sequence[int]], words: int, size: int, window: int = 4) -> Tensor:
+    """[words, size]: unit vectors from the singular value decomposition of the positive pointwise mutual information of
+    words that stand within `window` of each other (Levy & Goldberg 2014); zero for a word that stands alone."""
+    from scipy.sparse import coo_array
+    from sklearn.decomposition import TruncatedSVD
+
+    tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    near = [(tokens[:-d], tokens[d:], owner[:-d] == owner[d:]) for d in range(1, window + 1)]
+    left, right = (np.concatenate([pair[side][pair[2]] for pair in near]) for side in (0, 1))
+    places = np.concatenate([left, right]), np.concatenate([right, left])
+    counts = coo_array((np.ones(len(places[0])), places), shape=(words, words)).tocsr().tocoo()
+    of_word = np.maximum(counts.sum(1), 1)
+    information = np.log(counts.data * counts.sum() / (of_word[counts.row] * of_word[counts.col]))
+    matrix = coo_array((np.maximum(information, 0), (counts.row, counts.col)), shape=counts.shape).tocsr()
+    vectors = torch.from_numpy(TruncatedSVD(min(size, words), random_state=0).fit_transform(matrix)).float()
+    return F.pad(F.normalize(vectors, eps=1e-6), (0, max(0, size - words)))
