@@ -213,17 +213,24 @@ def test_word_tokenizer():
     )
 
 
-def test_word_vectors_know_who_stands_together():
+def test_word_vectors_are_the_mutual_informations():
+    """With as many numbers as words nothing is lost: their products are those of the normalised rows."""
     pytest.importorskip("sklearn")
-    rows = [[0, 1, 2], [3, 1, 4], [5, 6, 7], [8, 6, 9]] * 3  # 0 and 3 stand beside 1, 5 and 8 beside 6; 10 nowhere
-    vectors = learners.word_vectors(rows, 11, 6)
-    assert vectors.shape == (11, 6)
-    norms = vectors.norm(dim=1)
-    assert norms[10] == 0
-    torch.testing.assert_close(norms[:10], torch.ones(10))
-    alike = vectors @ vectors.T
-    assert alike[0, 3] > 0.5 > 0.1 > alike[0, 5].abs()
-    assert learners.word_vectors(rows, 11, 16)[:, 11:].count_nonzero() == 0
+    rows = [[0, 1, 2, 3, 4, 5], [3, 1, 4], [5, 0], [2, 5, 1, 1]] * 2  # the word 6 stands nowhere
+    near = torch.zeros(7, 7, dtype=torch.float64)
+    for row in rows:
+        for i, word in enumerate(row):
+            for other in row[max(0, i - 2) : i]:
+                near[word, other] += 1
+                near[other, word] += 1
+    expected = torch.log(near * near.sum() / near.sum(1, keepdim=True) / near.sum(0)).nan_to_num(0, 0, 0).clamp(min=0)
+    expected = torch.nn.functional.normalize(expected)
+    vectors = learners.word_vectors(rows, 7, 7, window=2)
+    torch.testing.assert_close(vectors @ vectors.T, (expected @ expected.T).float(), rtol=1e-4, atol=1e-4)
+    assert not vectors[6].any()
+    wide = learners.word_vectors(rows, 7, 16, window=2)
+    assert wide.shape == (7, 16)
+    assert not wide[:, 7:].any()
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
