@@ -227,8 +227,8 @@ def add_weighted_adapter(
 
     combination_type: "svd", the best approximation of rank `rank` (default: the largest of theirs), from factors alone
     without forming a weight; "cat", exact, their ranks summed; "linear", for adapters of one rank, A and B each summed
-    with sqrt(|weight * s|), A with the sign as well, as PEFT does it. Raises ValueError or TypeError naming the argument
-    that does not fit.
+    with sqrt(|weight * s|), A with the sign as well, as PEFT does it. Raises ValueError or TypeError naming the
+    argument that does not fit.
     """
     from .combine import combine
 
