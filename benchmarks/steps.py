@@ -110,8 +110,8 @@ def loops(ours: nn.Module, theirs: nn.Module, ids: torch.Tensor) -> tuple[Loop, 
 
 
 def agree(method: str, ours: Loop, theirs: Loop) -> float:
-    """The largest relative difference of the losses of some steps. Raises Disagreement where those, or the length of the
-    first gradient, which the optimizer makes nothing of, are off by more than rounding."""
+    """The largest relative difference of the losses of some steps. Raises Disagreement where those, or the length of
+    the first gradient, which the optimizer makes nothing of, are off by more than rounding."""
     found, expected = ours.gradient_norm(), theirs.gradient_norm()
     if not abs(found - expected) <= TOLERANCE * expected:
         raise Disagreement(f"{method}: the gradient's norm is {found:.6g}; it is {expected:.6g} in PEFT")
