@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 os.chdir(Path(__file__).parent)
 VERSION = re.search(r'__version__ = "(.+)"', Path("pyfastpeft/__init__.py").read_text()).group(1)
+PACKAGES = "cli", "integrations", "kernels", "layers", "methods", "ops"
 # psabi is about vectors passed to functions, and all of ours are inlined; GCC 12's AVX512 headers trip the last.
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS]
@@ -91,7 +92,7 @@ build {folder}/library.so: link {" ".join(objects)}
 
 setup(
     version=VERSION,
-    packages=["pyfastpeft", *map("pyfastpeft.{}".format, ("integrations", "kernels", "layers", "methods", "ops"))],
+    packages=["pyfastpeft", *map("pyfastpeft.{}".format, PACKAGES)],
     ext_modules=[
         Extension("pyfastpeft._ops", sorted(map(str, Path("csrc/ops").rglob("*.cpp"))), optional=True),
         Extension("pyfastpeft._host", sorted(map(str, Path("csrc/host").rglob("*.cpp"))), optional=True),

@@ -1,8 +1,10 @@
-"""Adapters on disk: PEFT reads what is written here, and what PEFT writes is read here, to the same logits and bytes."""
+"""Adapters on disk: PEFT reads what is written here and the other way round, to the same logits and bytes."""
 
 import copy
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,8 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-from transformers import RobertaConfig, RobertaForQuestionAnswering, RobertaForSequenceClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import pyfastpeft
 from pyfastpeft import methods
@@ -53,7 +64,8 @@ def logits(model):
         inputs["decoder_input_ids"] = TOKENS[:, :4]
     with torch.no_grad():
         out = model(**inputs)
-    return out.start_logits if hasattr(out, "start_logits") else out.logits
+    every = out.start_logits if hasattr(out, "start_logits") else out.logits
+    return every[:, -TOKENS.shape[1] :]  # PEFT has the virtual tokens', too
 
 
 def randomise(model):
@@ -89,58 +101,117 @@ CASES = {
     "lora-excluded": (llama, "LoraConfig", {**HALF, "target_modules": QV, "exclude_modules": ["0.self_attn.q_proj"]}),
     "lora-all-linear": (gpt2, "LoraConfig", {**HALF, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
     "lora-embedding": (llama, "LoraConfig", {**HALF, "target_modules": ["embed_tokens", "k_proj"]}),
-    "lora-tied-embedding": (gpt2, "LoraConfig", {**HALF, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}),
-    "rslora-patterns": (llama, "LoraConfig", {
-        **HALF, "target_modules": [*QV, "down_proj"], "use_rslora": True, "lora_dropout": 0.1,
-        "rank_pattern": {"v_proj": 2, "0.mlp.down_proj": 5}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3},
-    }),
+    "lora-tied-embedding": (
+        gpt2,
+        "LoraConfig",
+        {**HALF, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True},
+    ),
+    "rslora-patterns": (
+        llama,
+        "LoraConfig",
+        {
+            **HALF,
+            "target_modules": [*QV, "down_proj"],
+            "use_rslora": True,
+            "lora_dropout": 0.1,
+            "rank_pattern": {"v_proj": 2, "0.mlp.down_proj": 5},
+            "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3},
+        },
+    ),
     "dora": (llama, "LoraConfig", {**HALF, "target_modules": QV, "use_dora": True}),
-    "dora-conv1d": (gpt2, "LoraConfig", {**HALF, "target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True}),
-    "lora-bias-all": (roberta, "LoraConfig", {**HALF, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
-    "lora-bias-own": (roberta, "LoraConfig", {
-        **HALF, "target_modules": ["query", "value"], "bias": "lora_only", "modules_to_save": ["classifier"],
-    }),
+    "dora-conv1d": (
+        gpt2,
+        "LoraConfig",
+        {**HALF, "target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True},
+    ),
+    "lora-bias-all": (
+        roberta,
+        "LoraConfig",
+        {**HALF, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
+    ),
+    "lora-bias-own": (
+        roberta,
+        "LoraConfig",
+        {**HALF, "target_modules": ["query", "value"], "bias": "lora_only", "modules_to_save": ["classifier"]},
+    ),
     "lora-head": (roberta, "LoraConfig", {**HALF, "target_modules": ["query"], "task_type": "SEQ_CLS"}),
     "lora-answers": (answering, "LoraConfig", {**HALF, "target_modules": ["query"], "task_type": "QUESTION_ANS"}),
-    "lora-modules-to-save": (llama, "LoraConfig", {
-        **HALF, "target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"],
-    }),
+    "lora-modules-to-save": (
+        llama,
+        "LoraConfig",
+        {**HALF, "target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
     "lora-encoder-decoder": (t5, "LoraConfig", {**HALF, "target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}),
-    "ia3": (llama, "IA3Config", {
-        "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"], "task_type": "CAUSAL_LM",
-    }),
-    "ia3-conv1d": (gpt2, "IA3Config", {
-        "target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True,
-    }),
-    "ia3-head": (roberta, "IA3Config", {
-        "target_modules": ["key", "intermediate.dense"], "feedforward_modules": [], "task_type": "SEQ_CLS",
-    }),
-    "adalora": (llama, "AdaLoraConfig", {
-        "target_modules": QV, "init_r": 6, "target_r": 2, "lora_alpha": 20, "total_step": 100, "tinit": 3,
-        "task_type": "CAUSAL_LM",
-    }),
-    "adalora-pruned": (llama, "AdaLoraConfig", {
-        "target_modules": ["v_proj"], "init_r": 4, "target_r": 2, "lora_alpha": 20, "total_step": 100,
-        "rank_pattern": {
-            "model.layers.0.self_attn.v_proj.lora_E": [True, False, True, True],
-            "model.layers.1.self_attn.v_proj.lora_E": [False, False, False, False],
+    "ia3": (
+        llama,
+        "IA3Config",
+        {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"], "task_type": "CAUSAL_LM"},
+    ),
+    "ia3-conv1d": (
+        gpt2,
+        "IA3Config",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True},
+    ),
+    "ia3-head": (
+        roberta,
+        "IA3Config",
+        {"target_modules": ["key", "intermediate.dense"], "feedforward_modules": [], "task_type": "SEQ_CLS"},
+    ),
+    "adalora": (
+        llama,
+        "AdaLoraConfig",
+        {"target_modules": QV, "init_r": 6, "target_r": 2, "lora_alpha": 20, "total_step": 100, "tinit": 3},
+    ),
+    "adalora-pruned": (
+        llama,
+        "AdaLoraConfig",
+        {
+            "target_modules": QV,
+            "init_r": 4,
+            "target_r": 2,
+            "lora_alpha": 20,
+            "total_step": 100,
+            "rank_pattern": {
+                "model.layers.0.self_attn.v_proj.lora_E": [True, False, True, True],
+                "model.layers.1.self_attn.v_proj.lora_E": [False, False, False, False],
+                "model.layers.1.self_attn.q_proj.lora_E": [True, True, True, True],
+            },
         },
-    }),
+    ),
     "prefix": (llama, "PrefixTuningConfig", {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}),
-    "prefix-projected": (gpt2, "PrefixTuningConfig", {
-        "num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 10, "task_type": "CAUSAL_LM",
-    }),
+    "prefix-projected": (
+        gpt2,
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 10, "task_type": "CAUSAL_LM"},
+    ),
     "prompt": (llama, "PromptTuningConfig", {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}),
     "prompt-encoder-decoder": (t5, "PromptTuningConfig", {"num_virtual_tokens": 3, "task_type": "SEQ_2_SEQ_LM"}),
     "prompt-head": (roberta, "PromptTuningConfig", {"num_virtual_tokens": 3, "task_type": "SEQ_CLS"}),
-}  # fmt: skip
-OWN = {
-    "bitfit": (roberta, methods.BitFitConfig, {"train_layer_norm": True, "task_type": "SEQ_CLS"}),
-    "dylora": (llama, methods.DyLoraConfig, {**HALF, "target_modules": QV, "layers_to_transform": (-1,)}),
-    "selective": (gpt2, methods.SelectiveConfig, {"layers_to_transform": [-1]}),
-    "houlsby": (roberta, methods.BottleneckConfig, {"bottleneck_size": 5, "layer_norm": True, "scaling": "learned"}),
-    "pfeiffer": (llama, methods.BottleneckConfig, {"bottleneck_size": 5, "placement": "pfeiffer"}),
 }
+# What PEFT has no words for, and is to find all the same: targets by architecture, layers counted from the last.
+BY_ARCHITECTURE = {
+    "lora-by-architecture": (roberta, "LoraConfig", HALF),
+    "lora-conv1d-by-architecture": (gpt2, "LoraConfig", HALF),
+    "lora-last-layer": (llama, "LoraConfig", {**HALF, "layers_to_transform": -1}),
+    "lora-exclude-by-architecture": (llama, "LoraConfig", {**HALF, "exclude_modules": r".*0\.self_attn\.v_proj"}),
+    "ia3-by-architecture": (llama, "IA3Config", {}),
+    "ia3-conv1d-by-architecture": (gpt2, "IA3Config", {}),
+    "ia3-encoder-decoder-by-architecture": (t5, "IA3Config", {}),
+    "ia3-some-layers": (
+        llama,
+        "IA3Config",
+        {"target_modules": ["k_proj", "mlp.down_proj"], "feedforward_modules": ["down_proj"], "layers_to_transform": 0},
+    ),
+    "adalora-without-schedule": (llama, "AdaLoraConfig", {"init_r": 3, "target_r": 2}),
+}
+OWN = {
+    "bitfit": (roberta, "BitFitConfig", {"train_layer_norm": True, "task_type": "SEQ_CLS"}),
+    "dylora": (llama, "DyLoraConfig", {**HALF, "target_modules": QV, "layers_to_transform": (-1,)}),
+    "selective": (gpt2, "SelectiveConfig", {"layers_to_transform": [-1]}),
+    "houlsby": (roberta, "BottleneckConfig", {"bottleneck_size": 5, "layer_norm": True, "scaling": "learned"}),
+    "pfeiffer": (llama, "BottleneckConfig", {"bottleneck_size": 5, "placement": "pfeiffer"}),
+}
+ALL = CASES | BY_ARCHITECTURE | OWN
 
 
 def of_peft(case):
@@ -157,9 +228,8 @@ def of_peft(case):
 
 
 def of_ours(case):
-    make, kind, options = {**CASES, **OWN}[case]
-    kind = getattr(methods, kind) if isinstance(kind, str) else kind
-    return randomise(pyfastpeft.adapt(make(), kind(**copy.deepcopy(options))))
+    make, kind, options = ALL[case]
+    return randomise(pyfastpeft.adapt(make(), getattr(methods, kind)(**copy.deepcopy(options))))
 
 
 def quietly(action, *arguments, **options):
@@ -183,33 +253,34 @@ def test_what_peft_wrote_is_read_to_the_same_logits_and_written_to_the_same_byte
     copies = ("embed_tokens.base_layer.weight", "wte.base_layer.weight", "original_module", "modules_to_save.default")
     needed = {key: tensor for key, tensor in theirs.items() if not any(copied in key for copied in copies)}
     assert_same_tensors(load_file(tmp_path / "ours" / TENSORS), needed)
-    assert meaning(tmp_path / "ours") == meaning(tmp_path / "peft") | {
-        "target_modules": meaning(tmp_path / "ours").get("target_modules"),
-        **dict.fromkeys(["layers_to_transform", "exclude_modules"] if case == "lora-some-layers" else []),
-    }
+    with safe_open(tmp_path / "ours" / TENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    expected = meaning(tmp_path / "peft")
+    if case == "lora-some-layers":
+        expected |= {"layers_to_transform": None, "target_modules": {"1.self_attn.q_proj", "1.self_attn.v_proj"}}
+    assert meaning(tmp_path / "ours") == expected
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *BY_ARCHITECTURE])
 def test_peft_reads_what_was_written_here_to_the_same_logits_and_bytes(case, tmp_path):
     ours = of_ours(case)
     expected = logits(ours)
     pyfastpeft.save_adapter(ours, tmp_path)
-    stock = quietly(peft.PeftModel.from_pretrained, CASES[case][0](), tmp_path)
+    stock = quietly(peft.PeftModel.from_pretrained, ALL[case][0](), tmp_path)
     torch.testing.assert_close(logits(stock), expected, rtol=1e-5, atol=1e-5)
     kept = peft.get_peft_model_state_dict(stock, save_embedding_layers=False)
     kept = {key: tensor for key, tensor in kept.items() if "original_module" not in key and ".default." not in key}
     assert_same_tensors(load_file(tmp_path / TENSORS), kept)
 
 
-@pytest.mark.parametrize("case", [*CASES, *OWN])
+@pytest.mark.parametrize("case", ALL)
 def test_an_adapter_comes_back_as_it_was(case, tmp_path):
     ours = of_ours(case)
-    make = {**CASES, **OWN}[case][0]
+    make = ALL[case][0]
     plain = logits(make())
     assert not torch.allclose(logits(ours), plain, atol=1e-4)
     pyfastpeft.save_adapter(ours, tmp_path / "first")
     again = pyfastpeft.load_adapter(make(), tmp_path / "first", "again", is_trainable=True)
-    assert torch.equal(logits(again), logits(ours)) or case == "adalora-pruned"
     torch.testing.assert_close(logits(again), logits(ours), rtol=1e-5, atol=1e-6)
     trained = methods.adapter_parameters(again, "again")
     assert {id(p) for p in again.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
@@ -218,3 +289,395 @@ def test_an_adapter_comes_back_as_it_was(case, tmp_path):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     pyfastpeft.unload(again)
     assert torch.equal(logits(again), plain)
+
+
+def test_json_is_written_as_peft_writes_it(tmp_path):
+    pyfastpeft.save_adapter(of_ours("lora-by-architecture"), tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    fields = json.loads(text)
+    assert text == json.dumps(fields, indent=2, sort_keys=True)
+    assert fields["target_modules"] == ["query", "value"]
+    assert fields["peft_type"] == "LORA"
+    assert fields["inference_mode"] is True
+    assert fields["auto_mapping"]["base_model_class"] == "RobertaForSequenceClassification"
+
+
+def test_a_compiled_model_is_saved_as_the_model(tmp_path):
+    model = of_ours("lora")
+    pyfastpeft.save_adapter(model, tmp_path / "plain")
+    pyfastpeft.save_adapter(torch.compile(model), tmp_path / "compiled")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "compiled")
+
+
+def test_ends_of_names_mean_the_targets_alone(tmp_path):
+    class Tree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(5, 5)
+            self.block = nn.ModuleDict({"lin": nn.Linear(5, 5), "out": nn.Linear(5, 5)})
+
+        def forward(self, x):
+            return self.block["out"](self.block["lin"](self.lin(x)))
+
+    with torch.random.fork_rng(devices=[]):
+        bases = [Tree()]
+    bases += [copy.deepcopy(bases[0]) for _ in range(2)]
+    chosen = methods.LoraConfig(r=2, target_modules=r"lin|block\.out", layers_to_transform=None)
+    ours = randomise(pyfastpeft.adapt(bases[0], chosen))
+    ours.pyfastpeft.configs["default"].target_modules = None  # as if found: `lin` is the end of another's path
+    pyfastpeft.save_adapter(ours, tmp_path)
+    x = torch.randn(3, 5)
+    for other in (pyfastpeft.load_adapter(bases[1], tmp_path), peft.PeftModel.from_pretrained(bases[2], tmp_path)):
+        torch.testing.assert_close(other(x), ours(x))
+
+
+@pytest.mark.parametrize("case", ["lora-head", "ia3", "bitfit"])
+def test_sixteen_bit_models_keep_float32_adapters(case, tmp_path):
+    make = ALL[case][0]
+    ours = randomise(pyfastpeft.adapt(make().bfloat16(), getattr(methods, ALL[case][1])(**ALL[case][2])))
+    pyfastpeft.save_adapter(ours, tmp_path)
+    again = pyfastpeft.load_adapter(make().bfloat16(), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+    assert_same_tensors(
+        *({k: p.detach() for k, p in methods.adapter_parameters(m, "default").items()} for m in (ours, again))
+    )
+
+
+def test_several_adapters_are_kept_apart(tmp_path):
+    model = of_ours("lora-head")
+    pyfastpeft.save_adapter(model, tmp_path / "lora")
+    of_ia3 = of_ours("ia3-head")
+    pyfastpeft.save_adapter(of_ia3, tmp_path / "ia3")
+    first, second = logits(model), logits(of_ia3)
+    pyfastpeft.load_adapter(model, tmp_path / "ia3", "scales")
+    assert torch.equal(logits(model), second)
+    pyfastpeft.set_adapter(model, "default")
+    assert torch.equal(logits(model), first)
+    pyfastpeft.save_adapter(model, tmp_path / "inactive", "scales")
+    assert_same_tensors(load_file(tmp_path / "inactive" / TENSORS), load_file(tmp_path / "ia3" / TENSORS))
+
+
+def test_a_combination_of_adapters_is_read_by_peft(tmp_path):
+    model = of_ours("lora-all-linear")
+    pyfastpeft.adapt(model, methods.LoraConfig(r=3, target_modules=["c_attn"]), "other")
+    randomise(model)
+    pyfastpeft.add_weighted_adapter(model, ["default", "other"], [0.7, -0.4], "sum", "cat")
+    pyfastpeft.set_adapter(model, "sum")
+    pyfastpeft.save_adapter(model, tmp_path, "sum")
+    stock = quietly(peft.PeftModel.from_pretrained, gpt2(), tmp_path)
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_that_training_revived_are_stored(tmp_path):
+    ours = pyfastpeft.adapt(
+        llama(), methods.AdaLoraConfig(target_modules=["v_proj"], init_r=3, target_r=2, total_step=9)
+    )
+    randomise(ours)
+    path = "model.layers.1.self_attn.v_proj"
+    part = ours.get_submodule(path).adapters["default"]
+    part.lora_E.data[1] = 0
+    ours.pyfastpeft.configs["default"].rank_pattern = {f"{path}.lora_E": [True, False, False]}
+    pyfastpeft.save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["rank_pattern"] == {f"{path}.lora_E": [True, False, True]}
+    for other in (pyfastpeft.load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)):
+        torch.testing.assert_close(logits(other), logits(ours), rtol=1e-5, atol=1e-5)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    classes = {path: type(module) for path, module in model.named_modules()}
+    flags = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+    known = copy.deepcopy(getattr(model, "pyfastpeft", None))
+    hooks = {path: (len(m._forward_hooks), len(m._forward_pre_hooks)) for path, m in model.named_modules()}
+    return classes, flags, known, hooks
+
+
+def refused(directory, match, error=ValueError, **options):
+    """Loading raises, naming what is wrong; a plain and an adapted model are then as they were."""
+    adapted = of_ours("ia3-head" if "classifier" in str(match) else "ia3")
+    next(iter(methods.adapter_parameters(adapted, "default").values())).requires_grad_(False)
+    for model, name in ((options.get("make", llama)(), "default"), (adapted, "new")):
+        before, tensors, expected = state_of(model), copy.deepcopy(model.state_dict()), logits(model)
+        with pytest.raises(error, match=match):
+            pyfastpeft.load_adapter(model, directory, name, **{k: v for k, v in options.items() if k != "make"})
+        assert state_of(model) == before
+        assert_same_tensors(model.state_dict(), tensors)
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    pyfastpeft.save_adapter(of_ours("lora"), tmp_path)
+    return tmp_path
+
+
+def change(directory, edit):
+    tensors = load_file(directory / TENSORS)
+    edit(tensors)
+    save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
+
+
+def change_json(directory, **fields):
+    path = directory / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+
+def test_missing_tensors_are_named(saved):
+    change(saved, lambda tensors: tensors.pop(KEY))
+    refused(saved, rf"{TENSORS} is without {KEY}")
+
+
+def test_tensors_of_another_shape_are_named(saved):
+    change(saved, lambda tensors: tensors.update({KEY: tensors[KEY].T.contiguous()}))
+    refused(saved, rf"{KEY} of shape \[4, 12\]; it must be of shape \[12, 4\]")
+
+
+def test_tensors_of_integers_are_named(saved):
+    change(saved, lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int8)}))
+    refused(saved, f"{KEY} of dtype I8", TypeError)
+
+
+def test_unknown_tensors_are_an_error_or_a_warning(saved):
+    change(saved, lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 24)}))
+    refused(saved, r"holding base_model.model.lm_head.lora_A.weight.*strict=False")
+    with pytest.warns(UserWarning, match=r"base_model.model.lm_head.lora_A.weight.*left out"):
+        model = pyfastpeft.load_adapter(llama(), saved, strict=False)
+    assert torch.equal(logits(model), logits(of_ours_again("lora")))
+
+
+def of_ours_again(case):
+    torch.manual_seed(0)
+    return of_ours(case)
+
+
+def test_tensors_of_the_base_must_be_those_of_the_model(saved):
+    key = "base_model.model.model.embed_tokens.weight"
+    change(saved, lambda tensors: tensors.update({key: llama().model.embed_tokens.weight.detach()}))
+    pyfastpeft.load_adapter(llama(), saved)
+    change(saved, lambda tensors: tensors.update({key: tensors[key] + 1}))
+    refused(saved, f"holding {key}")
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_truncated_files_are_named(saved, cut):
+    (saved / TENSORS).write_bytes((saved / TENSORS).read_bytes()[:cut])
+    refused(saved, f"{TENSORS} is no whole safetensors file")
+
+
+def test_pickles_are_not_read(saved):
+    tensors = load_file(saved / TENSORS)
+    torch.save(tensors, saved / "adapter_model.bin")
+    (saved / TENSORS).unlink()
+    refused(saved, r"adapter_model.bin is not read", FileNotFoundError)
+    torch.save(tensors, saved / TENSORS)
+    refused(saved, f"{TENSORS} is no whole safetensors file")
+
+
+def test_missing_files_and_directories_are_named(saved):
+    (saved / CONFIG).unlink()
+    refused(saved, f"holds {TENSORS}; it must be a directory with {CONFIG}", FileNotFoundError)
+    refused(saved / "nowhere", "nowhere", NotADirectoryError)
+
+
+def test_another_base_model_is_refused_unless_told_otherwise(saved):
+    def named():
+        model = llama()
+        model.config._name_or_path = "here/llama"
+        return model
+
+    change_json(saved, base_model_name_or_path="there/llama")
+    refused_model = named()
+    with pytest.raises(ValueError, match=r"'here/llama'; it must be 'there/llama'.*check_base_model=False"):
+        pyfastpeft.load_adapter(refused_model, saved)
+    assert not hasattr(refused_model, "pyfastpeft")
+    pyfastpeft.load_adapter(refused_model, saved, check_base_model=False)
+    change_json(saved, base_model_name_or_path="here/llama/")
+    pyfastpeft.load_adapter(named(), saved)
+    pyfastpeft.load_adapter(llama(), saved)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'.*LORA"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"peft_type": ["LORA"]}, "peft_type"),
+        ({"r": "4"}, "LoraConfig: r is '4'"),
+        ({"r": 0}, "LoraConfig: r is 0"),
+        ({"target_modules": 5}, "target_modules is 5"),
+        ({"target_modules": ["q_prjo"]}, "q_prjo.*q_proj"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"task_type": "COOKING"}, "task_type is 'COOKING'"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"r": 8}, r"lora_A.weight of shape \[4, 24\]; it must be of shape \[8, 24\]"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(saved, fields, match):
+    change_json(saved, **fields)
+    refused(saved, match, (ValueError, TypeError))
+
+
+def test_ranks_that_do_not_fit_are_named(tmp_path):
+    pyfastpeft.save_adapter(of_ours("adalora-pruned"), tmp_path)
+    pattern = json.loads((tmp_path / CONFIG).read_text())["rank_pattern"]
+    key = "model.layers.0.self_attn.v_proj.lora_E"
+    change_json(tmp_path, rank_pattern=pattern | {"model.layers.7.self_attn.v_proj.lora_E": [True] * 4})
+    refused(tmp_path, "a rank_pattern for model.layers.7.self_attn.v_proj.lora_E")
+    change_json(tmp_path, rank_pattern=pattern | {key: [True] * 4})
+    refused(tmp_path, r"v_proj.lora_A of shape \[3, 24\]; it must be of shape \[4, 24\]")
+    change_json(tmp_path, rank_pattern=pattern | {key: [True] * 5})
+    refused(tmp_path, "of 5 ranks for 'model.layers.0.self_attn.v_proj'")
+    change_json(tmp_path, rank_pattern=pattern | {key: [1, 0, 1, 1]})
+    refused(tmp_path, "rank_pattern")
+
+
+def test_fields_of_peft_that_are_not_set_are_passed_over(saved):
+    unset = {"eva_config": None, "loftq_config": {}, "qalora_group_size": 16, "megatron_core": "megatron.core"}
+    change_json(saved, **unset, peft_version="0.99", a_field_of_tomorrow=None)
+    pyfastpeft.load_adapter(llama(), saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\ufffe"])
+def test_what_is_no_json_is_named(saved, text):
+    (saved / CONFIG).write_bytes(text.encode("utf-16"))
+    refused(saved, CONFIG)
+
+
+def test_a_name_that_the_model_has_is_refused(saved):
+    model = of_ours("ia3")
+    with pytest.raises(ValueError, match="'default', which the model has"):
+        pyfastpeft.load_adapter(model, saved)
+    assert list(model.pyfastpeft.configs) == ["default"]
+
+
+def without(package, directory, code):
+    """What `code` prints and complains of in a process that lacks a package."""
+    lines = "import sys", f"sys.modules[{package!r}] = None", "import pyfastpeft, torch", code
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, cwd=directory, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, **PIPES)
+
+
+PIPES = {"capture_output": True, "text": True, "check": False}
+
+
+def test_files_of_peft_are_read_where_it_is_not_installed(tmp_path):
+    torch.manual_seed(3)
+    stock = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"], **HALF))
+    randomise(stock).save_pretrained(tmp_path)
+    x, plain = torch.ones(1, 4), stock.get_base_model()[0].base_layer
+    save_file({"weight": plain.weight.detach(), "bias": plain.bias.detach()}, tmp_path / "base.safetensors")
+    done = without(
+        "peft",
+        tmp_path,
+        "from safetensors.torch import load_file\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "model[0].load_state_dict(load_file('base.safetensors'))\n"
+        "print(pyfastpeft.load_adapter(model, '.')(torch.ones(1, 4)).tolist())",
+    )
+    assert not done.returncode, done.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), stock(x).detach())
+
+
+def test_without_safetensors_the_error_says_so(saved):
+    code = "pyfastpeft.load_adapter(torch.nn.Sequential(torch.nn.Linear(4, 4)), '.')"
+    done = without("safetensors", saved, code)
+    assert done.returncode
+    assert "ImportError: adapters are stored as safetensors files: pip install safetensors" in done.stderr
+
+
+# --- saving that fails -----------------------------------------------------------------------------------------------
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_save_that_fails_leaves_the_old_files_whole(saved, monkeypatch, call, at):
+    before, calls, works = contents(saved), [], getattr(os, call)
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == at + 1:
+            raise OSError(28, "No space left on device")
+        return works(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, call, fails)
+        with pytest.raises(OSError, match="No space left"):
+            pyfastpeft.save_adapter(of_ours("ia3"), saved)
+    assert len(calls) > at
+    assert contents(saved) == before
+    pyfastpeft.save_adapter(of_ours("ia3"), saved)
+    assert sorted(contents(saved)) == [CONFIG, TENSORS]
+    assert contents(saved) != before
+
+
+def test_a_first_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", fails)
+    with pytest.raises(OSError, match="No space left"):
+        pyfastpeft.save_adapter(of_ours("lora"), tmp_path / "new")
+    assert contents(tmp_path / "new") == {}
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    with pytest.raises(ValueError, match="one of the model's adapters: default"):
+        pyfastpeft.save_adapter(of_ours("lora"), tmp_path, "defualt")
+    with pytest.raises(ValueError, match="LlamaForCausalLM without adapters"):
+        pyfastpeft.save_adapter(llama(), tmp_path)
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is a .* on meta"):
+        pyfastpeft.save_adapter(of_ours("lora").to("meta"), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        pyfastpeft.save_adapter(of_ours("lora"), tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_stored_files_are_as_readable_as_any(tmp_path):
+    (tmp_path / "any").write_text("")
+    pyfastpeft.save_adapter(of_ours("lora"), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+# --- a real adapter --------------------------------------------------------------------------------------------------
+
+DATA = Path(os.environ.get("PYFASTPEFT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MNLI = DATA / "roberta_mnli_lora" / "roberta_base_lora_mnli.bin"
+
+
+@pytest.mark.skipif(not MNLI.is_file(), reason="needs the LoRA paper's RoBERTa adapter in $PYFASTPEFT_DATA")
+def test_a_real_adapter_goes_through_both(tmp_path):
+    """That of the LoRA paper's repository: r 8 and alpha 16 on query and value of RoBERTa-base, with the classifier."""
+    published = torch.load(MNLI, weights_only=True, map_location="cpu")
+    tensors = {f"base_model.model.{key}{'.weight' * ('.lora_' in key)}": tensor for key, tensor in published.items()}
+    options = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    peft.LoraConfig(**options, modules_to_save=["classifier", "score"], inference_mode=True).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
+
+    base = RobertaForSequenceClassification(RobertaConfig(vocab_size=64, num_labels=3)).eval()
+    merged = copy.deepcopy(base)
+    for path in {key.rpartition(".")[0] for key in published if ".lora_" in key}:
+        change = published[f"{path}.lora_B"] @ published[f"{path}.lora_A"]
+        merged.get_submodule(path).weight.data += 16 / 8 * change
+    merged.load_state_dict({key: tensor for key, tensor in published.items() if ".lora_" not in key}, strict=False)
+    expected = logits(merged)
+
+    ours = pyfastpeft.load_adapter(base, tmp_path)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
+    factors = [p for key, p in methods.adapter_parameters(ours, "default").items() if "lora_" in key]
+    assert sum(factor.numel() for factor in factors) == 294_912
+    pyfastpeft.save_adapter(ours, tmp_path / "again")
+    assert_same_tensors(load_file(tmp_path / "again" / TENSORS), tensors)
+    stock = quietly(peft.PeftModel.from_pretrained, pyfastpeft.unload(ours), tmp_path / "again")
+    torch.testing.assert_close(logits(stock), expected, rtol=1e-4, atol=1e-4)

@@ -28,6 +28,7 @@ from .configs import (
     SelectiveConfig,
 )
 from .ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank, truncate
+from .training_state import load_training_state, save_training_state
 
 __all__ = [
     "AdaLoraConfig",
@@ -51,10 +52,12 @@ __all__ = [
     "draw_rank",
     "load_adapter",
     "load_config",
+    "load_training_state",
     "merge_adapter",
     "merged_adapters",
     "orthogonality_loss",
     "save_adapter",
+    "save_training_state",
     "set_adapter",
     "set_rank",
     "truncate",

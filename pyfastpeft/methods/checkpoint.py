@@ -169,7 +169,7 @@ def _slot(key: str, part: nn.Module, own: str, parameter: nn.Parameter, mask: li
     tensor = parameter.detach()
     if isinstance(part, IA3Part):
         tensor = tensor[None] if part.feedforward else tensor[:, None]
-    elif mask is not None and len(mask) == part.r:  # ranks that are out of the budget but still in the model
+    elif mask is not None and len(mask) == part.r != sum(mask):  # ranks out of the budget, but still in the model
         kept = torch.tensor(mask, device=tensor.device)
         tensor = tensor[:, kept] if own == "lora_B" else tensor[kept]
     return Slot(key, tuple(tensor.shape), lambda: tensor, lambda given: tensor.copy_(given))
@@ -178,15 +178,20 @@ def _slot(key: str, part: nn.Module, own: str, parameter: nn.Parameter, mask: li
 def _kept_ranks(model, config, name) -> dict[str, list[bool]]:
     """AdaLoRA's rank_pattern, with the ranks that training has moved off zero since it was made."""
     pattern = {}
-    for key, mask in config.rank_pattern.items():
-        part = model.get_submodule(key.removesuffix(".lora_E")).adapters[name]
-        live = part.lora_E.detach().ne(0)[:, 0].tolist()
-        pattern[key] = [a or b for a, b in zip(mask, live)] if len(live) == len(mask) else mask
+    for path, module in carriers(model):
+        key = f"{path}.lora_E"
+        if key in config.rank_pattern and name in getattr(module, "adapters", {}):
+            mask, live = config.rank_pattern[key], module.adapters[name].lora_E.detach().ne(0)[:, 0].tolist()
+            pattern[key] = [a or b for a, b in zip(mask, live)] if len(live) == len(mask) else list(mask)
     return pattern
 
 
 def _fill(model, config, name, file, path, strict) -> None:
     """Check all of the file against all of the adapter, then copy."""
+    if isinstance(config, AdaLoraConfig) and config.rank_pattern:
+        stray = config.rank_pattern.keys() - _kept_ranks(model, config, name).keys()
+        told = f"with a rank_pattern for {_some(stray)}"
+        need(not stray, "load_adapter", CONFIG_FILE, told, "with one for layers that have the adapter")
     slots = {slot.key: slot for slot in _slots(model, config, name)}
     given = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     missing = slots.keys() - given.keys()
@@ -200,9 +205,7 @@ def _fill(model, config, name, file, path, strict) -> None:
         need(dtype.startswith(("F", "BF")), "load_adapter", str(path), told, "of a floating dtype there", TypeError)
     unknown = _unknown(model, config, file, given.keys() - slots.keys())
     if unknown:
-        told = (
-            f"holding {_some(unknown)}, which have no place in the {config.peft_type} adapter or differ from the model"
-        )
+        told = f"holding {_some(unknown)}, for which neither the {config.peft_type} adapter nor the model has a place"
         need(not strict, "load_adapter", str(path), told, "without them, or loaded with strict=False")
         warnings.warn(f"load_adapter: {path} is {told}; they are left out", stacklevel=3)
     with torch.no_grad():
@@ -264,9 +267,8 @@ def _named_targets(model, config, name) -> dict:
     if given and (type(config) is not IA3Config or (listed and set(inner) <= set(config.target_modules))):
         return {}
     every = [path for path in own_modules(model) if path]
-    groups = [
-        [path for path, part in parts.items() if getattr(part, "feedforward", False) is kind] for kind in (False, True)
-    ]
+    inputs = [path for path, part in parts.items() if getattr(part, "feedforward", False)]
+    groups = [path for path in parts if path not in inputs], inputs
     names = [_names(group, every) for group in groups]
     if None in names:
         names = ["|".join(map(re.escape, group)) for group in groups]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from ..ops.checks import need
+from ..ops.reference import ACTIVATIONS
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
 
 
 _NAMES = {"target_modules", "exclude_modules", "layers_pattern", "feedforward_modules", "target_parameters"}
@@ -172,7 +172,10 @@ class AdaLoraConfig(LoraConfig):
 
     def _need_patterns(self):
         ranks = self.rank_pattern
-        masks = ranks is None or (isinstance(ranks, dict) and all(map(_is_list, ranks.values())))
+        masks = ranks is None or (
+            isinstance(ranks, dict)
+            and all(_is_list(mask) and all(isinstance(kept, bool) for kept in mask) for mask in ranks.values())
+        )
         self.need(masks, "rank_pattern", "a dict of lists of booleans, or None")
         self.need(not self.alpha_pattern, "alpha_pattern", "empty in AdaLoRA")
 
@@ -232,9 +235,10 @@ class BottleneckConfig(TargetedConfig):
     """Bottleneck adapters: serial, on the output of attention and feed-forward (Houlsby et al. 2019) or of feed-forward
     alone (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
 
-    placement: "houlsby", "pfeiffer" or "parallel".
+    placement: "houlsby", "pfeiffer" or "parallel". A serial branch reads what the sub-layer's last linear layer gives,
+        before the sum with the residual stream and its norm; a parallel one reads the sub-layer's input.
     bottleneck_size: r, the width.
-    activation: one of `ACTIVATIONS`.
+    activation: "relu", "gelu" (with erf), "gelu_tanh", "silu", "tanh" or "identity".
     scaling: the factor s, a number, or "learned" (one scalar a layer, starting at 1).
     layer_norm: whether a LayerNorm of its own stands before the branch.
     train_layer_norm: whether the model's own normalisation layers (of the chosen layers) train, too.
@@ -413,7 +417,7 @@ def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:
     Raises ValueError naming the fields that are unknown here, unless they are unset (None, False, empty, or as in
     `defaults`).
     """
-    need(kind in CONFIGS, "config", "peft_type", kind, f"one of {', '.join(CONFIGS)}")
+    need(isinstance(kind, str) and kind in CONFIGS, "config", "peft_type", repr(kind), f"one of {', '.join(CONFIGS)}")
     cls = CONFIGS[kind]
     known = {f.name for f in fields(cls)}
     extra = {

@@ -81,6 +81,8 @@ def _link(path, other):
 
 
 def _flush(directory):
+    if os.name != "posix":  # elsewhere directories cannot be opened
+        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -98,9 +100,7 @@ def need_file(directory: str | os.PathLike, name: str) -> Path:
     present = sorted(path.name for path in directory.iterdir())
     given = f"{str(directory)!r}, which holds {', '.join(present[:10]) or 'nothing'}"
     if pickles := [other for other in present if other.endswith(PICKLES)]:
-        needed += (
-            f"; {pickles[0]} may be a pickle, which can run any code when it is read: convert it where it came from"
-        )
+        needed += f"; {pickles[0]} is not read, since a pickle can run any code: convert it where it came from"
     need(False, "load", "directory", given, needed, FileNotFoundError)
 
 

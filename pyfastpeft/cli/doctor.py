@@ -1,4 +1,4 @@
-"""The command line. `pyfastpeft doctor` tells what this machine runs, and why it does not run the rest."""
+"""`pyfastpeft doctor`: what this machine runs, and why it does not run the rest."""
 
 import argparse
 import json
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 import pyfastpeft
 from pyfastpeft.ops import dispatch, host, lora_linear, use_backend
 
+from .tables import table
+
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 VARIABLES = ("PYFASTPEFT_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS")  # prefixes
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line on `arguments` (default: sys.argv) and return its exit code."""
-    parser = argparse.ArgumentParser(prog="pyfastpeft", description=pyfastpeft.__doc__)
-    parser.add_argument("--version", action="version", version=f"pyfastpeft {pyfastpeft.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="tell what this machine runs, and why it does not run the rest")
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
+def add_to(commands) -> None:
+    """Add this command to the command line."""
+    parser = commands.add_parser("doctor", help="tell what this machine runs, and why it does not run the rest")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0 if the reference is right here, else 1."""
     findings = diagnose()
     print(json.dumps(findings, indent=2) if options.json else render(findings))
     return 0 if all(check["ok"] for check in findings["checks"] if check["backend"] == "reference") else 1
@@ -131,12 +131,12 @@ def render(findings: dict) -> str:
         (
             f"pyfastpeft {findings['pyfastpeft']} in {findings['location']}\n"
             f"Python {findings['python']} on {findings['platform']}",
-            _table(["package", "version"], packages),
-            _table(["device", ""], findings["devices"].items()),
-            _table(["backend", "available", "devices", "dtypes", "ops", ""], backends),
+            table(["package", "version"], packages),
+            table(["device", ""], findings["devices"].items()),
+            table(["backend", "available", "devices", "dtypes", "ops", ""], backends),
             f"host module: {host_module}",
-            _table(["variable", "value"], findings["environment"].items() or [["none is set", ""]]),
-            _table(["backend", "device", "op", "dtype", "error against fp64", "torch's own", ""], checks),
+            table(["variable", "value"], findings["environment"].items() or [["none is set", ""]]),
+            table(["backend", "device", "op", "dtype", "error against fp64", "torch's own", ""], checks),
         )
     )
 
@@ -145,9 +145,3 @@ def _verdict(row):
     if "failure" in row:
         return "", "", row["failure"]
     return f"{row['error']:.1e}", f"{row['torch_error']:.1e}", "ok" if row["ok"] else "WRONG"
-
-
-def _table(header, rows):
-    lines = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
