@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import steps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_every_method_is_timed(monkeypatch, tmp_path, capsys):
     path = tmp_path / "steps.json"
