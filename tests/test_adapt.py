@@ -305,6 +305,7 @@ def test_embeddings_and_tied_weights(make, tmp_path):
     assert torch.equal(twin.get_output_embeddings().weight, head)
     close(output(twin, given), changed)
     if make is not t5:
+        assert twin.config.tie_word_embeddings is False
         twin.save_pretrained(tmp_path)
         assert torch.equal(output(type(twin).from_pretrained(tmp_path), given), output(twin, given))
     unload(model)
