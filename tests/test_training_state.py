@@ -229,9 +229,7 @@ def test_damaged_tensors_are_refused(saved):
     refused(saved, Run(lora()), r"without parameters\|default/model.layers.0.self_attn.q_proj.lora_A")
     (saved / TENSORS).write_bytes(whole)
     change(saved, lambda tensors: tensors.update({KEY: tensors[KEY][:2].clone()}))
-    refused(
-        saved, Run(lora()), r"q_proj.lora_A of torch.float32 \[2, 24\]; it must be of torch.float32 \[4, 24\]"
-    )
+    refused(saved, Run(lora()), r"q_proj.lora_A of torch.float32 \[2, 24\]; it must be of torch.float32 \[4, 24\]")
     (saved / TENSORS).write_bytes(whole)
     change(saved, lambda tensors: tensors.update({KEY: tensors[KEY].double()}))
     refused(saved, Run(lora()), "torch.float64")
