@@ -54,8 +54,8 @@ def linear_kernel(
     """unscaled = x weight^T + scaling * mask(phi(s + shift) lora_B^T);  y = base + scale * unscaled + bias. What is
     None is left out; base may be y.
 
-    x [M, K], weight [N, K], scale, bias [N], s [M, R], shift [R], lora_B [N, R], base, y, unscaled [M, N]. One
-    accumulator, rounded once.
+    x [M, K], weight [N, K], scale, bias [N], s [M, R], shift [R], lora_B [N, R], base, y and, with its strides,
+    unscaled [M, N]. One accumulator, rounded once.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
@@ -79,16 +79,16 @@ def linear_kernel(
             x.dtype.element_ty, "ieee", BLOCK_K,
         )  # fmt: skip
     inside = column_inside[:, None] & row_inside[None, :]
+    at = row_at[None, :] * y_row + columns[:, None]
     if unscaled is not None:
-        out = unscaled + row_at[None, :] * N + columns[:, None]
-        tl.store(out, acc.to(unscaled.dtype.element_ty), mask=inside)
+        tl.store(unscaled + at, acc.to(unscaled.dtype.element_ty), mask=inside)
     if scale is not None:
         acc *= tl.load(scale + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
     if bias is not None:
         acc += tl.load(bias + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
     if base is not None:
         acc += tl.load(base + row_at[None, :] * base_row + columns[:, None], mask=inside, other=0.0).to(acc.dtype)
-    tl.store(y + row_at[None, :] * y_row + columns[:, None], acc.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["drop_below"])
@@ -198,6 +198,8 @@ def linear(
     s [M, r]; each of the others may be None."""
     (rows, columns), depth, rank = y.shape, x.shape[1], s.shape[1]
     sizes = blocks("linear", x.dtype, rows, factor.dtype, rank)
+    if unscaled is not None and x.dtype.itemsize == 4:
+        sizes["num_stages"] = 2  # registers that its addresses take
     programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(columns, sizes["BLOCK_N"])
     strides = (0, 0) if weight is None else weight.stride()
     linear_kernel[(programs,)](

@@ -6,7 +6,16 @@ import itertools
 import pytest
 import torch
 from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, lora_inputs, random
-from test_ops import assert_bottleneck, assert_multi_lora, lora, multi_inputs, plain_lora, raw_arguments
+from test_ops import (
+    assert_bottleneck,
+    assert_dora,
+    assert_multi_lora,
+    dora_inputs,
+    lora,
+    multi_inputs,
+    plain_lora,
+    raw_arguments,
+)
 
 from pyfastpeft import ops
 from pyfastpeft.kernels.multi_lora import SCAN
@@ -44,9 +53,14 @@ def test_odd_shapes(dtype, shape):
 @dtypes
 def test_many_tokens_through_a_wide_bottleneck(dtype, adapter_dtype):
     """Several tiles each way; ds is formed apart from dup."""
-    inputs = bottleneck_inputs(130, 75, 150, 70, dtype, adapter_dtype)
-    inputs["residual"] = random(150, 130, dtype=dtype).T.detach().requires_grad_()
+    inputs = bottleneck_inputs(70, 75, 140, 40, dtype, adapter_dtype)
+    inputs["residual"] = random(140, 70, dtype=dtype).T.detach().requires_grad_()
     assert_bottleneck(inputs, activation="gelu_tanh")
+
+
+@dtypes
+def test_many_tokens_through_dora(dtype, adapter_dtype):
+    assert_dora(dora_inputs(70, 64, 140, 20, dtype, adapter_dtype))
 
 
 @dtypes
@@ -144,7 +158,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("rank", [3, 40])
-@pytest.mark.parametrize("op", ["lora_backward", "bottleneck_backward", "multi_lora_backward", "ia3_backward"])
+@pytest.mark.parametrize("op", [name for name in schemas.SCHEMAS if name.endswith("_backward")])
 def test_every_choice_of_gradients(op, rank):
     """Gradients asked for together or alone are the same, whichever way the launcher takes to them."""
     m, k, n = 20, 30, 25
@@ -152,6 +166,10 @@ def test_every_choice_of_gradients(op, rank):
     lora_A, lora_B = random(2, rank, k, grad=False), random(2, n, rank, grad=False)
     arguments, shapes = {
         "lora_backward": ((dy, x, weight, lora_A[0], lora_B[0], 0.7, 0.0, None, s), [(m, k), (rank, k), (n, rank)]),
+        "dora_backward": (
+            (dy, x, weight, lora_A[0], lora_B[0], random(n, grad=False), 0.7, 0.0, None, s, random(m, n, grad=False)),
+            [(m, k), (rank, k), (n, rank), (n,)],
+        ),
         "bottleneck_backward": (
             (dy, x, lora_A[0], random(rank, grad=False), lora_B[0], 0.7, "gelu", s, False),
             [(m, k), (rank, k), (rank,), (n, rank)],

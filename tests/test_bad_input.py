@@ -220,9 +220,10 @@ MULTI = [
 
 
 def refused(op, arguments, error, message):
-    with pytest.raises(error, match=re.escape(message)) as raised:
-        op(**arguments)
-    assert str(raised.value).startswith(f"{op.__name__}: ")
+    for gradients in (True, False):  # calls without gradients are checked in C++ first
+        with torch.set_grad_enabled(gradients), pytest.raises(error, match=re.escape(message)) as raised:
+            op(**arguments)
+        assert str(raised.value).startswith(f"{op.__name__}: ")
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), LORA)
@@ -297,12 +298,19 @@ def test_a_leaf_that_requires_grad_is_not_written():
     assert not y.any()
 
 
-def test_a_tensor_kept_for_a_backward_pass_is_not_written_unnoticed():
+@pytest.mark.parametrize("op", [ops.multi_lora, ops.lora_delta_])
+def test_a_tensor_kept_for_a_backward_pass_is_not_written_unnoticed(op):
     x = torch.ones(4, 6, requires_grad=True)
     y = x * 2
     loss = y.square().sum()
+    multi = multi_arguments(y=y)
+    arguments = (
+        multi
+        if op is ops.multi_lora
+        else {"y": y, "x": multi["x"]} | {"lora_A": random(2, 8), "lora_B": random(6, 2), "scaling": 0.5}
+    )
     with torch.no_grad():
-        ops.multi_lora(**multi_arguments(y=y))
+        op(**arguments)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -6,6 +6,7 @@ The Triton backend runs the same checks under its interpreter (test_triton_inter
 import functools
 import os
 import re
+from contextlib import suppress
 
 import pytest
 import torch
@@ -27,9 +28,11 @@ from error_rule import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfastpeft import ops
-from pyfastpeft.ops import dispatch, native, reference, schemas
+from pyfastpeft.ops import dispatch, inference, native, reference, schemas
 
 BACKENDS = os.environ.get("PYFASTPEFT_TEST_BACKENDS", "reference cpu").split()  # test_triton_interpreter.py sets it
 SHAPES = [
@@ -165,7 +168,7 @@ def assert_dora(inputs, ours=dora):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(4, 9, 8, 2), (33, 255, 129, 16), (70, 300, 513, 5)])
+@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16)])
 def test_dora_linear(backend, dtype, adapter_dtype, shape):
     assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
 
@@ -185,7 +188,7 @@ def test_dora_forms_one_gradient_alone(backend, only):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 77, 5), (40, 300, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 77, 5), (20, 100, 33)])
 def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
     n, k, r = shape
     inputs = lora_inputs(1, k, n, r, dtype, adapter_dtype, bias=False)
@@ -269,7 +272,7 @@ def test_bottleneck(backend, dtype, adapter_dtype, activation, shape):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 9, 8, 1), (70, 300, 257, 33), (3, 40, None, 150)])
+@pytest.mark.parametrize("shape", [(1, 9, 8, 1), (30, 150, 131, 33), (3, 40, None, 150)])
 def test_bottleneck_without_biases(backend, dtype, adapter_dtype, shape):
     assert_bottleneck(bottleneck_inputs(*shape, dtype, adapter_dtype, biases=False), activation="gelu")
 
@@ -959,6 +962,285 @@ def test_a_routing_made_by_hand_is_checked(backend):
         routing = ops.Routing(torch.tensor(order), torch.tensor([0, 4]))
         with pytest.raises(RuntimeError, match="order must be a permutation"):
             ops.multi_lora(**inputs, slots=routing, scaling=1.0)
+
+
+# --- inference in one native call ---
+
+
+def alike(run, tensors):
+    """run(**tensors) without gradients, in one native call and by the general path, which a forced gradient takes."""
+    with poisoned_memory():
+        general = run(**{name: t.clone().requires_grad_() for name, t in tensors.items()}).detach()
+        before = {name: t.clone() for name, t in tensors.items()}
+        with torch.no_grad():
+            native_call = run(**tensors)
+    assert all(torch.equal(t, before[name]) for name, t in tensors.items())
+    assert torch.equal(native_call, general)
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    """Whether every native inference call that was made did its work."""
+    done = []
+    for name in ("lora", "lora_", "multi_lora_"):
+
+        def call(op, *args):
+            result = op(*args)
+            done.append(result is not None and result is not False)
+            return result
+
+        monkeypatch.setattr(inference, name, functools.partial(call, getattr(inference, name)))
+    return done
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@dtypes
+@pytest.mark.parametrize("shape", [*SHAPES, ((2, 3), 20, 9, 4), ((0,), 5, 4, 2)])
+def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, native_calls):
+    inputs = {name: t.detach() for name, t in lora_inputs(*shape, dtype, adapter_dtype).items()}
+    tokens = inputs["x"].shape[:-1].numel()
+    alike(lora, inputs)
+    alike(lambda bias, **rest: lora(**rest), inputs)
+    y = random(*inputs["x"].shape[:-1], shape[2], dtype=dtype, grad=False)
+    lora_A, lora_B = inputs["lora_A"], inputs["lora_B"]
+    alike(
+        lambda x, **ab: ops.lora_delta_(y.clone(), x, **ab, scaling=0.7),
+        {"x": inputs["x"], "lora_A": lora_A, "lora_B": lora_B},
+    )
+    stacked = {"x": inputs["x"], "lora_A": torch.stack([lora_A, -lora_A]), "lora_B": torch.stack([lora_B, 2 * lora_B])}
+    slots, scalings = torch.randint(-1, 2, (tokens,)), torch.randn(2, dtype=reference.accumulation(dtype))
+    for ranks in (None, torch.tensor([shape[3] // 2, shape[3]])):
+        for routing in (slots, ops.route(slots, 2)):
+            for scaling in (scalings, 0.3):
+                alike(lambda **t: ops.multi_lora(y.clone(), **t, slots=routing, scaling=scaling, ranks=ranks), stacked)  # noqa: B023
+    assert native_calls == [tokens > 0] * (3 + 2 * 2 * 2)
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (30, 70, 600, 9, 5))),
+    dtypes=st.sampled_from(DTYPES + MIXED),
+    gap=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_inference_gives_the_same_bits_for_any_slots_and_strides_of_rows(backend, shape, dtypes, gap, seed):
+    torch.manual_seed(seed)
+    t, _, n, r, adapters = shape
+    inputs = {name: tensor.detach() for name, tensor in multi_inputs(*shape, *dtypes).items()}
+    y = torch.zeros(t, n + gap, dtype=dtypes[0])[:, :n].copy_(inputs.pop("y"))
+    slots, ranks = torch.randint(-1, adapters, (t,)), torch.randint(0, r + 1, (adapters,))
+    general = ops.multi_lora(
+        y.clone(), **inputs | {"x": inputs["x"].clone().requires_grad_()}, slots=slots, scaling=0.7, ranks=ranks
+    )
+    assert inference.multi_lora_(y, *inputs.values(), slots, None, None, 0.7, ranks)
+    assert torch.equal(y, general)
+
+
+def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **kwargs or {})
+
+    class Subclass(torch.Tensor):
+        pass
+
+    inputs = {name: t.detach() for name, t in lora_inputs(4, 8, 6, 2, torch.float32).items()}
+    zeros, slots = torch.zeros(4, 6), torch.tensor([0, -1, 0, 0])
+
+    def native_by(y=zeros, scaling=0.5, dropout_p=0.0, **changed):
+        """Whether all three ops (True) or none (False) are done by their native calls."""
+        x, weight, lora_A, lora_B, bias = (inputs | changed).values()
+        native_calls.clear()
+        with suppress(Exception):  # what the general path makes of it is for other tests
+            ops.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+        with suppress(Exception):
+            ops.lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p)
+        if dropout_p == 0:
+            with suppress(Exception):
+                ops.multi_lora(y, x, lora_A[None], lora_B[None], slots, scaling)
+        assert sum(native_calls) in (0, 3)
+        return any(native_calls)
+
+    x = inputs["x"]
+    assert native_by()
+    with Mode():
+        assert not native_by()
+    with torch.autocast("cpu"):
+        assert native_by()
+        assert native_calls == [False, True] * 3  # the op casts and calls itself without autocast
+    with ops.use_backend("reference"):
+        assert not native_by()
+    with ops.use_backend("cpu"):
+        assert native_by()
+    with torch.autograd.forward_ad.dual_level():
+        assert not native_by()
+    with FakeTensorMode() as mode:
+        assert not native_by(x=mode.from_tensor(x))
+    for strange in (mode.from_tensor(x), x.as_subclass(Subclass), x.to("meta"), x.to_sparse(), None, [1.0], 1.0):
+        assert not native_by(x=strange)
+    for changed in (
+        {"scaling": "high"},
+        {"scaling": 1j},
+        {"scaling": None},
+        {"dropout_p": 0.1},
+        {"lora_A": x[:2].int()},
+    ):
+        assert not native_by(**changed)
+    trained = x.clone().requires_grad_()
+    assert not native_by(x=trained)
+    with torch.no_grad():
+        assert native_by(x=trained)
+    seen = []
+    torch.vmap(lambda t: seen.append(native_by()) or t)(torch.zeros(2, 3))
+    torch.func.grad(lambda t: seen.append(native_by()) or t.sum())(torch.zeros(2, 3))
+    assert seen == [False, False]
+    with torch.inference_mode():
+        made = torch.zeros(4, 6)
+        assert native_by(y=made)
+    assert not inference.writable(made)
+    assert not inference.writable(None)
+
+
+def test_multi_lora_inference_that_is_out_of_the_ordinary_writes_nothing():
+    x, lora_A, lora_B = random(4, 8, grad=False), random(3, 2, 8, grad=False), random(3, 6, 2, grad=False)
+    shared = torch.randn(8, 16)
+    y, slots, ranks = torch.zeros(4, 6), torch.tensor([0, -1, 2, 1]), torch.tensor([2, 1, 0])
+    plain = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B, "slots": slots, "segments": None}
+    plain |= {"scalings": None, "scaling": 0.5, "ranks": ranks}
+    for changed in (
+        {"slots": torch.tensor([0, -2, 2, 1])},
+        {"slots": torch.tensor([0, 3, 2, 1])},
+        {"slots": slots.int()},
+        {"slots": slots[:3]},
+        {"slots": slots[:, None]},
+        {"slots": slots.repeat_interleave(2)[::2]},
+        {"slots": slots, "segments": torch.tensor([0, 1, 2, 4])},  # -1 is no token
+        {"slots": torch.tensor([0, 1, 1, 3]), "segments": torch.tensor([0, 1, 2, 4])},
+        {"slots": torch.arange(4), "segments": torch.tensor([0, 3, 2, 4])},
+        {"slots": torch.arange(4), "segments": torch.tensor([0, 1, 2, 5])},
+        {"slots": torch.arange(4), "segments": torch.tensor([-1, 1, 2, 4])},
+        {"slots": torch.arange(4), "segments": torch.tensor([0, 1, 4])},
+        {"slots": None},
+        {"ranks": torch.tensor([2, 1, 3])},
+        {"ranks": torch.tensor([2, -1, 0])},
+        {"ranks": ranks.int()},
+        {"ranks": ranks[:2]},
+        {"scalings": torch.ones(3, dtype=torch.float64)},
+        {"scalings": torch.ones(2)},
+        {"y": torch.zeros(4, 5)},
+        {"y": torch.zeros(3, 6)},
+        {"y": torch.zeros(2, 2, 6)},
+        {"y": torch.zeros(24)},
+        {"y": torch.zeros(4, 6, dtype=torch.bfloat16)},
+        {"y": torch.zeros(6, 4).T},
+        {"y": torch.zeros(1, 6).expand(4, 6)},
+        {"y": torch.zeros(9).as_strided((4, 6), (1, 1))},
+        {"y": None},
+        {"y": shared[:4, :6], "x": shared[:4, 5:13]},
+        {"y": shared[:4, :6], "x": shared[2:6, 6:14]},
+        {"y": shared.view(-1)[:24].view(4, 6), "lora_A": shared.view(-1)[23:71].view(3, 2, 8)},
+        {"y": shared.view(-1)[35:59].view(4, 6), "lora_B": shared.view(-1)[:36].view(3, 6, 2)},
+        {"x": torch.randn(8, 4).T},
+        {"x": torch.randn(4, 7)},
+        {"x": torch.zeros(4, 8, dtype=torch.int64), "y": torch.zeros(4, 6, dtype=torch.int64)},
+        {"x": torch.tensor(1.0)},
+        {"x": torch.zeros(0, 8), "y": torch.zeros(0, 6), "slots": slots[:0]},
+        {"x": x.double(), "y": y.double()},
+        {"lora_A": lora_A.bfloat16()},
+        {"lora_A": lora_A.double(), "lora_B": lora_B.double()},
+        {"lora_A": lora_A[0]},
+        {"lora_A": lora_A[:2]},
+        {"lora_A": torch.randn(3, 8, 2).mT},
+        {"lora_A": lora_A.to("meta")},
+        {"lora_A": lora_A.int(), "lora_B": lora_B.int()},
+        {"lora_A": lora_A[:0], "lora_B": lora_B[:0]},
+        {"lora_A": lora_A[:, :0], "lora_B": lora_B[:, :, :0]},
+        {"lora_B": lora_B[:, :5]},
+        {"lora_B": lora_B[0]},
+        {"lora_B": lora_B[:, :, :1]},
+    ):
+        arguments = plain | changed
+        before = arguments["y"] if arguments["y"] is None else arguments["y"].clone()
+        assert inference.multi_lora_(**arguments) is False, changed
+        assert before is None or torch.equal(arguments["y"], before)
+    assert inference.multi_lora_(**plain)
+    beside = plain | {"y": shared.view(-1)[:24].view(4, 6), "lora_A": shared.view(-1)[24:72].view(3, 2, 8)}
+    assert inference.multi_lora_(**beside)
+
+
+def test_lora_inference_that_is_out_of_the_ordinary_is_left_to_python():
+    x, weight, bias, lora_A, lora_B = (random(*s, grad=False) for s in ((4, 8), (6, 8), (6,), (2, 8), (6, 2)))
+    plain = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "lora_A": lora_A,
+        "lora_B": lora_B,
+        "scaling": 0.5,
+    }
+    for changed in (
+        {"weight": weight[:5]},
+        {"weight": weight[:, :7]},
+        {"weight": weight[0]},
+        {"weight": weight[:0], "bias": bias[:0], "lora_B": lora_B[:0]},
+        {"weight": weight.bfloat16()},
+        {"weight": weight.to("meta")},
+        {"weight": None},
+        {"bias": bias[:5]},
+        {"bias": bias[None]},
+        {"bias": bias.half()},
+        {"bias": bias.repeat_interleave(2)[::2]},
+        {"lora_A": lora_A[:, :7]},
+        {"lora_A": lora_A[:0], "lora_B": lora_B[:, :0]},
+        {"lora_A": lora_A[None]},
+        {"lora_A": torch.tensor(1.0)},
+        {"lora_A": torch.randn(8, 2).T},
+        {"lora_B": lora_B[:5]},
+        {"lora_B": lora_B.half()},
+        {"lora_A": lora_A.double(), "lora_B": lora_B.double()},
+        {"x": x.double(), "weight": weight.double(), "bias": bias.double()},
+        {"x": x[:0]},
+        {"x": torch.randn(8, 4).T},
+    ):
+        assert inference.lora(**plain | changed) is None, changed
+        if not changed.keys() & {"weight", "bias"}:
+            y = torch.zeros(*(plain | changed)["x"].shape[:-1], 6)
+            in_place = {name: t for name, t in (plain | changed).items() if name not in ("weight", "bias")}
+            assert inference.lora_(y, **in_place) is False
+            assert not y.any()
+    assert inference.lora(**plain | {"weight": torch.randn(8, 6).T}) is not None
+    in_place = {"lora_A": lora_A, "lora_B": lora_B, "scaling": 0.5}
+    for y in (torch.zeros(3, 6), torch.zeros(4, 5), torch.zeros(2, 2, 6), torch.zeros(4, 6).half(), x[:, :6], None):
+        assert inference.lora_(y, x, **in_place) is False
+    assert inference.lora_(torch.zeros(4, 6), x, **in_place)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_inference_is_traced_as_what_it_consists_of():
+    inputs = {name: t.detach() for name, t in lora_inputs(4, 8, 6, 2, torch.float32).items()}
+    lora_A, lora_B = inputs["lora_A"], inputs["lora_B"]
+
+    def model(x):
+        y = lora(**inputs | {"x": x})
+        return ops.multi_lora(ops.lora_delta_(y, x, lora_A, lora_B, 0.3), x, lora_A[None], lora_B[None], slots, 0.5)
+
+    slots, x = torch.tensor([0, -1, 0, 0]), random(4, 8, grad=False)
+    traced = torch.jit.trace(model, inputs["x"], check_trace=False)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_inference_compiles_as_one_graph():
+    inputs = [random(*s) for s in ((7, 8), (6, 8), (6,), (2, 8), (6, 2), (2, 2, 8), (2, 6, 2))]
+    slots = torch.tensor([0, 1, -1, 1, 0, 0, 1])
+
+    def model(x, weight, bias, lora_A, lora_B, many_A, many_B):
+        y = ops.multi_lora(ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7), x, many_A, many_B, slots, 0.5)
+        return ops.lora_delta_(y, x, lora_A, lora_B, 0.3)
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(*inputs), model(*inputs))
 
 
 # --- dispatch ---

@@ -116,6 +116,22 @@ def test_autocast_with_a_bfloat16_base_and_several_adapters():
     differential(model, ran("lora", 2 * COUNT[llama]), autocast=torch.bfloat16)
 
 
+# --- DoRA ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", LAYERS)
+def test_dora(make, dtype):
+    model = adapted(make, lora_config(make, use_dora=True), dtype=dtype, autocast_adapter_dtype=False)
+    differential(model, ran("dora", COUNT[make]) | {"dora_norm": COUNT[make]})
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_dora_in_float32_on_a_bfloat16_base(make):
+    model = adapted(make, lora_config(make, use_dora=True, lora_dropout=0.3), dtype=torch.bfloat16)
+    differential(model, ran("dora", COUNT[make]) | {"dora_norm": COUNT[make]})
+
+
 # --- mixed batches ---
 
 

@@ -8,8 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from pyfastpeft.layers.prefix import PrefixEncoder
-from pyfastpeft.layers.prompt import PromptEmbedding
+from pyfastpeft.layers import PrefixEncoder, PromptEmbedding
 from pyfastpeft.methods import (
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -504,20 +503,35 @@ def test_implementation_can_change_afterwards():
     assert out.attentions[0].shape == (3, 4, TOKENS, VIRTUAL + TOKENS)
 
 
-def test_attention_functions_see_the_modules_own_config():
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_flash_attention(family):
+    """Its masks are [B, K], it is causal up to the last key, and it knows windows; it reads the module's own config."""
     seen = []
 
-    def attention(module, query, key, value, attention_mask, **options):
-        seen.append((module.config._attn_implementation, module.config.hidden_size, key.shape[2]))
-        return transformers.integrations.sdpa_attention.sdpa_attention_forward(
-            module, query, key, value, attention_mask, **options
-        )
+    def flash(module, query, key, value, attention_mask, sliding_window=None, **options):
+        seen.append(module.config._attn_implementation)
+        tokens, keys = query.shape[2], key.shape[2]
+        distance = torch.arange(keys - tokens, keys)[:, None] - torch.arange(keys)
+        mask = (distance >= 0) & (distance < (sliding_window or keys))
+        mask = mask if attention_mask is None else mask & attention_mask[:, None, None].bool()
+        mask = mask.expand(query.shape[0], 1, tokens, keys)
+        sdpa = transformers.integrations.sdpa_attention.sdpa_attention_forward
+        return sdpa(module, query, key, value, mask, scaling=options["scaling"])
 
-    transformers.AttentionInterface.register("flash_of_this_test", attention)
-    model = adapted(lambda: decoder("llama"), "prefix")
-    model.config._attn_implementation = "flash_of_this_test"
-    model(**batch())
-    assert seen == [("flash_of_this_test", 32, VIRTUAL + TOKENS)] * 2
+    transformers.AttentionInterface.register("flash_of_this_test", flash)
+    masks = transformers.masking_utils.flash_attention_mask
+    transformers.AttentionMaskInterface.register("flash_of_this_test", masks)
+    model = adapted(lambda: decoder(family), "prefix")
+    for inputs in (batch(), batch(padding=-4)):
+        expected = model(**inputs).logits
+        model.config._attn_implementation = "flash_of_this_test"
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(model(**inputs).logits[real], expected[real])
+        words = model.generate(**batch(), **GENERATION)
+        model.config._attn_implementation = "sdpa"
+        torch.manual_seed(3)
+    assert set(seen) == {"flash_of_this_test"}
+    assert words.shape == (3, TOKENS + 7)
 
 
 # --- what goes in and comes out --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import TARGETS, faults, kernels_of
 
-from pyfastpeft.kernels import bottleneck, ia3, lora, multi_lora
+from pyfastpeft.kernels import bottleneck, dora, ia3, lora, multi_lora
 from pyfastpeft.kernels.blocks import BLOCKS, RANK_BLOCKS, accumulation
 from pyfastpeft.ops.reference import ACTIVATIONS
 
@@ -60,6 +60,16 @@ def launch_bottleneck(tokens, rank, dtype, adapters, activation, k=512, n=512):
     bottleneck.bottleneck_backward(y, x, down, down_bias, up, 0.5, activation, s, k == n, x, down, down_bias, up)
 
 
+def launch_dora(tokens, rank, dtype, adapters, k=512, n=512):
+    wide, seed = accumulation(dtype), meta(1, dtype=torch.int64)
+    x, y, s = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype), meta(tokens, rank, dtype=wide)
+    weight, bias, scale = meta(n, k, dtype=dtype), meta(n, dtype=dtype), meta(n, dtype=wide)
+    factors = meta(rank, k, dtype=adapters), meta(n, rank, dtype=adapters)
+    dora.dora_norm(weight, *factors, 0.5, None, scale)
+    dora.dora_forward(x, weight, bias, *factors, scale, 0.5, 0.1, seed, y, s, y)
+    dora.dora_backward(y, x, weight, *factors, scale, 0.5, 0.1, seed, s, y, x, *factors, scale)
+
+
 def launch_ia3(tokens, dtype, k=512, n=512):
     x, y, weight, bias = (meta(*shape, dtype=dtype) for shape in ((tokens, k), (tokens, n), (n, k), (n,)))
     scale = meta(k, dtype=single if dtype == half else dtype)
@@ -85,15 +95,17 @@ def launch_all():
             for rank in (16, 64):
                 launch_lora(tokens, rank, dtype, adapters)
                 launch_multi_lora(tokens, rank, dtype, adapters)
-                # The two that ask for most registers, here and there; the rest is their parts.
-                for activation in ("gelu", "tanh"):
-                    launch_bottleneck(tokens, rank, dtype, adapters, activation)
+            # In the largest tiles of a kernel alone, since the others have registers to spare for these.
+            if tokens == 128:
+                launch_bottleneck(tokens, 64, dtype, adapters, "gelu")
+                launch_dora(tokens, 64, dtype, adapters)
             if dtype == adapters:
                 launch_ia3(tokens, dtype)
     # To Triton an argument of 1 is a constant; nothing is aligned here either.
     launch_lora(1, 1, half, half, k=1, n=1)
     launch_multi_lora(1, 1, half, half, k=1, n=1, num_adapters=1)
     launch_ia3(1, half, k=1, n=1)
+    launch_dora(1, 1, half, half, k=1, n=1)
     for activation in ACTIVATIONS:
         launch_bottleneck(1, 1, half, half, activation, k=1, n=1)
 

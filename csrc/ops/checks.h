@@ -4,6 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "ops/cpu/kernels.h"
@@ -24,7 +25,8 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
-inline Dtype dtype_of(const Tensor& t, const char* name) {
+// None where the kernels do not take it.
+inline std::optional<Dtype> float_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return Dtype::f64;
@@ -35,8 +37,14 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Half:
       return Dtype::f16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+      return std::nullopt;
   }
+}
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  auto dtype = float_dtype(t);
+  STD_TORCH_CHECK(dtype, name, " must be float64, float32, bfloat16 or float16");
+  return *dtype;
 }
 
 // t [rows, columns] with unit stride in its columns.
@@ -84,6 +92,55 @@ void check_adapters(Dtype dtype, Dtype other) {
 inline int64_t* integers(const Tensor& t, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, " must be int64");
   return reinterpret_cast<int64_t*>(contiguous(t, {size}, name));
+}
+
+// What follows asks without raising: for ops that take a call whole or leave it, untouched, to the checks in Python.
+
+// Whether t is a dense tensor on the CPU.
+inline bool on_cpu(const Tensor& t) {
+  return t.defined() && t.is_cpu() && t.layout() == torch::headeronly::Layout::Strided;
+}
+
+// Whether t, a dense tensor, is of this shape without gaps.
+inline bool shaped(const Tensor& t, std::initializer_list<int64_t> shape) {
+  auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()) && t.is_contiguous();
+}
+
+inline bool shaped(const Tensor& t, ScalarType dtype, int64_t size) {
+  return on_cpu(t) && t.scalar_type() == dtype && shaped(t, {size});
+}
+
+// t [..., F], a dense tensor of at least one element, as rows [M, F] that do not overlap; none where a copy is needed.
+inline Rows separate_rows(const Tensor& t) {
+  auto dtype = float_dtype(t);
+  if (!dtype || t.dim() < 1 || t.numel() == 0) return {};
+  int64_t features = t.size(-1);
+  bool gaps = !t.is_contiguous();
+  if (gaps && !(t.dim() == 2 && t.stride(1) == 1 && t.stride(0) >= features)) return {};
+  return {*dtype, static_cast<char*>(t.mutable_data_ptr()), gaps ? t.stride(0) : features};
+}
+
+// Whether sums of activations of dtype x are formed in C, and adapters of this one dtype go with them uncast.
+template <class C>
+bool summed_in(Dtype x, const Tensor& lora_A, const Tensor& lora_B) {
+  auto dtype = float_dtype(lora_A);
+  return dtype && dtype == float_dtype(lora_B) && (*dtype == Dtype::f64) == (sizeof(C) == 8) &&
+         (x == Dtype::f64) == (sizeof(C) == 8);
+}
+
+// Whether a [M, F], separate rows of t, ends before b begins or begins after b, a dense tensor, ends.
+inline bool apart(const Rows& a, int64_t rows, int64_t features, const Tensor& b) {
+  int64_t extent = 1;
+  for (int64_t i = 0; i < b.dim(); ++i) extent += (b.size(i) - 1) * b.stride(i);
+  auto* first = static_cast<const char*>(b.const_data_ptr());
+  return a.at(rows - 1, features) <= first || first + extent * b.element_size() <= a.data;
+}
+
+// Whether x [..., K] and y [..., N] have the same leading dimensions.
+inline bool same_lead(const Tensor& x, const Tensor& y) {
+  auto a = x.sizes(), b = y.sizes();
+  return std::equal(a.begin(), a.end() - 1, b.begin(), b.end() - 1);
 }
 
 }  // namespace pyfastpeft

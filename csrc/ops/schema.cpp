@@ -1,5 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
+#include "ops/checks.h"
+
 // Raw ops: they write into their mutable arguments and return nothing. pyfastpeft/ops/reference.py holds the formulas.
 STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
@@ -38,5 +40,40 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "multi_lora_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks,"
       " Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()");
+  // An inference call whole, checks included; false or none, with nothing written, where it is out of the ordinary.
+  m.def(
+      "lora_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor?");
+  m.def("lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> bool");
+  m.def(
+      "multi_lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
+      " Tensor? scalings, float scaling, Tensor? ranks) -> bool");
   m.def("cpu_capability() -> str");
 }
+
+namespace pyfastpeft {
+
+namespace {
+
+template <class Result, class... Arguments>
+Result refuse(Arguments...) {
+  return {};
+}
+
+using T = Tensor;
+using O = OptionalTensor;
+
+void refuse_all(torch::stable::detail::StableLibrary& m) {
+  m.impl("lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, double>)));
+  m.impl("lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, double>)));
+  m.impl("multi_lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
+}
+
+}  // namespace
+
+// Modes, transforms, traces and autocast have to see what an op consists of.
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, PythonTLSSnapshot, m) { refuse_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, FuncTorchDynamicLayerFrontMode, m) { refuse_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, Tracer, m) { refuse_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, AutocastCPU, m) { refuse_all(m); }
+
+}  // namespace pyfastpeft

@@ -1,8 +1,8 @@
 """Fused kernels in models that PEFT adapted: `accelerate` changes the class of their layers, `restore` changes it back.
 
 Only the forward pass is replaced, on the layers of one model. Parameters, configuration and every other method stay
-PEFT's. In a state that the kernels do not cover (disabled, merged, DoRA among the active adapters, hooks on an inner
-module, tensor subclasses, …) a layer runs PEFT's own forward pass; that is decided anew at each call.
+PEFT's. In a state that the kernels do not cover (disabled, merged, DoRA together with other adapters or with dropout,
+hooks on an inner module, tensor subclasses, …) a layer runs PEFT's own forward pass; that is decided anew at each call.
 """
 
 from collections.abc import Sequence
@@ -43,12 +43,13 @@ class _Base(NamedTuple):
 
 
 class _Adapter(NamedTuple):
-    """What `ops.lora_linear` takes of one adapter."""
+    """What `ops.lora_linear` takes of one adapter; `ops.dora_linear`, where there is a magnitude."""
 
     lora_A: Tensor  # [r, K]
     lora_B: Tensor  # [N, r]
     scaling: float
     dropout_p: float
+    magnitude: Tensor | None = None  # [N]
 
 
 class _Stack(NamedTuple):
@@ -72,9 +73,11 @@ class FusedLoraLinear(lora.Linear):
         if covered is None:
             return super().forward(x)
         base, (first, *others) = covered
-        y = ops.lora_linear(x, *base, *first)
+        if first.magnitude is not None:
+            return ops.dora_linear(x, *base, first.lora_A, first.lora_B, first.magnitude, first.scaling)
+        y = ops.lora_linear(x, *base, *first[:4])
         for adapter in others:
-            y = ops.lora_delta_(y, x, *adapter)
+            y = ops.lora_delta_(y, x, *adapter[:4])
         return y
 
     def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: Sequence[str], **kwargs) -> Tensor:
@@ -82,7 +85,7 @@ class FusedLoraLinear(lora.Linear):
         names = tuple(sorted({name for name in adapter_names if name != "__base__" and name in stored}))
         extra = args or any(value is not None for value in kwargs.values())
         covered = None if extra or not names else self._covered(x, names)
-        if covered is None or any(adapter.dropout_p for adapter in covered[1]):
+        if covered is None or any(a.dropout_p or a.magnitude is not None for a in covered[1]):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         lora_A, lora_B, scaling, ranks = _stacked(self, covered[1], adapter_names, accumulation(x.dtype))
         slots = _slots(tuple(adapter_names), names, x.shape[1:-1].numel(), x.device)
@@ -94,6 +97,8 @@ class FusedLoraLinear(lora.Linear):
         adapters = [_adapter(self, name) for name in names]
         if any(isinstance(part, str) for part in (base, *adapters)):
             return None
+        if any(adapter.magnitude is not None and (adapter.dropout_p or len(names) > 1) for adapter in adapters):
+            return None  # PEFT drops the base layer's input, too, and sums what several of them change
         casts = self.cast_input_dtype_enabled or all(adapter.lora_A.dtype == x.dtype for adapter in adapters)
         fits = casts and _fits(x, base.weight, *(adapter.lora_A for adapter in adapters))
         return (base, adapters) if fits else None
@@ -195,7 +200,8 @@ def _adapter(layer: lora.Linear, name: str) -> _Adapter | str:
     inner = layer._modules
     lora_A, lora_B, dropout = (inner[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     variant = layer.lora_variant.get(name)
-    if type(variant) not in _PLAIN_LORA:
+    dora = type(variant) is variants.DoraLinearVariant
+    if not dora and type(variant) not in _PLAIN_LORA:
         return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"adapter {name!r} is not made of ordinary nn.Linear layers"
@@ -207,11 +213,12 @@ def _adapter(layer: lora.Linear, name: str) -> _Adapter | str:
     if not (drops and dropout.p < 1) and type(dropout) is not nn.Identity:
         return f"adapter {name!r} has a dropout that is not nn.Dropout with p < 1"
     A, B, scaling = lora_A.weight, lora_B.weight, layer.scaling[name]
-    if not _plain(A) or not _plain(B) or A.dtype != B.dtype:
+    magnitude = layer.lora_magnitude_vector[name].weight if dora else None
+    if not all(_plain(t) and t.dtype == A.dtype for t in (A, B) + (magnitude,) * dora):
         return f"adapter {name!r} does not hold ordinary floating-point matrices of one dtype"
     if not isinstance(scaling, (int, float)):
         return f"adapter {name!r} has a tensor as scaling (prepared for hot-swapping)"
-    return _Adapter(A, B, scaling, dropout.p if drops and dropout.training else 0.0)
+    return _Adapter(A, B, scaling, dropout.p if drops and dropout.training else 0.0, magnitude)
 
 
 def _fits(x: Tensor, weight: Tensor, *adapters: Tensor) -> bool:

@@ -7,12 +7,15 @@ Other methods need no callback to train.
 """
 
 from functools import partial
+from pathlib import Path
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from ..methods.adapt import Adaptation
+from ..methods.adapt import adaptation
+from ..methods.checkpoint import save_adapter
 from ..methods.configs import AdaLoraConfig, DyLoraConfig
+from ..methods.files import tensors_as_bytes, write_files
 from ..methods.losses import regularize
 from ..methods.ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank
 from ..ops.checks import need
@@ -28,25 +31,23 @@ class AdapterCallback(TrainerCallback):
     Trainer takes. DyLoRA: each step's rank is drawn when it begins, from Trainer's seed, and serves all of its
     micro-batches; evaluation sees all ranks.
 
-    Checkpoints hold what trains, buffers and the allocators' state, not the frozen base model, and
-    `Trainer.train(resume_from_checkpoint=...)` goes on as if it had not been interrupted.
+    Checkpoints hold what trains, buffers and the allocators' state, not the frozen base model, as model.safetensors for
+    `Trainer.train(resume_from_checkpoint=...)`, which goes on as if it had not been interrupted; and of transformers
+    models the adapters in PEFT's format: "default" there, others in directories of their names.
 
     Args:
         model: the adapted model that Trainer is given.
-        adapter_only: whether checkpoints leave out parameters that do not train.
         orthogonality: whether AdaLoRA's term is added to the loss that the model returns. Set it False where the loss
             is formed elsewhere, as by compute_loss_func, and add `orthogonality_loss` there.
 
     Attributes: allocators, adapter's name -> `RankAllocator`. After training `finalize()` of one drops pruned ranks.
     """
 
-    def __init__(self, model: nn.Module, adapter_only: bool = True, orthogonality: bool = True):
+    def __init__(self, model: nn.Module, orthogonality: bool = True):
         """Raises ValueError unless the model is adapted."""
-        known = getattr(model, "pyfastpeft", None)
-        given = f"a {type(model).__name__} without adapters"
-        need(isinstance(known, Adaptation), "AdapterCallback", "model", given, "adapted: call pyfastpeft.adapt first")
+        known = adaptation(model)
         training = {name: known.configs[name] for name in known.active if not known.configs[name].inference_mode}
-        self.model, self.adapter_only, self.orthogonality = model, adapter_only, orthogonality
+        self.model, self.orthogonality, self.names = model, orthogonality, list(training)
         self.allocators = {n: RankAllocator(model, n) for n, c in training.items() if isinstance(c, AdaLoraConfig)}
         self.nested = [name for name, config in training.items() if isinstance(config, DyLoraConfig)]
         self.hooks = []
@@ -60,6 +61,8 @@ class AdapterCallback(TrainerCallback):
         need(own, "AdapterCallback", "model", "another than Trainer trains", "the one given to Trainer")
         self._release()
         self.hooks.append(self.model.register_state_dict_post_hook(partial(self._reduce)))
+        if isinstance(self.model, PreTrainedModel):
+            self.model.save_pretrained = self._save
         for name, allocator in self.allocators.items():
             if allocator.config.total_step is None:
                 allocator.config.total_step = state.max_steps
@@ -88,14 +91,23 @@ class AdapterCallback(TrainerCallback):
         return {name for name, parameter in every if not parameter.requires_grad}
 
     def _release(self):
+        self.model.__dict__.pop("save_pretrained", None)
         while self.hooks:
             self.hooks.pop().remove()
 
+    def _save(self, directory, is_main_process=True, state_dict=None, **options):
+        """What the model's save_pretrained is while it trains. That one renames tensors of some architectures as older
+        versions had them, and Trainer does not find them again."""
+        if is_main_process:
+            self.model.config.save_pretrained(directory)
+            for name in self.names:
+                save_adapter(self.model, directory if name == "default" else Path(directory, name), name)
+            write_files(directory, {"model.safetensors": tensors_as_bytes(state_dict or self.model.state_dict())})
+
     def _reduce(self, module, state_dict, prefix, metadata):
         """Of the model's state dict, leave what a checkpoint holds."""
-        if self.adapter_only:
-            for name in self._frozen():
-                state_dict.pop(prefix + name, None)
+        for name in self._frozen():
+            state_dict.pop(prefix + name, None)
         for name, allocator in self.allocators.items():
             for key, tensor in allocator.state_dict().items():
                 state_dict[f"{prefix}{_ALLOCATORS}{name}.{key}"] = tensor
@@ -111,5 +123,5 @@ class AdapterCallback(TrainerCallback):
     def _forgive(self, module, incompatible):
         """Where none of the frozen parameters is in a state dict, it was meant to hold none."""
         frozen = self._frozen()
-        if self.adapter_only and frozen <= set(incompatible.missing_keys):
+        if frozen <= set(incompatible.missing_keys):
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]

@@ -1,9 +1,11 @@
 """Drop-in modules on a frozen linear layer: LoRALinear, IA3Linear and, for many adapters at once, MultiLoRALinear; and
-Bottleneck, which stands after a layer or beside it."""
+Bottleneck, which stands after a layer or beside it. PrefixEncoder and PromptEmbedding hold virtual tokens."""
 
 from .bottleneck import Bottleneck
 from .ia3 import IA3Linear
 from .lora import LoRALinear
 from .multi_lora import MultiLoRALinear
+from .prefix import PrefixEncoder
+from .prompt import PromptEmbedding
 
-__all__ = ["Bottleneck", "IA3Linear", "LoRALinear", "MultiLoRALinear"]
+__all__ = ["Bottleneck", "IA3Linear", "LoRALinear", "MultiLoRALinear", "PrefixEncoder", "PromptEmbedding"]

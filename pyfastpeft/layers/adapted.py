@@ -57,7 +57,7 @@ class Adapted:
     active: tuple[str, ...]
 
     def __reduce_ex__(self, protocol):
-        # A class made by `adapted_class` has no place that pickle could find it in.
+        # A class made by `carrier_class` has no place that pickle could find it in.
         _, _, *state = super().__reduce_ex__(protocol)
         return _blank, (_plain_class(type(self)),), *state
 
@@ -174,12 +174,6 @@ class AdaptedModule(Adapted):
 
 
 @cache
-def module_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a module of this class, which is no matrix, is swapped to."""
-    return type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
-
-
-@cache
 def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class that a module of exactly this class is swapped to; None if it cannot carry a matrix adapter.
 
@@ -200,13 +194,19 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
+@cache
+def carrier_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module of exactly this class is swapped to, be it a matrix or any other module."""
+    return adapted_class(kind) or type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
+
+
 def _plain_class(kind: type[Adapted]) -> type[nn.Module]:
     return next(c for c in kind.__mro__ if not issubclass(c, Adapted))
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
-    adapted = adapted_class(kind)
-    return adapted.__new__(adapted)
+    carrier = carrier_class(kind)
+    return carrier.__new__(carrier)
 
 
 class Parts(nn.ModuleDict):
@@ -257,9 +257,10 @@ def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     kind = "replaced" if isinstance(part, Replacement) else "adapters"
     if kind not in _parts(module):
         checks.need(not hasattr(module, kind), "attach", "module", f"one with {kind!r} of its own", "without")
-        setattr(module, kind, Parts())
     if isinstance(part, Part) and not isinstance(module, Adapted):
-        _set_class(module, adapted_class(type(module)) or module_class(type(module)))
+        _set_class(module, carrier_class(type(module)))
+    if kind not in _parts(module):
+        setattr(module, kind, Parts())
     if "active" not in module.__dict__:
         module.active = ()
     getattr(module, kind)[name] = part.train(module.training)
@@ -280,12 +281,12 @@ def detach(module: nn.Module, name: str) -> None:
 
 def _set_class(module, kind):
     """Swap the class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
-    hooked = module.__dict__.get("_old_forward")
-    if hooked is not None and getattr(hooked, "__func__", None) is type(module).forward:
-        module._old_forward = kind.forward.__get__(module)
-    elif "forward" in module.__dict__:
-        given = f"a {type(module).__name__} whose forward is replaced by {module.__dict__['forward']!r}"
-        checks.need(False, "attach", "module", given, "one that runs its class's forward", TypeError)
+    held = {key: module.__dict__[key] for key in ("_old_forward", "forward") if key in module.__dict__}
+    bound = [key for key, value in held.items() if getattr(value, "__func__", None) is type(module).forward]
+    given = f"a {type(module).__name__} whose forward is replaced by {held.get('forward')!r}"
+    checks.need(bound or not held, "attach", "module", given, "one that runs its class's forward", TypeError)
+    for key in bound:
+        setattr(module, key, kind.forward.__get__(module))
     module.__class__ = kind
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import checks
+from ..ops.reference import ACTIVATIONS
 from .adapted import Part
 
 
@@ -45,6 +46,7 @@ class Bottleneck(nn.Module):
         sizes = {"in_features": in_features, "bottleneck_size": bottleneck_size, "out_features": out_features}
         for name, size in sizes.items():
             checks.need(isinstance(size, int) and size > 0, op, name, size, "an integer >= 1")
+        checks.need(activation in ACTIVATIONS, op, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         if scaling != "learned":
             checks.number(op, "scaling", scaling)
         like = {"device": device, "dtype": dtype}

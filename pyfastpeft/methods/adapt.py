@@ -226,12 +226,15 @@ def add_weighted_adapter(
     """Make the adapter `name`, inactive, whose change of every weight is the weighted sum of those of LoRA adapters.
 
     combination_type: "svd", the best approximation of rank `rank` (default: the largest of theirs), from factors alone
-    without forming a weight; "cat", exact, their ranks summed; "linear", A and B each summed with sqrt(weight * s), as
-    PEFT does it, for adapters of one rank. Raises ValueError or TypeError naming the argument that does not fit.
+    without forming a weight; "cat", exact, their ranks summed; "linear", for adapters of one rank, A and B each summed
+    with sqrt(|weight * s|), A with the sign as well, as PEFT does it. Raises ValueError or TypeError naming the
+    argument that does not fit.
     """
     from .combine import combine
 
     known, op = adaptation(model), "add_weighted_adapter"
+    need(not isinstance(names, str), op, "names", repr(names), "a list of names", TypeError)
+    need(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
         need_adapter(known, op, other)
     _need_new(known, op, name)
@@ -262,14 +265,15 @@ def _names(module) -> list[str]:
     return [name for kind in ("adapters", "replaced") for name in getattr(module, kind, ())]
 
 
-def need_adapter(known, op, name):
+def need_adapter(known: Adaptation, op: str, name: str) -> None:
+    """Raise ValueError, listing the adapters there are, unless `name` is one of them."""
     found = isinstance(name, str) and name in known.configs
-    need(found, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")
+    need(found, op, "name", repr(name), f"one of the model's adapters: {', '.join(known.configs)}")
 
 
 def _need_new(known, op, name):
-    need(isinstance(name, str) and name and "." not in name, op, "name", name, "a non-empty string without dots")
-    need(not hasattr(Parts(), name), op, "name", name, "a name that torch.nn.ModuleDict has no use for")
+    need(isinstance(name, str) and name and "." not in name, op, "name", repr(name), "a non-empty string without dots")
+    need(not hasattr(Parts(), name), op, "name", repr(name), "a name that torch.nn.ModuleDict has no use for")
     need(name not in known.configs, op, "name", f"{name!r}, which the model has", "new, or deleted first")
 
 

@@ -1,6 +1,7 @@
 """Bottleneck adapters in a model: after its sub-layers, or beside them."""
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..layers.adapted import Replacement, attach
 from ..layers.bottleneck import EntrancePart, ExitPart, ParallelPart, Passage, SerialPart
@@ -65,8 +66,14 @@ def _chains(model, config) -> list[tuple[str, str]]:
 
 
 def _modules(model) -> list[str]:
-    """The paths of all modules that are called."""
-    return [path for path, m in own_modules(model).items() if path and type(m).forward is not nn.Module.forward]
+    """The paths of all modules that are called: no lists, nor what nn.MultiheadAttention only reads a weight from."""
+    return [
+        path
+        for path, module in own_modules(model).items()
+        if path
+        and type(module).forward is not nn.Module.forward
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
 
 
 def _select(model, config, target) -> list[str]:
@@ -78,7 +85,8 @@ def _select(model, config, target) -> list[str]:
 
 def _widths(path, module, wide) -> tuple[int, int, dict]:
     """K of the first linear layer in a module, N of the last, and how its adapter's parameters are placed."""
-    layers = list(matrices(module).values())
+    known = matrices(module)
+    layers = [m for inner, m in own_modules(module).items() if inner in known or isinstance(m, nn.Linear)]
     if layers:
         return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1], wide)
     vector = getattr(module, "weight", None) is not None and module.weight.dim() == 1

@@ -169,7 +169,7 @@ def _slot(key: str, part: nn.Module, own: str, parameter: nn.Parameter, mask: li
     tensor = parameter.detach()
     if isinstance(part, IA3Part):
         tensor = tensor[None] if part.feedforward else tensor[:, None]
-    elif mask and len(mask) == part.r and not all(mask):  # ranks out of the budget that are still in the model
+    elif mask is not None and len(mask) == part.r != sum(mask):  # ranks out of the budget, but still in the model
         kept = torch.tensor(mask, device=tensor.device)
         tensor = tensor[:, kept] if own == "lora_B" else tensor[kept]
     return Slot(key, tuple(tensor.shape), lambda: tensor, lambda given: tensor.copy_(given))

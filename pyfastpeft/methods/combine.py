@@ -10,28 +10,26 @@ from ..layers.adapted import carriers
 from ..layers.parts import EmbeddingLoRAPart, LoRAPart
 from ..ops.checks import need
 from .configs import Config, LoraConfig
+from .inject import saved_names
 
 
 def combine(model: nn.Module, configs: dict[str, Config], names, weights, combination_type: str, rank: int | None):
     """(config, path -> part) of the adapter that `add_weighted_adapter` makes."""
     op = "add_weighted_adapter"
     need(len(names) > 0, op, "names", names, "of at least one adapter")
-    fits = len(weights) == len(names) and all(isinstance(w, (int, float)) for w in weights)
-    need(fits, op, "weights", weights, f"one number for each of {len(names)} adapters")
+    fits = len(weights) == len(names) and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights)
+    need(fits, op, "weights", weights, f"one finite number for each of {len(names)} adapters")
     kinds = ("svd", "cat", "linear")
-    need(combination_type in kinds, op, "combination_type", combination_type, f"one of {', '.join(kinds)}")
+    need(combination_type in kinds, op, "combination_type", repr(combination_type), f"one of {', '.join(kinds)}")
+    if rank is not None:
+        need(combination_type == "svd", op, "rank", rank, 'None, except with "svd"')
+        need(type(rank) is int and rank > 0, op, "rank", rank, "an integer >= 1")
     for name in names:
         config = configs[name]
         plain = type(config) is LoraConfig and not config.use_dora and config.bias == "none"
         given = f"holding {name!r}, of {config.peft_type}"
-        need(
-            plain and not config.modules_to_save,
-            op,
-            "names",
-            given,
-            "of LoRA adapters that are factors alone",
-            TypeError,
-        )
+        needed = "of LoRA adapters that are factors alone"
+        need(plain and not saved_names(config), op, "names", given, needed, TypeError)
     ranks = [configs[name].r for name in names]
     uniform = not any(configs[name].rank_pattern for name in names)
     if combination_type == "linear":
@@ -57,8 +55,8 @@ def _part(held: list[LoRAPart], weights: list[float], combination_type: str, r: 
     if combination_type == "linear":
         roots = [math.sqrt(abs(w * s)) for w, (_, _, s) in zip(weights, factors)]
         signs = [math.copysign(1.0, w * s) for w, (_, _, s) in zip(weights, factors)]
-        lora_A = sum(root * A for root, (A, _, _) in zip(roots, factors))
-        lora_B = sum(sign * root * B for sign, root, (_, B, _) in zip(signs, roots, factors))
+        lora_A = sum(sign * root * A for sign, root, (A, _, _) in zip(signs, roots, factors))
+        lora_B = sum(root * B for root, (_, B, _) in zip(roots, factors))
     else:
         lora_A = torch.cat([w * s * A for w, (A, _, s) in zip(weights, factors)])
         lora_B = torch.cat([B for _, B, _ in factors], dim=1)

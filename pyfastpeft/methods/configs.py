@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from ..ops.checks import need
+from ..ops.reference import ACTIVATIONS
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
 
 
 _NAMES = {"target_modules", "exclude_modules", "layers_pattern", "feedforward_modules", "target_parameters"}
@@ -53,7 +53,7 @@ class Config:
     def need(self, holds: bool, name: str, needed: str) -> None:
         """Raise ValueError, naming the field, unless `holds`."""
         value = getattr(self, name)
-        need(holds, type(self).__name__, name, repr(value) if isinstance(value, str) else value, needed)
+        need(holds, type(self).__name__, name, f"{value!r} ({type(value).__name__})", needed)
 
     def need_count(self, *names: str) -> None:
         """Raise ValueError unless the fields are integers >= 1."""
@@ -235,9 +235,10 @@ class BottleneckConfig(TargetedConfig):
     """Bottleneck adapters: serial, on the output of attention and feed-forward (Houlsby et al. 2019) or of feed-forward
     alone (Pfeiffer et al. 2021), or parallel to the feed-forward (He et al. 2022).
 
-    placement: "houlsby", "pfeiffer" or "parallel".
+    placement: "houlsby", "pfeiffer" or "parallel". A serial branch reads what the sub-layer's last linear layer gives,
+        before the sum with the residual stream and its norm; a parallel one reads the sub-layer's input.
     bottleneck_size: r, the width.
-    activation: one of `ACTIVATIONS`.
+    activation: "relu", "gelu" (with erf), "gelu_tanh", "silu", "tanh" or "identity".
     scaling: the factor s, a number, or "learned" (one scalar a layer, starting at 1).
     layer_norm: whether a LayerNorm of its own stands before the branch.
     train_layer_norm: whether the model's own normalisation layers (of the chosen layers) train, too.

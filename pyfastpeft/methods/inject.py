@@ -32,7 +32,10 @@ def inject(model: nn.Module, config: Config, name: str, autocast_adapter_dtype: 
     _save_modules(model, config, name)
     INJECT[type(config)](model, config, name, autocast_adapter_dtype)
     for layer in _transformer_layers(model):
-        if _calls_layers not in layer._forward_pre_hooks.values():
+        if isinstance(layer, nn.TransformerEncoder):
+            layer.nested_before = layer.__dict__.get("nested_before", layer.use_nested_tensor)
+            layer.use_nested_tensor = False
+        elif _calls_layers not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_calls_layers)
 
 
@@ -42,15 +45,19 @@ def eject(model: nn.Module) -> None:
     prompt.eject(model)
     adapted = _transformer_layers(model)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and module not in adapted:
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _calls_layers]:
-                del hooks[key]
+        if module in adapted:
+            continue
+        if "nested_before" in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop("nested_before")
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _calls_layers]:
+            del hooks[key]
 
 
-def _transformer_layers(model) -> list[nn.TransformerEncoderLayer]:
-    """Those in which a layer's forward is adapted."""
-    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+def _transformer_layers(model) -> list[nn.Module]:
+    """torch's own, and stacks of them, in which a layer's forward is adapted."""
+    kinds = nn.TransformerEncoder, nn.TransformerEncoderLayer
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     return [layer for layer in layers if any("adapters" in module._modules for _, module in carriers(layer))]
 
 
@@ -148,7 +155,14 @@ def _lora_part(path, module, config, like):
     alpha = _of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
-        need(not is_embedding(module), "AdaLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        need(
+            not is_embedding(module),
+            "AdaLoraConfig",
+            "target_modules",
+            f"meaning {path!r}",
+            "of linear layers",
+            TypeError,
+        )
         part = AdaLoRAPart(*sizes(module), config.init_r, config.lora_alpha, **options)
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
         if mask is not None:
@@ -157,7 +171,14 @@ def _lora_part(path, module, config, like):
             part.keep(torch.tensor(mask, device=part.lora_E.device))
         return part
     if isinstance(config, DyLoraConfig):
-        need(not is_embedding(module), "DyLoraConfig", "target_modules", f"meaning {path!r}", "of linear layers")
+        need(
+            not is_embedding(module),
+            "DyLoraConfig",
+            "target_modules",
+            f"meaning {path!r}",
+            "of linear layers",
+            TypeError,
+        )
         frozen_above = config.min_rank if config.frozen else None
         return DyLoRAPart(*sizes(module), r, alpha, **options, frozen_above=frozen_above)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)

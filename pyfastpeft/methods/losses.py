@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..layers import LoRALinear
+from ..layers.parts import LoRAPart
 from ..ops.checks import floating, need, values_on
 
 IGNORED = -100  # the label of a position that no loss counts
@@ -200,12 +202,13 @@ def low_rank_norm_squared(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) 
 
 
 def low_rank_penalty(model: nn.Module) -> Tensor:
-    """sum ||s B A||_F^2 over the modules that hold trainable lora_A and lora_B. Raises ValueError where none does."""
-    norms = [
-        low_rank_norm_squared(module.lora_A, module.lora_B, module.scaling)
-        for module in model.modules()
-        if isinstance(getattr(module, "lora_A", None), nn.Parameter) and module.lora_A.requires_grad
-    ]
+    """sum ||s B A||_F^2 over the layers with trainable low-rank adapters: for AdaLoRA of s B diag(E) A, for DyLoRA of
+    the ranks in use, for DoRA without the magnitude. Raises ValueError where there is none."""
+    norms = []
+    for module in model.modules():
+        if isinstance(module, (LoRALinear, LoRAPart)) and module.lora_A.requires_grad:
+            plain = module.lora_A, module.lora_B, module.scaling
+            norms.append(low_rank_norm_squared(*(module.factors() if isinstance(module, LoRAPart) else plain)))
     need(bool(norms), "low_rank_penalty", "model", "without trainable lora_A and lora_B", "one that trains some")
     return torch.stack(norms).sum()
 

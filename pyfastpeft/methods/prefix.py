@@ -6,7 +6,9 @@ goes on to the function that the model's own config names. The model's config, i
 it, so that cached and uncached generation, padding, beams and checkpointing are what they were.
 
 The rows take the first V positions, as PEFT's do, which puts them into the cache: the real tokens' positions and T5's
-distances are shifted by V where they are used, and a sliding window moves away from the rows as from any token.
+distances are shifted by V where they are used, and a sliding window moves away from the rows as from any token. It does
+so by position, so that padding on the left changes nothing. In an encoder-decoder the decoder gets the prefix, with
+PEFT's order of rows, which leaves those of every other layer unused where the number of layers is even.
 """
 
 import inspect
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers.prefix import PrefixEncoder
 from ..ops import checks
-from .virtual import active_parts, add_part, parts, settle
+from .virtual import active_parts, add_part, need_transformers, parts, settle
 
 ATTENTION = "pyfastpeft_prefix"
 POSITIONS = ("rotary_emb", "rotary_emb_local", "wpe", "embed_positions", "position_embeddings")
@@ -146,8 +148,8 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
         virtual = sum([keys.shape[1] for keys, _ in rows])
         attention_mask = prefixed_mask(module, query, key, attention_mask, virtual, implementation, kwargs)
         batch = key.shape[0]
-        key = torch.cat([*(keys.to(key.dtype).expand(batch, -1, -1, -1) for keys, _ in rows), key], 2)
-        value = torch.cat([*(values.to(value.dtype).expand(batch, -1, -1, -1) for _, values in rows), value], 2)
+        key = torch.cat([*(keys.to(key).expand(batch, -1, -1, -1) for keys, _ in rows), key], 2)
+        value = torch.cat([*(values.to(value).expand(batch, -1, -1, -1) for _, values in rows), value], 2)
     return attention(OwnConfig(module, view.config), query, key, value, attention_mask, **kwargs)
 
 
@@ -168,7 +170,10 @@ def prefixed_mask(module, query, key, mask, virtual, implementation, kwargs):
     mask = mask[..., :keys]
     if window is None:
         return F.pad(mask, (virtual, 0), value=mask.dtype == torch.bool)
-    positions = kwargs["position_ids"] + virtual  # [B or 1, T]
+    positions = kwargs.get("position_ids")
+    needed = "passed on to a sliding attention, which the virtual tokens leave"
+    checks.need(positions is not None, "prefix tuning", "position_ids", "not there", needed, NotImplementedError)
+    positions = positions + virtual  # [B or 1, T]
     seen = positions[:, None, :, None] - torch.arange(virtual, device=query.device) < window
     if mask.dtype != torch.bool:
         seen = torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
@@ -203,8 +208,8 @@ def _positions(model):
 
 def _attentions(model):
     """The self-attention modules that get a prefix, one for each layer: of an encoder-decoder, the decoder's."""
-    config = getattr(model, "config", None)
-    checks.need(config is not None, "prefix tuning", "model", type(model).__name__, "a transformers model", TypeError)
+    need_transformers(model, "prefix tuning")
+    config = model.config
     kind = f"{type(model).__name__} (model_type {config.model_type!r})"
     stack = model.get_decoder() if config.is_encoder_decoder else model
     found = []

@@ -4,6 +4,10 @@ Hooks on the model's call turn input_ids into inputs_embeds with the virtual tok
 them (masks, positions, labels), and cut the virtual tokens off what comes back. While a cache continues, the virtual
 tokens lie in it, and only the mask and the positions are extended. An encoder-decoder gets them in its encoder; its
 hidden states there keep the virtual tokens, which the decoder attends to.
+
+As in PEFT, the virtual tokens stand before any padding, a BERT's pooler sees the first virtual token, and the
+classifiers on top of decoders, which then cannot see where padding is on the right, want it on the left. Unlike there,
+positions that are given (which generate does) stay the real tokens' own, so that padding on the left changes nothing.
 """
 
 import inspect
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 
 from ..layers.prompt import PromptEmbedding
 from ..ops import checks
-from .virtual import active_parts, add_part, parts, settle
+from .virtual import active_parts, add_part, need_transformers, parts, settle
 
 
 def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -69,7 +73,8 @@ class Prompts:
         virtual = len(prompt)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if mask is not None:
-            checks.need(mask.dim() == 2, "prompt tuning", "attention_mask", mask, "of shape [B, T]")
+            plain = isinstance(mask, Tensor) and mask.dim() == 2
+            checks.need(plain, "prompt tuning", "attention_mask", mask, "a tensor of shape [B, T]")
             kwargs["attention_mask"] = F.pad(mask, (virtual, 0), value=1)
         grows = not getattr(cache, "is_compileable", False)
         checks.need(grows, "prompt tuning", "past_key_values", type(cache).__name__, "a cache that grows, or none")
@@ -83,7 +88,7 @@ class Prompts:
         if inputs is None:
             inputs = module.get_input_embeddings()(kwargs.pop("input_ids"))
         batch, self.tokens = inputs.shape[:2]
-        prompt = prompt.to(inputs.dtype).expand(batch, -1, -1)
+        prompt = prompt.to(inputs).expand(batch, -1, -1)
         kwargs["inputs_embeds"] = torch.cat([prompt, inputs], 1)
         if positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(*positions.shape[:-1], virtual)
@@ -111,7 +116,7 @@ class Prompts:
             elif name == "hidden_states":
                 output[name] = tuple([state[:, -tokens:] for state in value])
             elif name == "attentions":
-                output[name] = tuple([weights[..., -tokens:, :] for weights in value])
+                output[name] = tuple([weights if weights is None else weights[..., -tokens:, :] for weights in value])
         return output
 
     def extend(self, module, args, kwargs):
@@ -186,8 +191,7 @@ def _entrance(model):
 
 
 def _words(model):
-    embeds = hasattr(model, "get_input_embeddings") and hasattr(model, "config")
-    checks.need(embeds, "prompt tuning", "model", type(model).__name__, "a transformers model", TypeError)
+    need_transformers(model, "prompt tuning")
     words = model.get_input_embeddings()
     needed = "a model whose inputs are embedded words"
     checks.need(isinstance(words, nn.Embedding), "prompt tuning", "model", type(model).__name__, needed, TypeError)

@@ -1,9 +1,12 @@
 """Ranks during training: AdaLoRA's allocation under a budget, DyLoRA's nested ranks.
 
-allocator = RankAllocator(model)                                    draw_rank(model, step=step)
-loss = model(**batch).loss + orthogonality_loss(model)              loss = model(**batch).loss
-loss.backward(); optimizer.step()                                   loss.backward(); optimizer.step()
-allocator.step(step); optimizer.zero_grad()                         optimizer.zero_grad()
+A step of a plain loop, with allocator = RankAllocator(model):
+
+    loss = model(**batch).loss + orthogonality_loss(model)          draw_rank(model, step=step)
+    loss.backward()                                                 loss = model(**batch).loss
+    optimizer.step()                                                loss.backward()
+    allocator.step(step)                                            optimizer.step()
+    optimizer.zero_grad()                                           optimizer.zero_grad()
 """
 
 import random
@@ -17,17 +20,16 @@ from ..layers.adapted import carriers
 from ..layers.parts import AdaLoRAPart, DyLoRAPart
 from ..ops.checks import need
 from ..ops.reference import accumulation
-from .adapt import Adaptation, adapt, adapter_parameters, set_adapter
+from .adapt import adapt, adaptation, adapter_parameters, need_adapter, set_adapter
 from .configs import AdaLoraConfig, DyLoraConfig, LoraConfig
 
 
 def _config_of(model: nn.Module, name: str, kind: type, op: str):
-    known = getattr(model, "pyfastpeft", Adaptation())
-    config = known.configs.get(name)
-    given = (
-        f"{name!r}, of {'no adapter' if config is None else type(config).__name__}; the model has {list(known.configs)}"
-    )
-    need(type(config) is kind, op, "name", given, f"the name of an adapter of {kind.__name__}")
+    known = adaptation(model)
+    need_adapter(known, op, name)
+    config = known.configs[name]
+    given = f"{name!r}, an adapter of {type(config).__name__}"
+    need(type(config) is kind, op, "name", given, f"of one of {kind.__name__}")
     return config
 
 
@@ -50,7 +52,7 @@ def orthogonality_loss(model: nn.Module, name: str = "default") -> Tensor:
     for part in _parts_of(model, name, AdaLoRAPart).values():
         lora_A, lora_B = (each.to(accumulation(each.dtype)) for each in (part.lora_A, part.lora_B))
         grams += [lora_A @ lora_A.T, lora_B.T @ lora_B]
-    norms = [torch.linalg.matrix_norm(gram - torch.eye(*gram.shape, out=torch.empty_like(gram))) for gram in grams]
+    norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]
     return config.orth_reg_weight * torch.stack(norms).mean()
 
 
@@ -79,7 +81,7 @@ class RankAllocator:
         self._need_all_ranks("RankAllocator")
 
     def budget(self, step: int) -> int:
-        """How many ranks all layers have together after step `step`, counted from 0 (equation 12)."""
+        """How many ranks all layers have together after step `step`, counted from 0 (section 3.3)."""
         config = self.config
         need(config.total_step is not None, "RankAllocator", "total_step", None, "given in AdaLoraConfig")
         full, target = config.init_r * len(self.parts), config.target_r * len(self.parts)
@@ -225,9 +227,8 @@ class RankAllocator:
             part.lora_E.masked_fill_(~self.masks[path][:, None], 0)
 
     def _publish(self):
-        if self.masks:
-            kept = torch.stack(list(self.masks.values())).tolist()  # one transfer from the device
-            self.config.rank_pattern = {f"{path}.lora_E": ranks for path, ranks in zip(self.masks, kept)}
+        kept = torch.stack(list(self.masks.values())).tolist() if self.masks else []  # one transfer from the device
+        self.config.rank_pattern = {f"{path}.lora_E": ranks for path, ranks in zip(self.masks, kept)} or None
 
 
 # --- DyLoRA (Valipour et al. 2023) -----------------------------------------------------------------------------------

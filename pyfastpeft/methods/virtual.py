@@ -7,6 +7,12 @@ from ..layers.adapted import attach
 from ..ops.checks import need
 
 
+def need_transformers(model: nn.Module, op: str) -> None:
+    """Raise TypeError unless the model has a config like those of transformers."""
+    known = hasattr(getattr(model, "config", None), "model_type")
+    need(known, op, "model", f"a {type(model).__name__}", "a transformers model", TypeError)
+
+
 def add_part(model: nn.Module, name: str, part: nn.Module, wide: bool) -> None:
     """Put a part at the top of the model, on its device; in its dtype, or float32 where that is 16 bits and `wide`."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())

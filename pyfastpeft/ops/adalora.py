@@ -20,8 +20,8 @@ def adalora_linear(
     """y = x weight^T + bias + scaling * drop(x) (diag(lora_E) lora_A)^T lora_B^T  (Zhang et al. 2023, equation 3).
 
     Args:
-        x, weight, bias, lora_A, lora_B, scaling, dropout_p: as in `lora_linear`. What PEFT multiplies by is alpha over
-            the number of ranks that are left plus 1e-5.
+        x, weight, bias, lora_A, lora_B, scaling, dropout_p: as in `lora_linear`. PEFT's scaling is alpha over the
+            rank at the start plus 1e-5, however many ranks are left.
         lora_E: [r] or [r, 1], of lora_A's dtype: the singular values.
 
     Returns y [..., N] in x's dtype. Gradients reach x, lora_A, lora_E, lora_B and, where they require it, weight and

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
-from . import checks, dispatch, reference
+from . import checks, dispatch, inference, reference
 from .rows import (
     as_rows,
     autocast,
@@ -94,6 +95,13 @@ def lora_linear(
     Kept for the backward pass: x, s = drop(x) lora_A^T [M, r] and the seed. Under autocast x, weight and bias are
     cast first. Raises ValueError or TypeError naming the argument that does not fit.
     """
+    if (
+        type(scaling) is type(dropout_p) is float
+        and dropout_p == 0.0
+        and inference.possible(x, weight, bias, lora_A, lora_B)
+        and (y := inference.lora(x, weight, bias, lora_A, lora_B, scaling)) is not None
+    ):
+        return y
     op = "lora_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
@@ -118,6 +126,15 @@ def lora_delta_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     Returns y. Gradients reach y, x, lora_A and lora_B. Raises ValueError or TypeError naming the argument that does
     not fit.
     """
+    if (
+        type(scaling) is type(dropout_p) is float
+        and dropout_p == 0.0
+        and inference.possible(y, x, lora_A, lora_B)
+        and inference.writable(y)
+        and inference.lora_(y, x, lora_A, lora_B, scaling)
+    ):
+        increment_version(y)
+        return y
     op = "lora_delta_"
     checks.floating(op, "y", y)
     checks.floating(op, "x", x)

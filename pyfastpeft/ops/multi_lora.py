@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
-from . import checks, dispatch, host, reference
+from . import checks, dispatch, host, inference, reference
 from .rows import as_rows, autocast_off, autocasting, needs_gradient, without_autocast, writable_rows, written
 
 
@@ -133,6 +134,16 @@ def multi_lora(
     looked at only under PYFASTPEFT_CHECK=1, since that synchronises the device; without it a slot out of range
     counts as base only.
     """
+    order, segments = slots if type(slots) is Routing else (slots, None)
+    scalings, number = (None, scaling) if type(scaling) is float else (scaling, 0.0)
+    if (
+        scaling is not None
+        and inference.possible(y, x, lora_A, lora_B, order, segments, scalings, ranks)
+        and inference.writable(y)
+        and inference.multi_lora_(y, x, lora_A, lora_B, order, segments, scalings, number, ranks)
+    ):
+        increment_version(y)
+        return y
     op = "multi_lora"
     checks.floating(op, "y", y)
     checks.floating(op, "x", x)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 namespace pyfastpeft {
 
@@ -18,8 +19,28 @@ Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row_stride
 
 }  // namespace
 
+Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  AtenTensorHandle view;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+
+Tensor empty_rows(const Tensor& x, int64_t features) {
+  int32_t dtype;
+  AtenTensorHandle made;
+  auto lead = x.sizes();
+  std::vector<int64_t> sizes(lead.begin(), lead.end()), strides(lead.size(), 1);
+  sizes.back() = features;
+  for (size_t i = sizes.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out) {
-  Tensor second = transposed ? w : torch::stable::transpose(w, 0, 1);
+  Tensor second = transposed ? w : as_matrix(w, w.size(1), w.size(0), w.stride(1), w.stride(0));
   TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), in.get(), second.get(), 1, 1)
                               : aoti_torch_cpu_mm_out(out.get(), in.get(), second.get()));
 }

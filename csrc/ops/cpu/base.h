@@ -17,6 +17,12 @@ struct Buffer {
   Rows rows() const { return {sizeof(C) == 8 ? Dtype::f64 : Dtype::f32, reinterpret_cast<char*>(data.get()), columns}; }
 };
 
+// A view of t's memory from its first element on.
+Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride = 1);
+
+// A new tensor [..., F] of the dtype of x [..., K], on the CPU.
+Tensor empty_rows(const Tensor& x, int64_t features);
+
 // t [n] as C; null where there is none.
 template <class C>
 std::unique_ptr<C[]> widened(const OptionalTensor& t, int64_t n, const char* name) {

@@ -19,17 +19,25 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation must not be '", name, "'");
 }
 
-// f(s + shift) for every token, f(row) working in place.  s: [tokens, rank]
+// f(s + shift) for every token, f(row) working in place.  s, result: [tokens, rank]
 template <class C, class F>
-std::unique_ptr<C[]> middle(const C* s, const C* shift, int64_t tokens, int64_t rank, F f) {
-  std::unique_ptr<C[]> out(new C[tokens * rank]);
+Tensor middle(const Tensor& s, const C* shift, F f) {
+  int64_t tokens = s.size(0), rank = s.size(1), shape[] = {tokens, rank};
+  Tensor result = torch::stable::new_empty(s, {shape, 2});
+  const C* in = sums<C>(s, {tokens, rank}, "s");
+  C* out = sums<C>(result, {tokens, rank}, "s");
   torch::stable::parallel_for(0, tokens, 1 + 4096 / rank, [&](int64_t begin, int64_t end) {
-    C* rows = out.get() + begin * rank;
-    std::copy_n(s + begin * rank, (end - begin) * rank, rows);
-    for (int64_t t = begin; shift && t < end; ++t) kernels<C>().add(out.get() + t * rank, shift, rank);
-    f(rows, (end - begin) * rank);
+    std::copy_n(in + begin * rank, (end - begin) * rank, out + begin * rank);
+    for (int64_t t = begin; shift && t < end; ++t) kernels<C>().add(out + t * rank, shift, rank);
+    f(out + begin * rank, begin * rank, (end - begin) * rank);
   });
-  return out;
+  return result;
+}
+
+// Whether these are of the dtype of their sums: torch's own products then serve, at the ranks of bottlenecks faster.
+template <class C>
+bool plain(const Rows& tokens, const Rows& factor) {
+  return item_size(tokens.dtype) == sizeof(C) && tokens.dtype == factor.dtype;
 }
 
 template <class C>
@@ -38,13 +46,18 @@ void forward(const Tensor& x, const Tensor& residual, const Tensor& down, const 
              Tensor& s) {
   int64_t m = x.size(0), rank = down.size(0), n = up.size(0);
   auto branch = single<C>(down, up, scaling, m, 0, std::nullopt);
+  Rows in = rows_of(x, m, branch.features_in, "x");
   C* shrunk = sums<C>(s, {m, rank}, "s");
   auto shift = widened<C>(up_bias, n, "up_bias"), inner = widened<C>(down_bias, rank, "down_bias");
-  shrink<C>(branch, rows_of(x, m, branch.features_in, "x"), shrunk, rank);
-  auto hidden = middle<C>(shrunk, inner.get(), m, rank,
-                          [&](C* rows, int64_t count) { kernels<C>().activate(activation, rows, count); });
+  if (plain<C>(in, branch.adapters[0].a)) {
+    matmul(x, down, false, std::nullopt, s);
+  } else {
+    shrink<C>(branch, in, shrunk, rank);
+  }
+  Tensor hidden = middle<C>(
+      s, inner.get(), [&](C* rows, int64_t, int64_t count) { kernels<C>().activate(activation, rows, count); });
   Target<C> target{rows_of(y, m, n, "y"), rows_of(residual, m, n, "residual"), nullptr, shift.get()};
-  expand<C>(branch, hidden.get(), rank, target, 0, n);
+  expand<C>(branch, sums<C>(hidden, {m, rank}, "s"), rank, target, 0, n);
 }
 
 template <class C>
@@ -57,19 +70,39 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& down, con
   branch.adapters[0].db = rows_of(dup, n, rank, "dup");
   STD_TORCH_CHECK(!ddown || x, "ddown needs x");
   STD_TORCH_CHECK(!serial || k == n, "a serial bottleneck must be as wide as its input");
-  const C* shrunk = sums<C>(s, {m, rank}, "s");
+  Rows gradient = rows_of(dy, m, n, "dy"), in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
   auto inner = widened<C>(down_bias, rank, "down_bias");
   const auto& kernel = kernels<C>();
-  std::unique_ptr<C[]> hidden, slope, sum(new C[rank]);
-  if (dup)
-    hidden = middle<C>(shrunk, inner.get(), m, rank,
-                       [&](C* rows, int64_t count) { kernel.activate(activation, rows, count); });
-  if (dx || ddown || ddown_bias)
-    slope = middle<C>(shrunk, inner.get(), m, rank,
-                      [&](C* rows, int64_t count) { kernel.slope(activation, rows, count); });
-  Rows gradient = rows_of(dy, m, n, "dy");
-  backward<C>(branch, gradient, rows_of(x, m, k, "x"), hidden.get(), rank, serial ? gradient : Rows{},
-              rows_of(dx, m, k, "dx"), {slope.get(), ddown_bias ? sum.get() : nullptr});
+  auto hidden = [&] {
+    return middle<C>(s, inner.get(), [&](C* rows, int64_t, int64_t count) { kernel.activate(activation, rows, count); });
+  };
+  std::unique_ptr<C[]> sum(new C[rank]());
+  if (plain<C>(gradient, branch.adapters[0].a)) {
+    auto transpose = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };
+    if (dup) {
+      matmul(transpose(dy), hidden(), true, std::nullopt, *dup);
+      C* elements = reinterpret_cast<C*>(contiguous(*dup, {n, rank}, "dup"));
+      for (int64_t i = 0; i < n * rank; ++i) elements[i] *= C(scaling);
+    }
+    if (!dx && !ddown && !ddown_bias) return;
+    int64_t shape[] = {m, rank};
+    Tensor dhidden = torch::stable::new_empty(s, {shape, 2});
+    matmul(dy, up, true, std::nullopt, dhidden);
+    const C* factors = sums<C>(dhidden, {m, rank}, "ds");
+    Tensor ds = middle<C>(s, inner.get(), [&](C* rows, int64_t first, int64_t count) {
+      kernel.slope(activation, rows, count);
+      for (int64_t i = 0; i < count; ++i) rows[i] *= C(scaling) * factors[first + i];
+    });
+    if (ddown) matmul(transpose(ds), *x, true, std::nullopt, *ddown);
+    if (dx) matmul(ds, down, true, serial ? OptionalTensor(dy) : std::nullopt, *dx);
+    for (int64_t t = 0; ddown_bias && t < m; ++t) kernel.add(sum.get(), sums<C>(ds, {m, rank}, "ds") + t * rank, rank);
+  } else {
+    Tensor slope = middle<C>(s, inner.get(),
+                             [&](C* rows, int64_t, int64_t count) { kernel.slope(activation, rows, count); });
+    Tensor factors = dup ? hidden() : s;
+    backward<C>(branch, gradient, in, sums<C>(factors, {m, rank}, "s"), rank, serial ? gradient : Rows{}, out,
+                {sums<C>(slope, {m, rank}, "s"), ddown_bias ? sum.get() : nullptr});
+  }
   if (ddown_bias)
     kernel.narrow(dtype_of(*ddown_bias, "ddown_bias"), sum.get(), contiguous(*ddown_bias, {rank}, "ddown_bias"), rank);
 }

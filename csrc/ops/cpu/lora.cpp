@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <memory>
 
 #include "ops/cpu/base.h"
 #include "ops/cpu/lowrank.h"
@@ -11,11 +12,10 @@ namespace {
 
 template <class C>
 void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-             const Tensor& lora_B, double scaling, double p, const OptionalTensor& seed, Tensor& y, Tensor& s) {
+             const Tensor& lora_B, double scaling, double p, const OptionalTensor& seed, Tensor& y, C* shrunk) {
   int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
   auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
   Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y");
-  C* shrunk = sums<C>(s, {m, rank}, "s");
   if (weight) check_weight(*weight, n, k, in.dtype);
   if constexpr (sizeof(C) == 4) {
     if (weight && !fast_matmul(in.dtype)) {
@@ -74,8 +74,12 @@ void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& w
 void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                   const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
                   Tensor& s) {
-  auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  run(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s);
+  int64_t m = x.size(0), rank = lora_A.size(0);
+  if (x.scalar_type() == ScalarType::Double) {
+    forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, sums<double>(s, {m, rank}, "s"));
+  } else {
+    forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, sums<float>(s, {m, rank}, "s"));
+  }
 }
 
 void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
@@ -85,11 +89,69 @@ void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTens
   run(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B);
 }
 
+// Whether an inference call is an ordinary one.  x: [..., K];  lora_A: [r, K];  lora_B: [N, r]
+template <class C>
+bool ordinary(const Tensor& x, const Rows& in, const Tensor& lora_A, const Tensor& lora_B, int64_t n) {
+  if (!in || lora_A.dim() != 2 || lora_A.numel() == 0 || !summed_in<C>(in.dtype, lora_A, lora_B)) return false;
+  int64_t rank = lora_A.size(0);
+  return shaped(lora_A, {rank, x.size(-1)}) && shaped(lora_B, {n, rank});
+}
+
+template <class C>
+OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                     const Tensor& lora_B, double scaling) {
+  Rows in = separate_rows(x);
+  if (weight.dim() != 2 || weight.numel() == 0 || float_dtype(weight) != in.dtype) return {};
+  int64_t n = weight.size(0), k = weight.size(1);
+  if (!ordinary<C>(x, in, lora_A, lora_B, n) || x.size(-1) != k) return {};
+  if (bias && !(on_cpu(*bias) && float_dtype(*bias) == in.dtype && shaped(*bias, {n}))) return {};
+  int64_t m = x.numel() / k, rank = lora_A.size(0);
+  Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);
+  std::unique_ptr<C[]> shrunk(new C[m * rank]);
+  forward(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scaling, 0, {}, out, shrunk.get());
+  return y;
+}
+
+template <class C>
+bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+  Rows in = separate_rows(x), out = separate_rows(y);
+  if (!out || out.dtype != in.dtype) return false;
+  int64_t n = y.size(-1), m = y.numel() / n;
+  if (!ordinary<C>(x, in, lora_A, lora_B, n) || !same_lead(x, y)) return false;
+  for (const Tensor* other : {&x, &lora_A, &lora_B})
+    if (!apart(out, m, n, *other)) return false;
+  auto branch = single<C>(lora_A, lora_B, scaling, m, 0, {});
+  int64_t rank = lora_A.size(0);
+  std::unique_ptr<C[]> shrunk(new C[m * rank]);
+  shrink<C>(branch, in, shrunk.get(), rank);
+  expand<C>(branch, shrunk.get(), rank, out, 0, n);
+  return true;
+}
+
+OptionalTensor lora_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                          const Tensor& lora_B, double scaling) {
+  if (!on_cpu(x) || !on_cpu(weight) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
+  auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
+  return run(x, weight, bias, lora_A, lora_B, scaling);
+}
+
+bool lora_inference_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                         double scaling) {
+  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
+  auto run = x.scalar_type() == ScalarType::Double ? infer_in_place<double> : infer_in_place<float>;
+  return run(y, x, lora_A, lora_B, scaling);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("lora_forward", TORCH_BOX(&lora_forward));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("lora_inference", TORCH_BOX(&lora_inference));
+  m.impl("lora_inference_", TORCH_BOX(&lora_inference_in_place));
 }
 
 }  // namespace pyfastpeft

@@ -1,6 +1,8 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "group_tokens.h"
 #include "ops/cpu/lowrank.h"
@@ -9,38 +11,60 @@ namespace pyfastpeft {
 
 namespace {
 
-// The adapters that have tokens and a rank.
+// What is wrong with a routing or with ranks, if anything is: null where all is well.
+const char* fault(const int64_t* order, int64_t tokens, const int64_t* segments, int64_t count, const int64_t* ranks,
+                  int64_t rank) {
+  if (segments[0] < 0 || segments[count] > tokens) return "segments must lie in order";
+  std::vector<bool> seen(tokens, false);  // a token in two places would be written by two threads
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (order[i] < 0 || order[i] >= tokens || seen[order[i]]) return "order must be a permutation";
+    seen[order[i]] = true;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (segments[i] > segments[i + 1]) return "segments must ascend";
+    if (ranks && (ranks[i] < 0 || ranks[i] > rank)) return "ranks must lie in [0, r]";
+  }
+  return nullptr;
+}
+
+// The adapters that have tokens and a rank. lora_A: [L, r, K];  lora_B: [L, N, r], both without gaps
+// scaling: [L], or for step 0 one number;  ranks: [L] or null;  order: [T];  segments: [L + 1]
+template <class C>
+Branch<C> grouped(const Tensor& lora_A, const Tensor& lora_B, const C* scaling, int64_t step, const int64_t* ranks,
+                  const int64_t* order, const int64_t* segments) {
+  int64_t count = lora_A.size(0), rank = lora_A.size(1), k = lora_A.size(2), n = lora_B.size(1);
+  Dtype dtype = dtype_of(lora_A, "lora_A");
+  int64_t a_bytes = rank * k * item_size(dtype), b_bytes = n * rank * item_size(dtype);
+  auto* a = static_cast<char*>(lora_A.mutable_data_ptr());
+  auto* b = static_cast<char*>(lora_B.mutable_data_ptr());
+  Branch<C> branch{{}, k, n};
+  branch.adapters.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t size = segments[i + 1] - segments[i], true_rank = ranks ? ranks[i] : rank;
+    if (size == 0 || true_rank == 0) continue;
+    branch.adapters.push_back({{dtype, a + i * a_bytes, k},
+                               {dtype, b + i * b_bytes, rank},
+                               true_rank,
+                               scaling[i * step],
+                               {order + segments[i], size}});
+  }
+  return branch;
+}
+
 template <class C>
 Branch<C> grouped(const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks,
                   const Tensor& order, const Tensor& segments, int64_t tokens) {
   int64_t count = lora_A.size(0), rank = lora_A.size(1), k = lora_A.size(2), n = lora_B.size(1);
-  Dtype dtype = dtype_of(lora_A, "lora_A");
-  check_adapters<C>(dtype, dtype_of(lora_B, "lora_B"));
-  char* a = contiguous(lora_A, {count, rank, k}, "lora_A");
-  char* b = contiguous(lora_B, {count, n, rank}, "lora_B");
+  check_adapters<C>(dtype_of(lora_A, "lora_A"), dtype_of(lora_B, "lora_B"));
+  contiguous(lora_A, {count, rank, k}, "lora_A");
+  contiguous(lora_B, {count, n, rank}, "lora_B");
   const C* scales = sums<C>(scaling, {count}, "scaling");
   const int64_t* true_ranks = ranks ? integers(*ranks, count, "ranks") : nullptr;
   const int64_t* position = integers(order, tokens, "order");
   const int64_t* bounds = integers(segments, count + 1, "segments");
-  STD_TORCH_CHECK(bounds[0] >= 0 && bounds[count] <= tokens, "segments must lie in order");
-  std::vector<bool> seen(tokens, false);  // a token in two places would be written by two threads
-  for (int64_t i = 0; i < tokens; ++i) {
-    STD_TORCH_CHECK(0 <= position[i] && position[i] < tokens && !seen[position[i]], "order must be a permutation");
-    seen[position[i]] = true;
-  }
-
-  Branch<C> branch{{}, k, n};
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t size = bounds[i + 1] - bounds[i], true_rank = true_ranks ? true_ranks[i] : rank;
-    STD_TORCH_CHECK(size >= 0 && 0 <= true_rank && true_rank <= rank, "segments must ascend, ranks lie in [0, r]");
-    if (size == 0 || true_rank == 0) continue;
-    branch.adapters.push_back({{dtype, a + i * rank * k * item_size(dtype), k},
-                               {dtype, b + i * n * rank * item_size(dtype), rank},
-                               true_rank,
-                               scales[i],
-                               {position + bounds[i], size}});
-  }
-  return branch;
+  const char* why = fault(position, tokens, bounds, count, true_ranks, rank);
+  STD_TORCH_CHECK(!why, why);
+  return grouped<C>(lora_A, lora_B, scales, 1, true_ranks, position, bounds);
 }
 
 template <class C>
@@ -103,6 +127,52 @@ void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor
   run(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B);
 }
 
+template <class C>
+bool infer(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
+           const OptionalTensor& segments, const OptionalTensor& scalings, double scaling,
+           const OptionalTensor& ranks) {
+  Rows in = separate_rows(x), out = separate_rows(y);
+  if (!in || !out || in.dtype != out.dtype || !same_lead(x, y)) return false;
+  if (lora_A.dim() != 3 || lora_A.numel() == 0 || !summed_in<C>(in.dtype, lora_A, lora_B)) return false;
+  int64_t count = lora_A.size(0), rank = lora_A.size(1), k = x.size(-1), n = y.size(-1), tokens = x.numel() / k;
+  if (!shaped(lora_A, {count, rank, k}) || !shaped(lora_B, {count, n, rank})) return false;
+  for (const Tensor* other : {&x, &lora_A, &lora_B})
+    if (!apart(out, tokens, n, *other)) return false;
+  if (!shaped(slots, ScalarType::Long, tokens) || (segments && !shaped(*segments, ScalarType::Long, count + 1)) ||
+      (ranks && !shaped(*ranks, ScalarType::Long, count)) ||
+      (scalings && !shaped(*scalings, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float, count)))
+    return false;
+
+  const int64_t* order = slots.const_data_ptr<int64_t>();
+  const int64_t* bounds = segments ? segments->const_data_ptr<int64_t>() : nullptr;
+  std::unique_ptr<int64_t[]> routing;
+  if (!segments) {
+    if (std::any_of(order, order + tokens, [count](int64_t slot) { return slot < -1 || slot >= count; })) return false;
+    routing.reset(new int64_t[tokens + count + 1]);
+    group_tokens(order, tokens, count, routing.get(), routing.get() + tokens);
+    order = routing.get();
+    bounds = order + tokens;
+  }
+  const int64_t* true_ranks = ranks ? ranks->const_data_ptr<int64_t>() : nullptr;
+  if (fault(order, tokens, bounds, count, true_ranks, rank)) return false;
+
+  C scale = C(scaling);
+  const C* scales = scalings ? static_cast<const C*>(scalings->const_data_ptr()) : &scale;
+  auto branch = grouped<C>(lora_A, lora_B, scales, scalings ? 1 : 0, true_ranks, order, bounds);
+  std::unique_ptr<C[]> shrunk(new C[tokens * rank]);
+  shrink<C>(branch, in, shrunk.get(), rank);
+  expand<C>(branch, shrunk.get(), rank, out, 0, n);
+  return true;
+}
+
+bool multi_lora_inference(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                      const Tensor& slots, const OptionalTensor& segments, const OptionalTensor& scalings,
+                      double scaling, const OptionalTensor& ranks) {
+  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
+  auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
+  return run(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks);
+}
+
 void group_tokens_cpu(const Tensor& slots, Tensor& order, Tensor& segments) {
   int64_t tokens = slots.numel(), bounds = segments.numel();
   STD_TORCH_CHECK(bounds >= 1, "segments must be of shape [L + 1]");
@@ -121,6 +191,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("multi_lora_inference_", TORCH_BOX(&multi_lora_inference));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability_string));
 }
 

@@ -1,0 +1,310 @@
+"""What learns a task: a causal language model through prompts, or an encoder with a head."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pyfastpeft.methods.losses import IGNORED, choice_scores, rank_classification
+
+from .tasks import Misuse, Row, Task
+from .vocabulary import llama2c_tokenizer, word_tokenizer
+
+SPARE = 32  # positions left free for virtual tokens
+
+
+@dataclass
+class Problem:
+    """A task with its rows."""
+
+    task: Task
+    training: list[Row]
+    validation: list[Row]
+
+
+@dataclass
+class Example:
+    """One row of a batch for a causal language model: the loss counts the completion alone."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+class Generative:
+    """A causal language model on prompts and completions; several tasks may be mixed."""
+
+    head: tuple[str, ...] = ()
+    family = "generative"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, new_tokens: int):
+        if tokenizer.eos_token_id is None:
+            raise Misuse("the model's tokenizer has no token that ends a text; one is needed to end completions with")
+        longest = getattr(model.config, "max_position_embeddings", None) or length + SPARE
+        self.model, self.tokenizer = model, tokenizer
+        self.length, self.new_tokens = min(length, longest - SPARE), new_tokens
+        self.end = tokenizer.eos_token_id
+        self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    # --- tokens ---
+
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def example(self, task: Task, row: Row, completion: str, template: int = 0, shots: Sequence[Row] = ()) -> Example:
+        """A row's prompt, behind as many solved ones as fit, and a completion with its end."""
+        answer = [*self.tokens(completion), self.end]
+        prompt = self.tokens(task.prompt(row, template))
+        room = self.length - len(self.begin) - max(len(answer), self.new_tokens if not task.choices else 0)
+        for shot in shots:
+            solved = self.tokens(task.prompt(shot)) + self.tokens(task.completion(shot)) + self.tokens("\n")
+            prompt = solved + prompt if len(solved) + len(prompt) <= room else prompt
+        return Example(self.begin + prompt[-room:], answer)
+
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels [B, T], padded on the right; -100 where nothing is predicted."""
+        longest = max(len(each.prompt) + len(each.completion) for each in examples)
+        ids = torch.full((len(examples), longest), self.pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for i, each in enumerate(examples):
+            start, size = len(each.prompt), len(each.prompt) + len(each.completion)
+            ids[i, :size] = torch.tensor(each.prompt + each.completion)
+            mask[i, :size] = 1
+            labels[i, start:size] = torch.tensor(each.completion)
+        device = next(self.model.parameters()).device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+    def training_batch(self, rows: Sequence[tuple[Task, Row, int]], choices: int = 0) -> dict[str, Tensor]:
+        """A batch of (task, row, template). With `choices` every row becomes that many: one for each answer to choose
+        from, the right one first, and fillers without labels, as TFewLoss wants them."""
+        if not choices:
+            return self.batch([self.example(task, row, task.completion(row), each) for task, row, each in rows])
+        examples, filler = [], []
+        for task, row, template in rows:
+            right = task.answer(row)
+            order = [right, *(i for i in range(len(task.choices)) if i != right)]
+            filler += [i >= len(order) for i in range(choices)]
+            order += [right] * (choices - len(order))
+            examples += [self.example(task, row, task.choices[i], template) for i in order]
+        batch = self.batch(examples)
+        batch["labels"][torch.tensor(filler)] = IGNORED
+        return batch
+
+    # --- evaluation ---
+
+    @torch.no_grad()
+    def loss(self, task: Task, rows: Sequence[Row], shots: Sequence[Row] = (), size: int = 32) -> float:
+        """Mean cross-entropy per token of the completions, in nats; every reference counts."""
+        examples = [
+            self.example(task, row, completion, shots=shots)
+            for row in rows
+            for completion in row.get("references", [task.completion(row)])
+        ]
+        total = count = 0
+        for batch in map(self.batch, _by_length(examples, size)):
+            tokens = (batch["labels"] != IGNORED).sum().item()
+            total, count = total + self.model(**batch).loss.item() * tokens, count + tokens
+        return total / count
+
+    @torch.no_grad()
+    def predict(self, task: Task, rows: Sequence[Row], shots: Sequence[Row] = (), size: int = 32) -> list:
+        """A class, a score or a text for every row.
+
+        Classes by rank classification; scores as the mean of the choices under their length-normalised likelihoods;
+        texts greedily.
+        """
+        if not task.choices:
+            return self._generate(task, rows, shots, size)
+        found = []
+        for i in range(0, len(rows), size):
+            examples = [
+                self.example(task, row, each, shots=shots) for row in rows[i : i + size] for each in task.choices
+            ]
+            batch = self.batch(examples)
+            labels = batch.pop("labels").unflatten(0, (-1, len(task.choices)))
+            logits = self.model(**batch).logits[:, -labels.shape[-1] :].unflatten(0, labels.shape[:2])
+            if task.is_score:
+                weights = choice_scores(logits, labels, causal=True).double().softmax(-1)
+                found += (weights @ torch.tensor([float(each) for each in task.choices]).to(weights)).tolist()
+            else:
+                found += rank_classification(logits, labels, causal=True).tolist()
+        return found
+
+    def _generate(self, task, rows, shots, size):
+        prompts = [self.example(task, row, "", shots=shots).prompt for row in rows]
+        device, texts = next(self.model.parameters()).device, {}
+        order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(rows), size):
+            places = order[start : start + size]
+            longest = max(len(prompts[i]) for i in places)
+            ids = torch.tensor([[self.pad] * (longest - len(prompts[i])) + prompts[i] for i in places])
+            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in places])
+            made = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=self.new_tokens,
+                do_sample=False,
+                eos_token_id=self.end,
+                pad_token_id=self.pad,
+            )
+            for i, row in zip(places, made[:, longest:].tolist()):
+                row = row[: row.index(self.end)] if self.end in row else row
+                texts[i] = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+        return [texts[i] for i in range(len(rows))]
+
+
+class Encoder:
+    """An encoder with a head for one task of classes or scores."""
+
+    family = "encoder"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: tuple[str, ...], length: int):
+        longest = getattr(model.config, "max_position_embeddings", length)
+        self.model, self.tokenizer, self.head, self.length = model, tokenizer, head, min(length, longest)
+
+    def batch(self, task: Task, rows: Sequence[Row]) -> dict[str, Tensor]:
+        texts = ([str(row[column]) for row in rows] for column in task.text)
+        options = {"padding": True, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        kind = torch.float32 if task.is_score else torch.int64
+        device = next(self.model.parameters()).device
+        batch = dict(self.tokenizer(*texts, **options))
+        return {
+            "input_ids": batch["input_ids"].to(device),
+            "attention_mask": batch["attention_mask"].to(device),
+            "labels": torch.tensor([row["target"] for row in rows], dtype=kind, device=device),
+        }
+
+    def training_batch(self, rows: Sequence[tuple[Task, Row, int]]) -> dict[str, Tensor]:
+        return self.batch(rows[0][0], [row for _, row, _ in rows])
+
+    @torch.no_grad()
+    def loss(self, task: Task, rows: Sequence[Row], size: int = 64) -> float:
+        """Mean over the rows of the cross-entropy in nats, or of the squared error."""
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return sum(self.model(**self.batch(task, part)).loss.item() * len(part) for part in parts) / len(rows)
+
+    @torch.no_grad()
+    def predict(self, task: Task, rows: Sequence[Row], size: int = 64) -> list:
+        logits = [self.model(**self.batch(task, rows[i : i + size])).logits for i in range(0, len(rows), size)]
+        return torch.cat([each.squeeze(-1) if task.is_score else each.argmax(-1) for each in logits]).tolist()
+
+
+def _by_length(examples, size):
+    order = sorted(examples, key=lambda each: len(each.prompt) + len(each.completion))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def batches(problems: Sequence[Problem], size: int, seed: int) -> Iterator[list[tuple[Task, Row, int]]]:
+    """Endless batches of (task, row, template) over all tasks' rows, in an order that `seed` alone sets."""
+    rows = [(problem.task, row) for problem in problems for row in problem.training]
+    shuffle, epoch, batch = random.Random(seed).shuffle, 0, []
+    while True:
+        order = list(range(len(rows)))
+        shuffle(order)
+        for i in order:
+            batch.append((*rows[i], i + epoch))
+            if len(batch) == size:
+                yield batch
+                batch = []
+        epoch += 1
+
+
+# --- where models come from ------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, problems: Sequence[Problem], length: int, new_tokens: int) -> Generative | Encoder:
+    """The model in `folder`, in float32. Raises Misuse where it does not load or does not fit the tasks."""
+    if not (folder / "config.json").is_file():
+        raise Misuse(f"--model {folder} holds no config.json; it must be the directory of a transformers model")
+    try:
+        architecture = (AutoConfig.from_pretrained(folder).architectures or ["?"])[0]
+        if "ForCausalLM" in architecture or "LMHead" in architecture:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            return Generative(model.eval(), _tokenizer(folder), length, new_tokens)
+        if "ConditionalGeneration" in architecture:
+            raise Misuse(f"--model {folder} is a {architecture}; a decoder or an encoder is needed")
+        task = one_task(problems)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, num_labels=classes(task), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise Misuse(f"--model {folder} does not load: {str(error).strip().splitlines()[0]}") from error
+    head = tuple(sorted({name.rpartition(".")[0] for name in info["missing_keys"]})) or ("classifier",)
+    return Encoder(model.eval(), _tokenizer(folder), head, length)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    own = sorted(folder.glob("tok*.bin"))
+    if own:
+        return llama2c_tokenizer(own[0])
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its tokenizers do
+        raise Misuse(f"--model {folder} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from error
+
+
+def one_task(problems: Sequence[Problem]) -> Task:
+    """The task of an encoder. Raises Misuse where there are several, or one of texts to generate."""
+    task = problems[0].task
+    if len(problems) > 1 or task.kind == "generation":
+        names = ", ".join(f"{problem.task.name} ({problem.task.kind})" for problem in problems)
+        raise Misuse(f"--task is {names}; an encoder takes one task of classes or scores")
+    return task
+
+
+def classes(task: Task) -> int:
+    return 1 if task.is_score else len(task.labels)
+
+
+def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, seed: int = 0) -> Encoder:
+    """A BERT of 2 layers, 128 wide, with words of the training texts for vocabulary, pretrained on these texts as a
+    masked language model for `steps` steps of 64 rows; pooler and classifier are new."""
+    task, rows = one_task(problems), problems[0].training
+    texts = [str(row[column]) for row in rows for column in task.text]
+    tokenizer = word_tokenizer(texts, 8000)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=classes(task),
+    )
+    masked = BertForMaskedLM(config).train()
+    optimizer = torch.optim.AdamW(masked.parameters(), lr=1e-3)
+    pick = random.Random(seed)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+        batch = tokenizer(pick.choices(texts, k=64), return_special_tokens_mask=True, **options)
+        ids, special = batch["input_ids"], batch["special_tokens_mask"].bool()
+        chosen = (torch.rand(ids.shape) < 0.15) & ~special
+        labels = ids[chosen]
+        ids = ids.masked_fill(chosen & (torch.rand(ids.shape) < 0.9), tokenizer.mask_token_id)
+        if chosen.any():
+            hidden = masked.bert(input_ids=ids, attention_mask=batch["attention_mask"]).last_hidden_state
+            F.cross_entropy(masked.cls(hidden[chosen]), labels).backward()
+            nn.utils.clip_grad_norm_(masked.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    model = BertForSequenceClassification(config)
+    model.bert.load_state_dict(masked.bert.state_dict(), strict=False)
+    return Encoder(model.eval(), tokenizer, ("bert.pooler", "classifier"), length)

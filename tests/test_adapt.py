@@ -1,0 +1,941 @@
+"""The life of adapters in models of every architecture: found, injected, run, switched, merged, taken off again."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from tiny_models import HIDDEN, INNER, MODELS, Block, gpt2, inputs, llama, loss, output, randomise, t5, tree
+
+from pyfastpeft import (
+    AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    DyLoraConfig,
+    IA3Config,
+    LoraConfig,
+    SelectiveConfig,
+    adapt,
+    adapter_parameters,
+    add_weighted_adapter,
+    count_parameters,
+    delete_adapter,
+    disable_adapter,
+    merge_adapter,
+    merged_adapters,
+    set_adapter,
+    unload,
+    unmerge_adapter,
+)
+from pyfastpeft.layers.adapted import carriers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small lose more than they win by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+TREE = {"target_modules": ["up", "down"]}
+
+
+def config_for(method, name):
+    """A config of a method that changes the model `name`, with a scaling other than 1 where it has one."""
+    targets = TREE if name == "tree" else {}
+    lora = {"r": 4, "lora_alpha": 10, **targets}
+    return {
+        "lora": lambda: LoraConfig(**lora),
+        "rslora with biases": lambda: LoraConfig(**lora, use_rslora=True, bias="all", init_lora_weights="gaussian"),
+        "dora": lambda: LoraConfig(**lora, use_dora=True),
+        "adalora": lambda: AdaLoraConfig(**targets, init_r=5, target_r=2, lora_alpha=10, total_step=9),
+        "dylora": lambda: DyLoraConfig(**lora),
+        "ia3": lambda: IA3Config(**targets, feedforward_modules=["down"] if targets else None),
+        "bitfit": lambda: BitFitConfig(add_missing=True, train_layer_norm=True),
+        "selective": lambda: SelectiveConfig(target_parameters=r".*\b1\..*"),
+        "bottleneck": lambda: BottleneckConfig(bottleneck_size=4, activation="tanh", **targets),
+    }[method]()
+
+
+METHODS = ("lora", "rslora with biases", "dora", "adalora", "dylora", "ia3", "bitfit", "selective", "bottleneck")
+MERGED = METHODS[:-1]
+
+
+def adapted(name, *methods, names=("default", "other", "third")):
+    """(model, inputs): in evaluation mode, every adapter randomised, the last one active."""
+    model = MODELS[name].make().eval()
+    given = inputs(model)
+    for method, adapter in zip(methods, names):
+        adapt(model, config_for(method, name) if isinstance(method, str) else method, adapter)
+        randomise(model)
+    return model, given
+
+
+def snapshot(model):
+    """All that `unload` has to restore."""
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    shape = [(path, type(module), sorted(module.__dict__)) for path, module in model.named_modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    parameters = [(path, p, p.requires_grad) for path, p in model.named_parameters(remove_duplicate=False)]
+    return values, shape, hooks, parameters
+
+
+def assert_same(now, before):
+    assert now[0].keys() == before[0].keys()
+    assert all(torch.equal(value, before[0][key]) for key, value in now[0].items())
+    assert now[1:3] == before[1:3]
+    for (path, parameter, trains), (was, old, trained) in zip(now[3], before[3], strict=True):
+        assert (path, trains) == (was, trained)
+        assert parameter is old, path
+
+
+def close(a, b, tolerance=2e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# --- one adapter in every architecture ---
+
+
+EVERYWHERE = ("lora", "ia3", "bitfit")  # the others meet the same layers in fewer models
+ELSEWHERE = ("llama", "gpt2", "bert", "tree")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [(n, m) for n in MODELS for m in METHODS if m in EVERYWHERE or n in ELSEWHERE]
+)
+def test_life_of_an_adapter(name, method):
+    model = MODELS[name].make().eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 > 0)
+    given, before = inputs(model), snapshot(model)
+    plain = output(model, given).detach()
+    config = config_for(method, name)
+    assert adapt(model, config) is model
+    close(output(model, given), plain)
+
+    trained = adapter_parameters(model, "default")
+    assert {id(p) for p in trained.values()} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert count_parameters(model)[0] == sum(p.numel() for p in trained.values()) > 0
+    randomise(model)
+    changed = output(model, given).detach()
+    assert (changed - plain).norm() > 1e-3 * plain.norm()
+    loss(model, given).backward()
+    for path, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, path
+        # Keys that are all shifted alike change no attention.
+        assert parameter.grad is None or parameter.grad.abs().max() > 0 or method in ("bitfit", "rslora with biases")
+
+    with disable_adapter(model):
+        assert torch.equal(output(model, given), plain)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before[0].items())
+    assert torch.equal(output(model, given), changed)
+    twin = copy.deepcopy(model)
+    randomise(twin)
+    assert not torch.equal(output(twin, given), changed)
+    assert torch.equal(output(model, given), changed)
+    close(output(unload(twin), given), plain, 0)
+
+    if method in MERGED:
+        kept = {key: value.clone() for key, value in model.state_dict().items()}
+        merge_adapter(model)
+        assert bool(merged_adapters(model)) == (method not in ("bitfit", "selective"))
+        close(output(model, given), changed)
+        unmerge_adapter(model)
+        assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+        twin = unload(copy.deepcopy(model), merge=True)
+        assert not carriers(twin)
+        close(output(twin, given), changed)
+    else:
+        with pytest.raises(TypeError, match="is no change of a weight"):
+            merge_adapter(model)
+    assert torch.equal(output(model, given), changed)
+    assert unload(model) is model
+    assert_same(snapshot(model), before)
+    assert torch.equal(output(model, given), plain)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "tree"])
+def test_targets_by_architecture(name):
+    known = MODELS[name]
+
+    def found(config):
+        model = known.make()
+        paths = [path for path, _ in carriers(adapt(model, config))]
+        delete_adapter(model, "default")
+        assert not carriers(model)
+        return paths
+
+    lora = found(LoraConfig())
+    assert len(lora) == known.each
+    assert all(path.endswith(known.lora) for path in lora)
+    scaled = found(IA3Config())
+    assert len(scaled) == known.scaled
+    assert all(path.endswith(known.ia3 + known.feedforward) for path in scaled)
+    every = found(LoraConfig(target_modules="all-linear"))
+    assert len(every) == known.linear
+    assert not any("head" in path or "embed" in path or "shared" in path for path in every)
+    model = adapt(known.make(), IA3Config())
+    inner = [path for path, module in carriers(model) if module.adapters["default"].feedforward]
+    assert inner == [path for path in scaled if path.endswith(known.feedforward)]
+    assert len(inner) == known.scaled - sum(path.endswith(known.ia3) for path in scaled) >= 2
+    if known.biased:
+        assert len(found(BitFitConfig())) == known.biased
+    else:
+        with pytest.raises(ValueError, match="no module has a bias; it must be one with biases; add_missing=True"):
+            adapt(known.make(), BitFitConfig())
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "tree"])
+def test_bottlenecks_in_every_architecture(name, placement):
+    model, given = adapted(name, BottleneckConfig(bottleneck_size=3, activation="tanh", placement=placement))
+    loss(model, given).backward()
+    assert all(p.grad.abs().max() > 0 for p in adapter_parameters(model, "default").values())
+
+
+# --- which modules are meant ---
+
+
+def paths_of(model, **options):
+    adapted = adapt(model, LoraConfig(**options))
+    return [path for path, module in carriers(adapted) if "adapters" in module._modules]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["up"]}, ["1.up", "2.up"]),
+        ({"target_modules": ["1.up", "3"]}, ["1.up", "3"]),
+        ({"target_modules": r"\d\.(up|down)"}, ["1.up", "1.down", "2.up", "2.down"]),
+        ({"target_modules": "all-linear"}, ["1.up", "1.down", "2.up", "2.down", "3"]),
+        ({"target_modules": "all-linear", "exclude_modules": ["3", "1.up"]}, ["1.down", "2.up", "2.down"]),
+        ({"target_modules": "all-linear", "exclude_modules": r"[23].*"}, ["1.up", "1.down"]),
+        ({"target_modules": "all-linear", "modules_to_save": ["2"]}, ["1.up", "1.down", "3"]),
+        ({"target_modules": ["up", "down"], "layers_to_transform": -1}, ["2.up", "2.down"]),
+        ({"target_modules": ["up"], "layers_to_transform": [1, -1]}, ["1.up", "2.up"]),
+    ],
+)
+def test_targets_by_name(options, expected):
+    assert paths_of(tree(), **options) == expected
+
+
+def test_layers_of_a_transformer():
+    model = llama(num_hidden_layers=4)
+    paths = paths_of(model, target_modules=["q_proj"], layers_to_transform=[0, -1])
+    assert paths == ["model.layers.0.self_attn.q_proj", "model.layers.3.self_attn.q_proj"]
+    paths = paths_of(gpt2(), target_modules=["c_attn"], layers_to_transform=[-1], layers_pattern="h")
+    assert paths == ["transformer.h.1.attn.c_attn"]
+    model = adapt(gpt2(), SelectiveConfig(layers_to_transform=[-1]))
+    assert all(path.startswith("transformer.h.1.") for path, _ in carriers(model))
+    assert count_parameters(model)[0] == sum(p.numel() for p in gpt2().transformer.h[1].parameters())
+
+
+def test_ranks_and_alphas_by_pattern():
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["up", "down"],
+        rank_pattern={"2.up": 5, "down": 4}, alpha_pattern={r"\d.down": 2},
+    )  # fmt: skip
+    model = adapt(tree(), config)
+    parts = {path: module.adapters["default"] for path, module in carriers(model)}
+    found = {path: (len(part.lora_A), part.lora_B.shape[1], part.scaling) for path, part in parts.items()}
+    assert found == {"1.up": (3, 3, 2), "1.down": (4, 4, 0.5), "2.up": (5, 5, 6 / 5), "2.down": (4, 4, 0.5)}
+    model = adapt(tree(), LoraConfig(r=4, lora_alpha=6, target_modules=["up"], use_rslora=True))
+    assert model[1].up.adapters["default"].scaling == 3
+
+
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("lora_only", 2), ("all", 5)])
+def test_biases_beside_lora(bias, count):
+    model, given = adapted("tree", LoraConfig(target_modules=["up", "down"], bias=bias))
+    assert sum(path.endswith("bias") for path in adapter_parameters(model, "default")) == count
+    loss(model, given).backward()
+    assert all(p.grad is not None for p in adapter_parameters(model, "default").values())
+
+
+def test_modules_to_save():
+    model = MODELS["roberta"].make().eval()
+    given, plain = inputs(model), copy.deepcopy(model)
+    adapt(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", bias="all"))
+    heads = {path for path in adapter_parameters(model, "default") if path.startswith("classifier")}
+    assert heads == {f"classifier.{n}.{kind}" for n in ("dense", "out_proj") for kind in ("weight", "bias")}
+    adapt(model, BitFitConfig(task_type="SEQ_CLS"), "other")
+    assert heads <= set(adapter_parameters(model, "other"))
+    with torch.no_grad():
+        model.classifier.out_proj.weight.mul_(2)
+    assert torch.equal(model.classifier.out_proj.weight, 2 * plain.classifier.out_proj.weight)
+    set_adapter(model, "default")
+    assert torch.equal(model.classifier.out_proj.weight, plain.classifier.out_proj.weight)
+    loss(model, given).backward()
+    assert model.classifier.out_proj.weight.grad.abs().max() > 0
+    assert torch.equal(output(unload(model), given), output(plain, given))
+    model, given = adapted("tree", LoraConfig(target_modules=["up"], modules_to_save=["3", "0"]))
+    assert {"0.weight", "3.weight", "3.bias"} < set(adapter_parameters(model, "default"))
+    loss(model, given).backward()
+    assert model[0].weight.grad.abs().max() > 0
+
+
+# --- embeddings, tied weights, layers of other kinds ---
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, t5])
+def test_embeddings_and_tied_weights(make):
+    model = make(**({} if make is t5 else {"tie_word_embeddings": True})).eval()
+    given, before = inputs(model), snapshot(model)
+    head, table = (
+        model.get_output_embeddings().weight,
+        (model.encoder.embed_tokens if make is t5 else model.get_input_embeddings()),
+    )
+    tied = head is table.weight
+    plain = output(model, given)
+    name = next(path for path, module in model.named_modules() if module is table)
+    adapt(model, LoraConfig(target_modules=[name], r=4, lora_alpha=10))
+    close(output(model, given), plain)
+    randomise(model)
+    ids = given["input_ids"]
+    part = table.adapters["default"]
+    close(table(ids), head[ids] + 2.5 * part.lora_A.T[ids] @ part.lora_B.T if tied else table(ids))
+    changed = output(model, given)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    loss(model, given).backward()
+    assert all(p.grad.abs().max() > 0 for p in adapter_parameters(model, "default").values())
+    merge_adapter(model)
+    assert torch.equal(model.get_output_embeddings().weight, before[0]["lm_head.weight"])
+    close(output(model, given), changed)
+    unmerge_adapter(model)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    twin = unload(copy.deepcopy(model), merge=True)
+    assert torch.equal(twin.get_output_embeddings().weight, head)
+    close(output(twin, given), changed)
+    unload(model)
+    assert_same(snapshot(model), before)
+
+
+class Doubling(nn.Linear):
+    """As a quantised layer: it computes something else than its weight's product, and keeps the result for backward."""
+
+    def forward(self, x):
+        return torch.tanh(2 * super().forward(x))
+
+
+class Renamed(nn.Linear):
+    """Another name, and nothing else."""
+
+
+class Viewing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+class Views(nn.Linear):
+    def forward(self, x):
+        return Viewing.apply(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", [Doubling, Views])
+def test_layers_that_compute_their_own_base(kind):
+    layer = kind(6, 5)
+    model, x = nn.Sequential(layer), torch.randn(3, 6, requires_grad=True)
+    adapt(model, LoraConfig(target_modules=["0"], r=2, lora_alpha=6))
+    randomise(model)
+    assert isinstance(layer, kind)
+    part, y = layer.adapters["default"], model(x)
+    close(y, kind.forward(layer, x) + 3 * x @ part.lora_A.T @ part.lora_B.T)
+    y.square().sum().backward()
+    assert part.lora_A.grad.abs().max() > 0
+    with pytest.raises(
+        TypeError, match=rf"Parameter of torch.float32 in '0', an Adapted{kind.__name__}; it must be of"
+    ):
+        merge_adapter(model)
+    unload(model)
+    assert type(layer) is kind
+
+
+def test_a_subclass_of_linear_that_computes_what_linear_does():
+    model, x = nn.Sequential(Renamed(6, 5)), torch.randn(3, 6)
+    adapt(model, LoraConfig(target_modules=["0"], r=2))
+    randomise(model)
+    y = model(x)
+    merge_adapter(model)
+    close(model(x), y)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "tree"])
+def test_pickle(name):
+    model, given = adapted(name, "rslora with biases")
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(output(again, given), output(model, given))
+    unload(again)
+    assert type(again) is type(model)
+    assert not carriers(again)
+
+
+def test_layers_that_torch_itself_bypasses():
+    """nn.TransformerEncoderLayer in evaluation hands the weights of its layers to one kernel."""
+    layer = nn.TransformerEncoderLayer(HIDDEN, 4, INNER, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
+    x, padding = torch.randn(3, 5, HIDDEN), torch.arange(5) >= torch.tensor([[5], [4], [3]])
+    before = snapshot(model)
+    adapt(model, LoraConfig(target_modules=["linear1", "linear2"], r=2))
+    randomise(model)
+    with_gradients = model(x)
+    assert with_gradients.requires_grad
+    masked = model(x, src_key_padding_mask=padding)[~padding]
+    with torch.no_grad():
+        close(model(x), with_gradients)
+        close(model(x, src_key_padding_mask=padding)[:, :5][~padding], masked)
+    unload(model)
+    assert_same(snapshot(model), before)
+    with pytest.raises(
+        TypeError, match=r"a NonDynamicallyQuantizableLinear; it must be of linear layers.* that are called"
+    ):
+        adapt(model, LoraConfig(target_modules=["out_proj"]))
+    biases = adapter_parameters(adapt(model, BitFitConfig()), "default")
+    assert {f"layers.0.self_attn.{name}" for name in ("in_proj_bias", "out_proj.bias")} < set(biases)
+
+
+def test_biases_of_a_recurrent_layer():
+    model, x = nn.GRU(4, 3), torch.randn(5, 2, 4)
+    plain = model(x)[0]
+    adapt(model, BitFitConfig())
+    randomise(model)
+    changed = model(x)[0]
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    changed.sum().backward()
+    assert all(p.grad is not None for p in adapter_parameters(model, "default").values())
+    assert torch.equal(unload(model)(x)[0], plain)
+
+
+def test_forwards_that_were_replaced():
+    """accelerate's hooks keep the forward of the class before; anything else would silently pass adapters by."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tree().eval()
+    given = inputs(model)
+    for module in (model[1].up, model[2].down):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu"))
+    plain = output(model, given)
+    adapt(model, LoraConfig(target_modules=["up", "down"], r=2))
+    randomise(model)
+    changed = output(model, given)
+    for module in (model[1].up, model[2].down):
+        hooks.remove_hook_from_module(module)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    close(output(model, given), changed)
+    assert torch.equal(output(unload(model), given), plain)
+    model[1].up.forward = lambda x: x
+    with pytest.raises(TypeError, match=r"attach: module is a Linear whose forward is replaced by .*lambda"):
+        adapt(model, LoraConfig(target_modules=["up"]))
+    assert not carriers(model)
+
+
+# --- several adapters ---
+
+
+def test_switching():
+    model, given = adapted("llama", "lora", "ia3", "bitfit")
+    alone = {}
+    for name in ("default", "other", "third"):
+        set_adapter(model, name)
+        alone[name] = output(model, given)
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        assert trained == {id(p) for p in adapter_parameters(model, name).values()}
+    set_adapter(model)
+    plain = output(model, given)
+    assert count_parameters(model)[0] == 0
+    assert len({t.detach().numpy().tobytes() for t in (plain, *alone.values())}) == 4
+    set_adapter(model, "other", "default")
+    with disable_adapter(model):
+        assert torch.equal(output(model, given), plain)
+        with disable_adapter(model):
+            assert torch.equal(output(model, given), plain)
+    assert model.pyfastpeft.active == ("other", "default")
+    delete_adapter(model, "other")
+    assert model.pyfastpeft.active == ("default",)
+    close(output(model, given), alone["default"], 0)
+    set_adapter(model, "third")
+    close(output(model, given), alone["third"], 0)
+    assert list(model.pyfastpeft.configs) == ["default", "third"]
+
+
+PAIRS = [
+    ("lora", "lora"), ("lora", "dora"), ("dora", "lora"), ("lora", "ia3"), ("ia3", "lora"), ("ia3", "ia3"),
+    ("lora", "bitfit"), ("ia3", "bitfit"), ("selective", "lora"), ("adalora", "dylora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tree", "gpt2"])
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_two_together(pair, name):
+    """The formula: y = l_out * ((W + sum of changes) (l_in * x) + b), whatever the order; merged and not."""
+    model, given = adapted(name, *pair)
+    module = dict(model.named_modules())["1.up" if name == "tree" else "transformer.h.1.attn.c_attn"]
+    x = torch.randn(4, HIDDEN)
+    alone = []
+    for adapter in ("default", "other"):
+        set_adapter(model, adapter)
+        alone.append(module(x).detach())
+    set_adapter(model)
+    plain = module(x).detach()
+    set_adapter(model, "default", "other")
+    y = module(x)
+    bias = alone[1] - plain if "bitfit" in pair else torch.zeros_like(plain)
+    if pair == ("ia3", "bitfit"):
+        expected = (plain + bias) * (alone[0] / plain)
+    elif pair == ("selective", "lora"):
+        part = module.adapters["other"]
+        expected = alone[0] + 2.5 * x @ part.lora_A.T @ part.lora_B.T
+    elif pair == ("ia3", "ia3"):
+        expected = alone[0] * alone[1] / plain
+    elif "ia3" in pair:
+        scaled, changed = alone if pair[0] == "ia3" else alone[::-1]
+        expected = changed * scaled / plain
+    else:
+        expected = alone[0] + alone[1] - plain
+    close(y, expected, 2e-4)
+    loss(model, given).backward()
+    for adapter in ("default", "other"):
+        assert all(p.grad is not None for p in adapter_parameters(model, adapter).values())
+    whole = output(model, given)
+    merge_adapter(model)
+    close(module(x), y)
+    close(output(model, given), whole)
+    with disable_adapter(model):
+        close(module(x), plain, 0)
+    close(module(x), y)
+    unmerge_adapter(model)
+    assert torch.equal(module(x), y)
+    set_adapter(model, "other", "default")
+    close(output(model, given), whole, 2e-4)
+    close(output(unload(copy.deepcopy(model), merge=True), given), whole, 2e-4)
+    delete_adapter(model, "default")
+    close(module(x), alone[1], 0)
+    delete_adapter(model, "other")
+    assert torch.equal(module(x), plain)
+
+
+def test_an_adapter_starts_from_the_model_and_not_from_another_adapter():
+    model, given = adapted("bert", BitFitConfig(task_type="SEQ_CLS"))
+    with disable_adapter(model):
+        plain = output(model, given)
+    adapt(model, BitFitConfig(task_type="SEQ_CLS"), "other")
+    assert torch.equal(output(model, given), plain)
+
+
+def test_adapters_that_replace_one_parameter():
+    model, given = adapted("bert", "bitfit", "selective")
+    changed = output(model, given)
+    with pytest.raises(ValueError, match=r"set_adapter: names is .*'default', 'other'.* which all replace \{'bias'\}"):
+        set_adapter(model, "default", "other")
+    assert model.pyfastpeft.active == ("other",)
+    assert torch.equal(output(model, given), changed)
+
+
+def test_a_failed_injection_leaves_the_model_as_it_was():
+    model, given = adapted("bert", "bitfit", "lora")
+    set_adapter(model, "default", "other")
+    before, changed = snapshot(model), output(model, given)
+    for config in (
+        LoraConfig(target_modules=["query", "LayerNorm"], bias="all"),
+        LoraConfig(target_modules=["query"], modules_to_save=["clasifier"]),
+        LoraConfig(target_modules=["word_embeddings", "query"], use_dora=True),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            adapt(model, config, "third")
+        assert list(model.pyfastpeft.configs) == ["default", "other"]
+        assert_same(snapshot(model), before)
+        assert torch.equal(output(model, given), changed)
+
+
+def test_inference_mode():
+    model, given = adapted("llama", "lora", LoraConfig(inference_mode=True, init_lora_weights=False))
+    assert count_parameters(model)[0] == 0
+    assert not loss(model, given).requires_grad
+    set_adapter(model, "other", "default")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in adapter_parameters(model, "default").values()}
+
+
+def test_dropout_follows_the_mode_of_the_model():
+    model, given = adapted("llama", LoraConfig(lora_dropout=0.5, init_lora_weights=False))
+    assert torch.equal(output(model, given), output(model, given))
+    model.train()
+    first = output(model, given)
+    assert not torch.equal(first, output(model, given))
+    add_weighted_adapter(model.eval(), ["default"], [1.0], "sum", "cat")
+    set_adapter(model, "sum")
+    assert torch.equal(output(model, given), output(model, given))
+
+
+def test_a_config_belongs_to_one_model():
+    config, model = LoraConfig(target_modules=["up"]), tree()
+    adapt(model, config)
+    assert model.pyfastpeft.configs["default"] == config
+    model.pyfastpeft.configs["default"].rank_pattern["up"] = 3
+    assert config.rank_pattern == {}
+
+
+def test_everything_needs_an_unmerged_model():
+    model, _ = adapted("tree", "lora", "ia3", LoraConfig(target_modules=["up"]))
+    merge_adapter(model, "default", "other")
+    assert merged_adapters(model) == ("default", "other")
+    assert model.pyfastpeft.active == ("default", "other")
+    for call in (
+        lambda: adapt(model, IA3Config(target_modules=["up"]), "fourth"),
+        lambda: set_adapter(model, "default"),
+        lambda: delete_adapter(model, "third"),
+        lambda: merge_adapter(model),
+        lambda: add_weighted_adapter(model, ["default"], [1.0], "fourth"),
+    ):
+        with pytest.raises(RuntimeError, match=r"model is merged with .*unmerged: call unmerge_adapter first"):
+            call()
+    unmerge_adapter(model)
+    unmerge_adapter(model)
+    delete_adapter(model, "third")
+
+
+# --- weighted sums ---
+
+
+def change(module, name):
+    """The change of the weight [N, K], in float64."""
+    lora_A, lora_B, scaling = module.adapters[name].factors()
+    return scaling * lora_B.detach().double() @ lora_A.detach().double()
+
+
+WEIGHTS = [0.7, -1.5]
+
+
+def two_loras(ranks=(3, 5), targets=(("c_attn", "wte"), ("c_attn", "c_fc"))):
+    model = gpt2().eval()
+    for name, r, target in zip("ab", ranks, targets):
+        adapt(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(target), use_rslora=name == "b"), name)
+        randomise(model)
+    return model
+
+
+def sums(model):
+    for path, module in carriers(model):
+        parts = [(name, weight) for name, weight in zip("ab", WEIGHTS) if name in module.adapters]
+        yield path, module, sum(weight * change(module, name) for name, weight in parts)
+
+
+def test_concatenated_sum():
+    model = two_loras()
+    add_weighted_adapter(model, ["a", "b"], WEIGHTS, "sum", "cat")
+    assert model.pyfastpeft.active == ("b",)
+    assert len(list(sums(model))) == 5
+    for path, module, dense in sums(model):
+        close(change(module, "sum"), dense, 1e-6)
+        rank = {"attn.c_attn": 8, "mlp.c_fc": 5}.get(".".join(path.split(".")[-2:]), 3)
+        assert len(module.adapters["sum"].lora_A) == rank
+    fresh = gpt2()
+    adapt(fresh, model.pyfastpeft.configs["sum"])
+    shapes = {path: p.shape for path, p in adapter_parameters(fresh, "default").items()}
+    assert shapes == {path: p.shape for path, p in adapter_parameters(model, "sum").items()}
+
+
+@pytest.mark.parametrize("rank", [None, 2, 8])
+def test_sum_of_a_chosen_rank(rank):
+    model = two_loras()
+    add_weighted_adapter(model, ["a", "b"], WEIGHTS, "sum", rank=rank)
+    for _, module, dense in sums(model):
+        left, values, right = torch.linalg.svd(dense, full_matrices=False)
+        r = len(module.adapters["sum"].lora_A)
+        assert r <= (rank or 5)
+        close(change(module, "sum"), left[:, :r] * values[:r] @ right[:r], 1e-6)
+        if rank == 8:
+            close(change(module, "sum"), dense, 1e-6)
+
+
+def test_sum_of_factors():
+    model = two_loras(ranks=(4, 4))
+    add_weighted_adapter(model, ["a", "b"], WEIGHTS, "sum", "linear")
+    for _, module, _ in sums(model):
+        held = [(module.adapters[n], w) for n, w in zip("ab", WEIGHTS) if n in module.adapters]
+        roots = [abs(w * part.scaling) ** 0.5 for part, w in held]
+        lora_A = sum(root * w / abs(w) * part.lora_A for root, (part, w) in zip(roots, held))
+        lora_B = sum(root * part.lora_B for root, (part, _) in zip(roots, held))
+        close(change(module, "sum"), (lora_B @ lora_A).double(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"names": []}, ValueError, r"names is \[\] \(list\); it must be of at least one adapter"),
+        ({"names": ["a", "z"]}, ValueError, "name is 'z'; it must be one of the model's adapters: a, b, ia3, head"),
+        ({"names": ["a", "a"]}, ValueError, "names is .* it must be distinct"),
+        ({"names": "ab"}, TypeError, "names is 'ab'; it must be a list of names"),
+        ({"names": ["a", "head"]}, TypeError, "names is holding 'head', of LORA; it must be of LoRA adapters"),
+        ({"names": ["a", "ia3"]}, TypeError, "names is holding 'ia3', of IA3; it must be of LoRA adapters"),
+        ({"weights": [1.0]}, ValueError, "weights is .* one finite number for each of 2 adapters"),
+        ({"weights": [1.0, float("nan")]}, ValueError, "weights is .* one finite number for each of 2 adapters"),
+        ({"weights": [1.0, "2"]}, ValueError, "weights is .* one finite number for each of 2 adapters"),
+        ({"name": "a"}, ValueError, "name is 'a', which the model has; it must be new"),
+        ({"name": "a.b"}, ValueError, "name is 'a.b'; .* without dots"),
+        ({"combination_type": "ties"}, ValueError, "combination_type is 'ties'; it must be one of svd, cat, linear"),
+        ({"combination_type": "linear"}, ValueError, r"names is of ranks \[3, 5\]; it must be of one rank"),
+        ({"rank": 0}, ValueError, "rank is 0 .* an integer >= 1"),
+        ({"rank": 4, "combination_type": "cat"}, ValueError, 'rank is 4 .* None, except with "svd"'),
+    ],
+)
+def test_bad_sums(change, error, message):
+    model = two_loras()
+    adapt(model, IA3Config(), "ia3")
+    adapt(model, LoraConfig(modules_to_save=["lm_head"]), "head")
+    with pytest.raises(error, match=message):
+        add_weighted_adapter(model, **{"names": ["a", "b"], "weights": WEIGHTS, "name": "sum", **change})
+    assert list(model.pyfastpeft.configs) == ["a", "b", "ia3", "head"]
+
+
+# --- dtypes, compilation, checkpointing ---
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adalora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_of_adapters(method, dtype):
+    model = adapt(tree().to(dtype), config_for(method, "tree"))
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert {p.dtype for p in adapter_parameters(model, "default").values()} == {wide}
+    given = inputs(model)
+    assert output(model, given).dtype == dtype
+    loss(model, given).backward()
+    model = adapt(tree().to(dtype), config_for(method, "tree"), autocast_adapter_dtype=False)
+    assert {p.dtype for p in adapter_parameters(model, "default").values()} == {dtype}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit"])
+def test_bfloat16_against_float32(method):
+    """A bf16 model with float32 adapters is as far from its float32 twin as bf16 rounding takes it."""
+    model, given = adapted("llama", method)
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    adapters = {path: p for path, p in adapter_parameters(model, "default").items()}
+    for path, parameter in adapter_parameters(narrow, "default").items():
+        if "adapters" in path:
+            parameter.data = adapters[path].detach().clone()
+    rounded = copy.deepcopy(narrow).float()
+    results = {}
+    for key, each in {"bf16": narrow, "float32": rounded}.items():
+        loss(each, given).backward()
+        results[key] = torch.cat([p.grad.float().flatten() for p in adapter_parameters(each, "default").values()])
+    assert (results["bf16"] - results["float32"]).norm() < 0.05 * results["float32"].norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = output(model, given)
+    exact = output(model, given)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "bottleneck"])
+def test_gradient_checkpointing(method, reentrant):
+    model, given = adapted("llama", method)
+    model.train()
+
+    def gradients():
+        model.zero_grad()
+        value = loss(model, given)
+        value.backward()
+        return [value.detach(), *(p.grad for p in adapter_parameters(model, "default").values())]
+
+    plain = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert all(map(torch.equal, gradients(), plain))
+
+
+def test_gradient_checkpointing_with_dropout():
+    model, given = adapted("llama", LoraConfig(lora_dropout=0.4, init_lora_weights=False))
+    model.train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss(model, given).backward()
+        found.append([p.grad for p in adapter_parameters(model, "default").values()])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "bottleneck"])
+def test_compiled(method):
+    model = adapt(llama(num_hidden_layers=1), config_for(method, "llama"))
+    randomise(model)
+    given = inputs(model)
+
+    def results(run):
+        model.zero_grad()
+        value = run(**given).loss
+        value.backward()
+        return [value.detach(), *(p.grad for p in adapter_parameters(model, "default").values())]
+
+    eager = results(model)
+    try:
+        compiled = results(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    finally:
+        torch.compiler.reset()
+    for got, expected in zip(compiled, eager):
+        close(got, expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "dora", "bottleneck"])
+def test_generation(method):
+    """With a cache and left padding as without either."""
+    model, _ = adapted("llama", method)
+    prompts = [torch.randint(3, 61, (n,)) for n in (7, 4)]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ids = torch.zeros(2, 7, dtype=torch.long)
+    for row, prompt in zip(ids, prompts):
+        row[-len(prompt) :] = prompt
+    together = model.generate(ids, attention_mask=(ids > 0).long(), **options)
+    for row, prompt in zip(together, prompts):
+        current = prompt[None]
+        for _ in range(6):
+            current = torch.cat([current, model(current).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(row[-6:], current[0, -6:])
+        alone = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), use_cache=False, **options)
+        assert torch.equal(alone, current)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraConfig(r=0), "LoraConfig: r is 0 .* an integer >= 1"),
+        (lambda: LoraConfig(r=True), "r is True"),
+        (lambda: LoraConfig(lora_alpha="8"), "lora_alpha is '8' .* a finite number"),
+        (lambda: LoraConfig(lora_alpha=float("nan")), "lora_alpha is nan"),
+        (lambda: LoraConfig(lora_dropout=1.0), "lora_dropout is 1.0 .* a probability"),
+        (lambda: LoraConfig(bias="some"), "bias is 'some'"),
+        (lambda: LoraConfig(use_dora="yes"), "use_dora is 'yes' .* True or False"),
+        (lambda: LoraConfig(use_rslora=None), "use_rslora is None"),
+        (lambda: LoraConfig(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+        (lambda: LoraConfig(rank_pattern={"q": 0}), "rank_pattern is .* a dict of integers >= 1"),
+        (lambda: LoraConfig(alpha_pattern={"q": None}), "alpha_pattern is .* a dict of numbers"),
+        (lambda: LoraConfig(target_modules=3), "target_modules is 3 .* a list of names, a regular expression, or None"),
+        (lambda: LoraConfig(target_modules=["q", 3]), "target_modules is"),
+        (lambda: LoraConfig(target_modules=""), "target_modules is ''"),
+        (lambda: LoraConfig(exclude_modules=[None]), "exclude_modules is"),
+        (lambda: LoraConfig(layers_to_transform="1"), "layers_to_transform is '1' .* an integer, a list of integers"),
+        (lambda: LoraConfig(layers_to_transform=[1.5]), "layers_to_transform is"),
+        (lambda: LoraConfig(modules_to_save="classifier"), "modules_to_save is 'classifier' .* a list of names"),
+        (lambda: LoraConfig(task_type="CLM"), "task_type is 'CLM' .* one of SEQ_CLS"),
+        (lambda: LoraConfig(inference_mode=1), "inference_mode is 1 .* True or False"),
+        (lambda: IA3Config(feedforward_modules=[1]), "feedforward_modules is"),
+        (lambda: IA3Config(init_ia3_weights="ones"), "init_ia3_weights is 'ones'"),
+        (lambda: AdaLoraConfig(init_r=2, target_r=3), "target_r is 3 .* no more than init_r, 2"),
+        (lambda: AdaLoraConfig(tinit=-1), "tinit is -1 .* an integer >= 0"),
+        (lambda: AdaLoraConfig(tinit=5, tfinal=5, total_step=10), "total_step is 10 .* more than tinit"),
+        (lambda: AdaLoraConfig(beta1=1.0), "beta1 is 1.0"),
+        (lambda: AdaLoraConfig(orth_reg_weight=-1), "orth_reg_weight is -1"),
+        (lambda: DyLoraConfig(r=2, min_rank=3), "min_rank is 3 .* no more than r, 2"),
+        (lambda: DyLoraConfig(frozen=2), "frozen is 2"),
+        (lambda: BottleneckConfig(placement="middle"), "placement is 'middle'"),
+        (lambda: BottleneckConfig(activation="swish"), "activation is 'swish'"),
+        (lambda: BottleneckConfig(scaling=float("inf")), "scaling is inf"),
+        (lambda: BitFitConfig(add_missing="all"), "add_missing is 'all'"),
+        (lambda: SelectiveConfig(), "target_parameters is None .* given, or layers_to_transform"),
+    ],
+)
+def test_bad_configs(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (LoraConfig(target_modules=["q_porj"]), ValueError, r"holding 'q_porj', .*close to it are \['.*q_proj'"),
+        (LoraConfig(target_modules=["xyzzy"]), ValueError, r"among \['down_proj', 'embed_tokens', .*'q_proj'"),
+        (LoraConfig(target_modules="q_proj"), ValueError, "'q_proj', which means nothing.*close to it are"),
+        (LoraConfig(target_modules="(q_proj"), ValueError, r"'\(q_proj' \(missing .* a regular expression"),
+        (LoraConfig(target_modules=["norm"]), TypeError, r"\['norm'\], which means 'model.norm', a LlamaRMSNorm"),
+        (
+            LoraConfig(target_modules=["mlp"]),
+            TypeError,
+            "which means 'model.layers.0.mlp', a LlamaMLP; it must be of lin",
+        ),
+        (
+            LoraConfig(target_modules=["q_proj"], exclude_modules=["k_porj"]),
+            ValueError,
+            "exclude_modules is .*'k_porj'",
+        ),
+        (LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]), ValueError, "which leaves nothing"),
+        (LoraConfig(target_modules=["q_proj"], rank_pattern={"k_proj": 2}), ValueError, "rank_pattern is .*'k_proj'"),
+        (LoraConfig(target_modules=["q_proj"], alpha_pattern={"k": 2}), ValueError, "alpha_pattern is holding 'k'"),
+        (LoraConfig(modules_to_save=["scores"]), ValueError, "modules_to_save is holding 'scores'"),
+        (LoraConfig(layers_to_transform=2), ValueError, r"layers_to_transform is holding 2; .* in \[-2, 2\)"),
+        (LoraConfig(layers_to_transform=-3), ValueError, "layers_to_transform is holding -3"),
+        (LoraConfig(layers_to_transform=0, layers_pattern="blocks"), ValueError, "layers_pattern is blocks"),
+        (LoraConfig(target_modules=["embed_tokens"], use_dora=True), ValueError, "use_dora is True with the embedding"),
+        (IA3Config(target_modules=["embed_tokens"]), TypeError, "meaning 'model.embed_tokens'"),
+        (
+            IA3Config(target_modules=["k_proj"], feedforward_modules=["up_proj"]),
+            ValueError,
+            "feedforward_modules is hol",
+        ),
+        (DyLoraConfig(target_modules=["embed_tokens"]), TypeError, "meaning 'model.embed_tokens'; .*of linear layers"),
+        (AdaLoraConfig(target_modules=["embed_tokens"]), TypeError, "meaning 'model.embed_tokens'; .*of linear layers"),
+        (SelectiveConfig(target_parameters=["q_proj.wieght"]), ValueError, "close to it are .*q_proj.weight"),
+        (BitFitConfig(target_modules=["q_porj"], add_missing=True), ValueError, "'q_porj'.*close to it are"),
+        ({"r": 8}, TypeError, "adapt: config is .*; it must be one of LoraConfig"),
+        (None, TypeError, "adapt: config is None"),
+    ],
+)
+def test_bad_targets(config, error, message):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        adapt(model, config)
+    assert_same(snapshot(model), before)
+
+
+def test_bad_calls():
+    model = tree()
+    for call in (set_adapter, delete_adapter, merge_adapter):
+        with pytest.raises(ValueError, match="model is Sequential without adapters; it must be adapted"):
+            call(model, "default")
+    with pytest.raises(ValueError, match="target_modules is None for a model of type Sequential; it must be given"):
+        adapt(model, LoraConfig())
+    with pytest.raises(TypeError, match=r"model is .*; it must be a torch.nn.Module"):
+        adapt("llama", LoraConfig())
+    for name, message in {"": "non-empty", "a.b": "without dots", "keys": "no use for", 3: "non-empty string"}.items():
+        with pytest.raises(ValueError, match=f"adapt: name is .*{message}"):
+            adapt(model, LoraConfig(target_modules=["up"]), name)
+    assert not hasattr(model, "pyfastpeft")
+    adapt(model, LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match="name is 'default', which the model has; it must be new, or deleted first"):
+        adapt(model, IA3Config(target_modules=["up"]))
+    for names in (["other"], [["default"]], ["default", "default"]):
+        with pytest.raises(ValueError, match=r"set_adapter: names? is "):
+            set_adapter(model, *names)
+    with pytest.raises(ValueError, match=re.escape("one whose ['0.1.up', '0.2.up'] were adapted in another model")):
+        adapt(nn.Sequential(model), LoraConfig(target_modules=["up"]))
+    holder = nn.Module()
+    holder.up = Block()
+    holder.up.up.adapters = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="attach: module is one with 'adapters' of its own"):
+        adapt(holder, LoraConfig(target_modules=["up.up"]))
+
+
+def test_merged_rounding():
+    """float32 sums, rounded once: no element of a bf16 weight is off by more than half a unit in its last place."""
+    layer = nn.Linear(16, 8).to(torch.bfloat16)
+    model = adapt(nn.Sequential(layer), LoraConfig(target_modules=["0"], r=3, lora_alpha=7))
+    randomise(model)
+    exact = layer.weight.detach().double() + change(layer, "default")
+    merge_adapter(model)
+    error = (layer.weight.double() - exact).abs()
+    assert (error <= exact.abs() * 2.0**-8 * 1.0001).all()
