@@ -35,14 +35,7 @@ from pyfastpeft import (
 from pyfastpeft.layers.adapted import carriers
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small lose more than they win by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TREE = {"target_modules": ["up", "down"]}
 

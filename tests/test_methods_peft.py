@@ -26,12 +26,7 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 TOLERANCE = 200
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def models(make):
