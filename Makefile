@@ -34,5 +34,5 @@ build: .venv/installed
 	grep -v '^triton' constraints.txt > .venv/constraints.txt
 	$(PIP) torch setuptools pybind11 ninja
 	$(VENV)/python -m pip show torch | grep -q '^Requires:.*triton' || cp constraints.txt .venv/constraints.txt
-	$(PIP) --no-build-isolation -e '.[hf,bench,dev]'
+	$(PIP) --no-build-isolation -e '.[hf,bench,quality,dev]'
 	touch $@

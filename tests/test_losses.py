@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyfastpeft
 from pyfastpeft.layers import LoRALinear
 from pyfastpeft.methods.losses import (
     L2SP,
@@ -93,8 +94,10 @@ def test_a_mask_takes_choices_away():
 
 @pytest.mark.parametrize("loss", [tfew_loss, unlikelihood_loss, length_normalized_loss])
 def test_gradients(loss):
-    logits, labels, answers = example(scale=1.0)
-    assert torch.autograd.gradcheck(lambda z: loss(z, labels, answers), logits.requires_grad_())
+    labels = torch.tensor([[[-100, 1, 2], [4, -100, -100]], [[-100, -100, -100], [0, 3, 1]]])  # [2, C, T]
+    answers = torch.tensor([0, 1])
+    logits = torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: loss(z, labels, answers), logits)
 
 
 def test_leading_axes_and_a_common_answer():
@@ -191,6 +194,28 @@ def test_low_rank_penalty_sums_over_trainable_adapters():
     torch.testing.assert_close(low_rank_penalty(nn.Sequential(*layers)), expected)
 
 
+@pytest.mark.parametrize("kind", ["LoraConfig", "DoRA", "DyLoraConfig", "AdaLoraConfig"])
+def test_low_rank_penalty_of_adapted_models(kind):
+    fields = {"r": 3, "lora_alpha": 2, "target_modules": ["0", "2"], "init_lora_weights": False}
+    if kind == "AdaLoraConfig":
+        fields |= {"init_r": 4, "target_r": 2}
+    if kind == "DoRA":
+        fields["use_dora"] = True
+    model = pyfastpeft.adapt(network(), getattr(pyfastpeft, "LoraConfig" if kind == "DoRA" else kind)(**fields))
+    if kind == "DyLoraConfig":
+        pyfastpeft.set_rank(model, rank=2)
+    changes = []
+    for layer in (model[0], model[2]):
+        part = layer.adapters["default"]
+        lora_A, lora_B, scaling = part.lora_A, part.lora_B, 2 / 3
+        if kind == "AdaLoraConfig":
+            lora_A, scaling = part.lora_E * lora_A, 2 / (4 + 1e-5)
+        elif kind == "DyLoraConfig":
+            lora_A, lora_B, scaling = lora_A[:2], lora_B[:, :2], 2 / 2
+        changes.append((scaling * lora_B @ lora_A).square().sum())
+    torch.testing.assert_close(low_rank_penalty(model), sum(changes))
+
+
 def test_misuse_of_penalties():
     with pytest.raises(ValueError, match=r"L2SP: model is without parameters that require grad"):
         L2SP(network().requires_grad_(False), 1.0)
@@ -234,19 +259,14 @@ def test_loraplus_groups():
 
 
 def llama():
-    """A tiny Llama whose query and value projections are LoRALinear, with B away from zero."""
+    """A tiny Llama with LoRA on its query and value projections, B away from zero."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
-    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
-    for layer in model.model.layers:
-        for name in ("q_proj", "v_proj"):
-            adapted = LoRALinear.from_linear(getattr(layer.self_attn, name), rank=2, alpha=3)
-            nn.init.normal_(adapted.lora_B, std=0.3)
-            setattr(layer.self_attn, name, adapted)
-    return model
+    model = transformers.LlamaForCausalLM(config)
+    return pyfastpeft.adapt(model, pyfastpeft.LoraConfig(r=2, lora_alpha=3, init_lora_weights=False))
 
 
 def rows(count, choices=1):
@@ -327,8 +347,10 @@ def test_trainer_with_a_penalty_once_a_step(tmp_path, accumulation):
 
     def loss_of(model, batch):
         near = sum((p - start).square().sum() for p, start in zip(model.parameters(), starts) if p.requires_grad)
-        products = [module for module in model.modules() if isinstance(module, LoRALinear)]
-        low = sum((module.scaling * module.lora_B @ module.lora_A).square().sum() for module in products)
+        pairs = [
+            list(layer.adapters["default"].parameters()) for layer in model.modules() if hasattr(layer, "adapters")
+        ]
+        low = sum((1.5 * lora_B @ lora_A).square().sum() for lora_A, lora_B in pairs)
         return model(**batch).loss + 0.5 * near + 0.1 * low
 
     model = llama()

@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens at most (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=80, help="generated at most (default: %(default)s)")
     parser.add_argument("--shots", type=int, default=3, help="solved examples of few-shot prompts, as many as fit")
-    parser.add_argument("--pretrain", type=int, default=600, help="steps of --encoder small (default: %(default)s)")
+    parser.add_argument("--pretrain", type=int, default=1000, help="steps of --encoder small (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="compare learning rates on held-out training rows")
     parser.add_argument("--out", type=Path, help="directory to write (default: build/quality/<task>)")

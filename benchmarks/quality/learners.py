@@ -273,7 +273,7 @@ def classes(task: Task) -> int:
 
 def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, seed: int = 0) -> Encoder:
     """A BERT of 2 layers, 128 wide, with words of the training texts for vocabulary, pretrained on these texts as a
-    masked language model for `steps` steps of 64 rows; pooler and classifier are new."""
+    masked language model for `steps` steps of 32 rows of at most 32 tokens; pooler and classifier are new."""
     task, rows = one_task(problems), problems[0].training
     texts = [str(row[column]) for row in rows for column in task.text]
     tokenizer = word_tokenizer(texts, 8000)
@@ -293,8 +293,8 @@ def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, see
     pick = random.Random(seed)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
-        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-        batch = tokenizer(pick.choices(texts, k=64), return_special_tokens_mask=True, **options)
+        options = {"padding": True, "truncation": True, "max_length": 32, "return_tensors": "pt"}
+        batch = tokenizer(pick.choices(texts, k=32), return_special_tokens_mask=True, **options)
         ids, special = batch["input_ids"], batch["special_tokens_mask"].bool()
         chosen = (torch.rand(ids.shape) < 0.15) & ~special
         labels = ids[chosen]

@@ -16,8 +16,8 @@ from .tasks import Misuse, Task
 
 @dataclass(frozen=True)
 class Method:
-    """lr: of a generative model and of an encoder, the best of `--sweep` (a half-decade grid, loss on held-out training
-    rows). config: the name and the fields of a config of pyfastpeft.methods; none: every weight trains.
+    """lr: of a generative model and of an encoder; `--sweep` compares it with its neighbours, half a decade apart.
+    config: the name and the fields of a config of pyfastpeft.methods; none: every weight trains.
     extra: what else it is made of: "l2-sp", "lora+", "t-few"."""
 
     lr: tuple[float, float]
@@ -30,9 +30,10 @@ class Method:
 
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+PROMPT = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
 METHODS = {
-    "full": Method((3e-3, 3e-4)),
-    "full+L2-SP": Method((3e-3, 3e-4), extra="l2-sp"),
+    "full": Method((3e-3, 1e-3)),
+    "full+L2-SP": Method((3e-3, 1e-3), extra="l2-sp"),
     "top layers": Method((3e-3, 1e-3), "SelectiveConfig", {"layers_to_transform": [-2, -1]}),
     "LoRA": Method((1e-2, 3e-3), "LoraConfig", LORA),
     "LoRA q v": Method((1e-2, 3e-3), "LoraConfig", {"r": 8, "lora_alpha": 16}),
@@ -42,11 +43,11 @@ METHODS = {
     "DyLoRA": Method((1e-2, 3e-3), "DyLoraConfig", LORA),
     "IA3": Method((3e-2, 1e-2), "IA3Config"),
     "T-Few": Method((3e-2, 1e-2), "IA3Config", extra="t-few"),
-    "Houlsby": Method((1e-2, 3e-3), "BottleneckConfig", {"placement": "houlsby", "bottleneck_size": 32}),
-    "Pfeiffer": Method((1e-2, 3e-3), "BottleneckConfig", {"placement": "pfeiffer", "bottleneck_size": 32}),
-    "parallel": Method((1e-2, 3e-3), "BottleneckConfig", {"placement": "parallel", "bottleneck_size": 32}),
-    "prefix": Method((1e-2, 3e-3), "PrefixTuningConfig", {"num_virtual_tokens": 20, "prefix_projection": True}),
-    "prompt": Method((1e-1, 3e-2), "PromptTuningConfig", {"num_virtual_tokens": 20}),
+    "Houlsby": Method((3e-2, 3e-3), "BottleneckConfig", {"placement": "houlsby", "bottleneck_size": 32}),
+    "Pfeiffer": Method((3e-2, 3e-3), "BottleneckConfig", {"placement": "pfeiffer", "bottleneck_size": 32}),
+    "parallel": Method((3e-2, 3e-3), "BottleneckConfig", {"placement": "parallel", "bottleneck_size": 32}),
+    "prefix": Method((3e-2, 3e-3), "PrefixTuningConfig", {"num_virtual_tokens": 20, "prefix_projection": True}),
+    "prompt": Method((3e-1, 3e-2), "PromptTuningConfig", PROMPT),
     "BitFit": Method((1e-2, 3e-3), "BitFitConfig", {"add_missing": True, "train_layer_norm": True}),
 }
 PROMPTING = {"zero-shot": 0, "one-shot": 1, "few-shot": None}  # solved examples in the prompt; None: as many as asked
