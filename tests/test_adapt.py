@@ -34,15 +34,7 @@ from pyfastpeft import (
 )
 from pyfastpeft.layers.adapted import carriers
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small lose more than they win by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TREE = {"target_modules": ["up", "down"]}
 
@@ -284,7 +276,7 @@ def test_modules_to_save():
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, t5])
-def test_embeddings_and_tied_weights(make):
+def test_embeddings_and_tied_weights(make, tmp_path):
     model = make(**({} if make is t5 else {"tie_word_embeddings": True})).eval()
     given, before = inputs(model), snapshot(model)
     head, table = (
@@ -312,8 +304,13 @@ def test_embeddings_and_tied_weights(make):
     twin = unload(copy.deepcopy(model), merge=True)
     assert torch.equal(twin.get_output_embeddings().weight, head)
     close(output(twin, given), changed)
+    if make is not t5:
+        assert twin.config.tie_word_embeddings is False
+        twin.save_pretrained(tmp_path)
+        assert torch.equal(output(type(twin).from_pretrained(tmp_path), given), output(twin, given))
     unload(model)
     assert_same(snapshot(model), before)
+    assert model.config.tie_word_embeddings == tied
 
 
 class Doubling(nn.Linear):

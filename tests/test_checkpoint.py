@@ -309,6 +309,14 @@ def test_a_compiled_model_is_saved_as_the_model(tmp_path):
     assert contents(tmp_path / "plain") == contents(tmp_path / "compiled")
 
 
+def test_parameters_that_layers_share_are_stored_for_each(tmp_path):
+    model = of_ours("lora")
+    parts = [layer.self_attn.q_proj.adapters["default"] for layer in model.model.layers]
+    parts[1].lora_A = parts[0].lora_A
+    pyfastpeft.save_adapter(model, tmp_path)
+    assert torch.equal(logits(pyfastpeft.load_adapter(llama(), tmp_path)), logits(model))
+
+
 def test_ends_of_names_mean_the_targets_alone(tmp_path):
     class Tree(nn.Module):
         def __init__(self):

@@ -236,6 +236,7 @@ def test_merge_writes_a_plain_model(stored, tmp_path, adapter):
     assert merge(tmp_path, adapter) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(merged) is GPT2LMHeadModel
+    assert merged.config.tie_word_embeddings == (adapter != "tied")
     torch.testing.assert_close(logits(merged), logits(stored[adapter]), rtol=1e-4, atol=1e-5)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not list(tmp_path.glob(".merging*"))
@@ -253,10 +254,9 @@ def test_merge_rounds_once(stored, tmp_path):
 
 
 def test_merge_makes_the_head_that_the_adapter_brings(tmp_path):
-    sizes = RobertaConfig(**SMALL, num_labels=5)
-    base = RobertaForMaskedLM(sizes)
+    base = RobertaForMaskedLM(RobertaConfig(**SMALL))
     base.save_pretrained(tmp_path / "model")
-    classifier = RobertaForSequenceClassification(sizes)
+    classifier = RobertaForSequenceClassification(RobertaConfig(**SMALL, num_labels=5))
     classifier.roberta.load_state_dict(base.roberta.state_dict(), strict=False)
     adapted = trained(classifier, methods.LoraConfig(task_type="SEQ_CLS"))
     methods.save_adapter(adapted, tmp_path / "adapter")

@@ -8,9 +8,12 @@ from error_rule import (
     DTYPES,
     MIXED,
     assert_error_rule,
+    bottleneck_inputs,
     lora_inputs,
     random,
+    unfused_bottleneck,
     unfused_delta,
+    unfused_dora,
     unfused_ia3,
     unfused_lora,
     unfused_multi_lora,
@@ -81,6 +84,27 @@ def test_dropout_is_the_references(dtype, adapter_dtype):
         return (base + unfused_delta(dropped, lora_A, lora_B, 0.7)).to(base.dtype)
 
     assert_error_rule(fused, unfused, gpu_lora_inputs(37, 258, 130, 4, dtype, adapter_dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
+@pytest.mark.parametrize("shape", [(5, 24, 17, 8), (300, 513, None, 64)])
+def test_bottleneck(dtype, adapter_dtype, activation, shape):
+    def run(function, x, down, down_bias, up, up_bias, residual=None):
+        return function(x, x if residual is None else residual, down, down_bias, up, up_bias, 0.7, activation)
+
+    inputs = bottleneck_inputs(*shape, dtype, adapter_dtype, device="cuda")
+    ours, theirs = (functools.partial(run, f) for f in (ops.bottleneck, unfused_bottleneck))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 255, 129, 5), (300, 1000, 512, 64)])
+def test_dora_linear(dtype, adapter_dtype, shape):
+    inputs = gpu_lora_inputs(*shape, dtype, adapter_dtype)
+    inputs["magnitude"] = gpu_random(shape[2], dtype=adapter_dtype or dtype)
+    ours, theirs = (functools.partial(f, scaling=0.7) for f in (ops.dora_linear, unfused_dora))
+    assert_error_rule(ours, theirs, inputs, through={"magnitude": dtype})
 
 
 @dtypes

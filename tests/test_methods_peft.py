@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,12 @@ from pyfastpeft.layers.adapted import carriers
 from pyfastpeft.layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part
 
 STEPS = 50
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 # Of the losses, in epsilons: 50 steps of AdamW carry the rounding of each on to the next; it comes to about 20.
 TOLERANCE = 200
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def models(make):
@@ -107,10 +104,10 @@ def copy_adapter(theirs, ours, name="default"):
             yield id(parameter)
 
 
-def curve(model, steps=STEPS):
-    """Losses of `steps` steps of AdamW on data that is the same every time."""
+def curve(model, steps, optimizer):
+    """Losses of training steps on data that is the same every time."""
     torch.manual_seed(3)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
     losses = []
     batches = torch.randint(VOCABULARY, (5, 2, 9))
     for step in range(steps):
@@ -123,14 +120,24 @@ def curve(model, steps=STEPS):
     return torch.stack(losses)
 
 
-def compare(ours, theirs, steps=STEPS):
+def compare(ours, theirs, steps=STEPS, optimizer=ADAMW):
     # Around AdaLoRA's model PEFT adds a regulariser to the loss.
-    found, expected = curve(ours, steps), curve(theirs.get_base_model(), steps)
+    found, expected = curve(ours, steps, optimizer), curve(theirs.get_base_model(), steps, optimizer)
     dtype = found.dtype
-    assert expected[-5:].mean() < expected[:5].mean() or steps < STEPS
+    assert steps < STEPS or expected[-5:].mean() < expected[:5].mean()
     error = ((found - expected) / expected).abs().max().item()
     allowed = TOLERANCE * torch.finfo(dtype).eps
     assert error <= allowed, f"losses differ by {error:.3g} of them; {allowed:.3g} is allowed"
+
+
+def compare_weights(ours, theirs):
+    """After steps of plain gradient descent, to which, other than to AdamW, a gradient's length matters."""
+    compare(ours, theirs, 3, partial(torch.optim.SGD, lr=0.1))
+    trained = adapter_parameters(ours, "default")
+    found = {path: parameter.detach().clone() for path, parameter in trained.items()}
+    list(copy_adapter(theirs, ours))
+    for path, parameter in trained.items():
+        torch.testing.assert_close(found[path], parameter.detach(), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -144,12 +151,7 @@ def test_losses(make, case):
 def test_weights_after_training_and_merging(make, case):
     """In float64, where nothing but a wrong formula makes a difference."""
     ours, theirs = pair(make, case, torch.float64)
-    compare(ours, theirs, 5)
-    trained = adapter_parameters(ours, "default")
-    found = {path: parameter.detach().clone() for path, parameter in trained.items()}
-    list(copy_adapter(theirs, ours))
-    for path, parameter in trained.items():
-        torch.testing.assert_close(found[path], parameter.detach(), rtol=1e-7, atol=1e-7)
+    compare_weights(ours, theirs)
     ids = torch.randint(VOCABULARY, (2, 9))
     before = ours.eval()(input_ids=ids).logits
     plain = {key: value.clone() for key, value in unload(ours, merge=True).state_dict().items()}
@@ -181,6 +183,21 @@ def test_a_planted_bug_shows(bug):
         pytest.raises(AssertionError, match="losses differ by"),
     ):
         compare(ours, theirs)
+
+
+@pytest.mark.parametrize("argument", [9, 10, 11], ids=["dX", "dA", "dB"])
+def test_a_gradient_one_per_cent_off_shows(argument):
+    def wrap(name, function):
+        def call(*args):
+            function(*args)
+            if name == "lora_backward" and args[argument] is not None:
+                args[argument].mul_(1.01)
+
+        return call if name == "lora_backward" else function
+
+    ours, theirs = pair(llama, "lora", torch.float64)
+    with rows_replaced(wrap), pytest.raises(AssertionError, match=r"losses differ by|not close"):
+        compare_weights(ours, theirs)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("cat", (3, 5)), ("svd", (3, 5)), ("linear", (4, 4))])

@@ -1,6 +1,8 @@
 """Prefix and prompt tuning: equal to PEFT where PEFT is right, and right where PEFT is not."""
 
 import copy
+import itertools
+import pickle
 
 import peft
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from pyfastpeft.layers import PrefixEncoder, PromptEmbedding
 from pyfastpeft.methods import (
+    BottleneckConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     adapt,
@@ -480,6 +483,29 @@ def test_copies_are_independent(make, kind):
     assert torch.equal(double(**inputs).logits, expected)
     delete_adapter(double, "default")
     assert torch.equal(double(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("make", [lambda: decoder("llama"), t5], ids=["llama", "t5"])
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_pickle_and_other_methods(make, kind):
+    model = adapt(make(), BottleneckConfig(init_weights=False), "first")
+    adapted(lambda: model, kind, "virtual")
+    adapt(model, BottleneckConfig(init_weights=False, bottleneck_size=3), "last")
+    inputs = batch()
+    if make is t5:
+        inputs["labels"] = inputs["input_ids"]
+    logits = {}
+    for names in (("first", "virtual", "last"), ("virtual",), ("first", "last"), ("last",)):
+        set_adapter(model, *names)
+        logits[names] = model(**inputs).logits
+        assert torch.equal(pickle.loads(pickle.dumps(model))(**inputs).logits, logits[names])
+    assert all((one - other).abs().max() > 1e-4 for one, other in itertools.combinations(logits.values(), 2))
+    delete_adapter(model, "first")
+    set_adapter(model, "virtual")
+    torch.testing.assert_close(model(**inputs).logits, logits["virtual",])
+    delete_adapter(model, "virtual")
+    set_adapter(model, "last")
+    torch.testing.assert_close(model(**inputs).logits, logits["last",])
 
 
 def test_models_that_share_a_config_do_not_share_a_prefix():

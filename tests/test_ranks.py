@@ -311,6 +311,18 @@ def test_finalize_drops_ranks_and_changes_nothing(tmp_path):
             refused()
 
 
+def test_layers_that_keep_all_ranks_are_stored_as_any_other(tmp_path):
+    model = adalora()
+    randomise(adapter_parameters(model, "default").values())
+    allocator = RankAllocator(model)
+    paths = list(allocator.parts)
+    masks = {path: torch.arange(5) < (5 if path == paths[1] else 2) for path in paths}
+    allocator.load_state_dict({f"{path}.mask": mask for path, mask in masks.items()})
+    allocator.step(13)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path)), logits(model), rtol=1e-5, atol=1e-6)
+
+
 def test_finalize_before_the_schedules_end_allots_the_final_budget():
     model = adalora()
     allocator = RankAllocator(model)
@@ -360,7 +372,7 @@ def test_adalora_errors():
         allocator.finalize()
     with pytest.raises(ValueError, match="total_step is None"):
         RankAllocator(adalora(total_step=None)).step(0)
-    with pytest.raises(ValueError, match="name is other; it must be one of the model's adapters: default"):
+    with pytest.raises(ValueError, match="name is 'other'; it must be one of the model's adapters: default"):
         RankAllocator(model, "other")
     with pytest.raises(ValueError, match="adapted"):
         RankAllocator(llama())
@@ -571,7 +583,7 @@ def test_dylora_errors():
     assert list(model.pyfastpeft.configs) == ["default"]
     with pytest.raises(ValueError, match="'default', which the model has"):
         truncate(model, "default", 2, "default")
-    with pytest.raises(ValueError, match="name is other; it must be one of the model's adapters: default"):
+    with pytest.raises(ValueError, match="name is 'other'; it must be one of the model's adapters: default"):
         draw_rank(model, "other", step=0)
     other = pyfastpeft.adapt(llama(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(ValueError, match="adapter of LoraConfig; it must be of one of DyLoraConfig"):

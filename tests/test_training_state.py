@@ -164,6 +164,17 @@ def test_tensors_are_stored_by_the_names_of_parameters(tmp_path):
     assert json.loads((tmp_path / STATE).read_text())["step"] == 1
 
 
+def test_ranks_in_the_budget_come_back_without_an_allocator(tmp_path):
+    run = Run(adalora())
+    run.train(0, 4)
+    pattern = run.model.pyfastpeft.configs["default"].rank_pattern
+    assert not all(kept for mask in pattern.values() for kept in mask)
+    methods.save_training_state(tmp_path, run.model)
+    again = pyfastpeft.adapt(llama(), adalora())
+    assert methods.load_training_state(tmp_path, again) == 0
+    assert again.pyfastpeft.configs["default"].rank_pattern == pattern
+
+
 def test_a_parameter_of_the_model_that_the_optimizer_trains_is_stored_too(tmp_path):
     run = Run(lora())
     norm = run.model.model.norm.weight.requires_grad_(True)

@@ -232,9 +232,7 @@ class Replacement(nn.Module):
     def swap(self, module: nn.Module) -> None:
         """Exchange the module's parameters for those kept here."""
         for name in self.names:
-            theirs, ours = module._parameters[name], self._parameters[name]
-            setattr(module, name, ours)  # not into _parameters: recurrent layers keep a list of theirs
-            self._parameters[name] = theirs
+            module._parameters[name], self._parameters[name] = self._parameters[name], module._parameters[name]
         self.installed = not self.installed
 
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -27,10 +27,13 @@ from .configs import (
     PromptTuningConfig,
     SelectiveConfig,
 )
+from .losses import L2SP, TFewLoss, loraplus_groups, low_rank_penalty, rank_classification, regularize, tfew_loss
+from .prompt import nearest_words
 from .ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank, truncate
 from .training_state import load_training_state, save_training_state
 
 __all__ = [
+    "L2SP",
     "AdaLoraConfig",
     "Adaptation",
     "BitFitConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "PromptTuningConfig",
     "RankAllocator",
     "SelectiveConfig",
+    "TFewLoss",
     "adapt",
     "adapter_parameters",
     "add_weighted_adapter",
@@ -53,13 +57,19 @@ __all__ = [
     "load_adapter",
     "load_config",
     "load_training_state",
+    "loraplus_groups",
+    "low_rank_penalty",
     "merge_adapter",
     "merged_adapters",
+    "nearest_words",
     "orthogonality_loss",
+    "rank_classification",
+    "regularize",
     "save_adapter",
     "save_training_state",
     "set_adapter",
     "set_rank",
+    "tfew_loss",
     "truncate",
     "unload",
     "unmerge_adapter",

@@ -144,11 +144,22 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     unmerge_adapter(model)
     for name in list(known.configs):
         delete_adapter(model, name)
+    tied = _is_tied(model)
     for (path, name), value in kept.items():
         # A new parameter: the old one may be tied to another layer's, which nothing was merged into.
         owner = model.get_submodule(path)._parameters
         owner[name] = nn.Parameter(value, requires_grad=owner[name] is None or owner[name].requires_grad)
+    if tied and not _is_tied(model):
+        model.config.tie_word_embeddings = False  # or what is saved is tied again when it is loaded
     return model
+
+
+def _is_tied(model) -> bool:
+    """Whether a transformers model's head is its table of embeddings."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return False
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and head.weight is table.weight
 
 
 def merge_adapter(model: nn.Module, *names: str) -> None:

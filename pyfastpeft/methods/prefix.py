@@ -12,6 +12,7 @@ PEFT's order of rows, which leaves those of every other layer unused where the n
 """
 
 import inspect
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,7 @@ def eject(model: nn.Module) -> None:
         if isinstance(getattr(module, "config", None), PrefixedConfig):
             module.config.prefixes.detach()
             module.config = module.config.config
-            if isinstance(module, ShiftedBias):
-                module.__class__ = type(module).__bases__[1]
+            module.__dict__.pop("compute_bias", None)
 
 
 class Prefixes:
@@ -121,12 +121,11 @@ class OwnConfig:
         return getattr(self.module, name)
 
 
-class ShiftedBias:
-    """T5's first self-attention, which forms the distances' bias for all layers: V more keys come first."""
-
-    def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
-        virtual = self.config.prefixes.num_virtual_tokens()
-        return super().compute_bias(query_length, key_length + virtual, device, past_seen_tokens + virtual)
+def shifted_bias(attention, query_length, key_length, device=None, past_seen_tokens=0):
+    """`compute_bias` of T5's first self-attention, which forms every layer's bias: V more keys come first."""
+    virtual = attention.config.prefixes.num_virtual_tokens()
+    compute = type(attention).compute_bias
+    return compute(attention, query_length, key_length + virtual, device, past_seen_tokens + virtual)
 
 
 def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
@@ -193,8 +192,7 @@ def _attach(model, attentions):
         eager = _forward(module).__globals__["eager_attention_forward"]
         module.config = PrefixedConfig(module.config, prefixes, layer, eager)
         if getattr(module, "has_relative_attention_bias", False):
-            base = type(module)
-            module.__class__ = type(base.__name__, (ShiftedBias, base), {"__module__": base.__module__})
+            module.compute_bias = partial(shifted_bias, module)
     for module in _positions(model):
         prefixes.handles.append(module.register_forward_pre_hook(prefixes.shift, with_kwargs=True))
 
@@ -216,8 +214,7 @@ def _attentions(model):
     for path, module in stack.named_modules():
         cross = "Cross" in type(module).__name__ or path.endswith("EncDecAttention")
         cross = cross or getattr(module, "is_cross_attention", False)
-        calls = getattr(_forward(module), "__code__", None)
-        if calls and "ALL_ATTENTION_FUNCTIONS" in calls.co_names and hasattr(module, "config") and not cross:
+        if _forward(module) is not None and hasattr(module, "config") and not cross:
             found.append(module)
     layers = getattr(stack.config, "num_hidden_layers", None)
     given = f"{kind}, in which {len(found)} self-attention modules use transformers' attention interface"
@@ -234,4 +231,9 @@ def _attentions(model):
 
 
 def _forward(module):
-    return inspect.unwrap(type(module).forward)
+    """The `forward`, of the module's class or one that it derives from, that calls transformers' interface; or None."""
+    for kind in type(module).__mro__:
+        forward = inspect.unwrap(vars(kind).get("forward"))
+        if "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            return forward
+    return None

@@ -51,7 +51,7 @@ def save_training_state(
     config = adaptation(model).configs[name]
     state = {
         "step": step,
-        "config": _said_of(config),
+        "config": _fields_that_train(config),
         "rank_pattern": config.rank_pattern if isinstance(config, AdaLoraConfig) else None,
         "parameters": {key: parameter.detach() for parameter, key in names.items()},
         "optimizer": None if optimizer is None else _named(optimizer, names),
@@ -129,7 +129,7 @@ def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
     return {parameter: every[parameter] for parameter in trained}
 
 
-def _said_of(config) -> dict:
+def _fields_that_train(config) -> dict:
     """The fields that tell how an adapter trains; where it lies is told by its parameters' names."""
     places = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
     places |= {"target_parameters", "modules_to_save", "fan_in_fan_out", "task_type"}
@@ -141,7 +141,7 @@ def _said_of(config) -> dict:
 
 def _need_same(op, path, tensors_path, config, names, state) -> None:
     """The adapter's fields, and the names, shapes and dtypes of parameters, as they were."""
-    fields = _said_of(config)
+    fields = _fields_that_train(config)
     changed = [f for f in fields.keys() | state["config"].keys() if fields.get(f) != state["config"].get(f)]
     told = "of an adapter with " + ", ".join(f"{f} {fields.get(f)!r}" for f in sorted(changed))
     needed = ", ".join(f"{f} {state['config'].get(f)!r}" for f in sorted(changed))
@@ -243,7 +243,7 @@ def _without_tensors(value, path: str, tensors: dict[str, Tensor]):
 
 
 def _with_tensors(value, tensors: dict[str, Tensor], path):
-    """The reverse; what it takes out of `tensors` is gone from there."""
+    """The reverse, of the files at `path`; what it takes out of `tensors` is gone from there."""
     if isinstance(value, list):
         return [_with_tensors(each, tensors, path) for each in value]
     if not isinstance(value, dict):
@@ -254,4 +254,5 @@ def _with_tensors(value, tensors: dict[str, Tensor], path):
     if kind == "tensor":
         need(value["_key"] in tensors, "load_training_state", str(path), f"without {value['_key']}", "whole")
         return tensors.pop(value["_key"])
+    need(kind in _KINDS, "load_training_state", str(path), f"of parts of kind {kind!r}", f"of {', '.join(_KINDS)}")
     return _KINDS[kind](_with_tensors(value["_items"], tensors, path))
