@@ -16,7 +16,9 @@ from .tasks import Misuse, Task
 
 @dataclass(frozen=True)
 class Method:
-    """lr: of a generative model and of an encoder; `--sweep` compares it with its neighbours, half a decade apart.
+    """lr: of a generative model and of an encoder: the best of `--sweep`, half a decade apart, in 60 steps of 8 rows of
+    E2E NLG for a Llama of 260,000 parameters and in 100 steps of 32 rows of SST-2 for the small encoder
+    (T-Few: 60 steps of 8 rows of SST-2 for that Llama); one seed.
     config: the name and the fields of a config of pyfastpeft.methods; none: every weight trains.
     extra: what else it is made of: "l2-sp", "lora+", "t-few"."""
 
@@ -30,25 +32,24 @@ class Method:
 
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-PROMPT = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
 METHODS = {
-    "full": Method((3e-3, 1e-3)),
+    "full": Method((3e-3, 3e-3)),
     "full+L2-SP": Method((3e-3, 1e-3), extra="l2-sp"),
     "top layers": Method((1e-2, 1e-3), "SelectiveConfig", {"layers_to_transform": [-2, -1]}),
     "LoRA": Method((1e-2, 3e-3), "LoraConfig", LORA),
     "LoRA q v": Method((3e-2, 3e-3), "LoraConfig", {"r": 8, "lora_alpha": 16}),
-    "LoRA+": Method((3e-3, 1e-3), "LoraConfig", LORA, "lora+"),
+    "LoRA+": Method((3e-3, 3e-4), "LoraConfig", LORA, "lora+"),
     "DoRA": Method((1e-2, 3e-3), "LoraConfig", LORA | {"use_dora": True}),
-    "AdaLoRA": Method((3e-2, 1e-2), "AdaLoraConfig", LORA | {"init_r": 12, "target_r": 8}),
-    "DyLoRA": Method((1e-2, 3e-3), "DyLoraConfig", LORA),
-    "IA3": Method((3e-1, 1e-2), "IA3Config"),
+    "AdaLoRA": Method((3e-2, 3e-2), "AdaLoraConfig", LORA | {"init_r": 12, "target_r": 8}),
+    "DyLoRA": Method((1e-2, 1e-3), "DyLoraConfig", LORA),
+    "IA3": Method((3e-1, 3e-3), "IA3Config"),
     "T-Few": Method((1e-1, 1e-2), "IA3Config", extra="t-few"),
-    "Houlsby": Method((3e-2, 1e-2), "BottleneckConfig", {"placement": "houlsby", "bottleneck_size": 32}),
-    "Pfeiffer": Method((3e-2, 1e-2), "BottleneckConfig", {"placement": "pfeiffer", "bottleneck_size": 32}),
-    "parallel": Method((3e-2, 1e-2), "BottleneckConfig", {"placement": "parallel", "bottleneck_size": 32}),
+    "Houlsby": Method((3e-2, 3e-3), "BottleneckConfig", {"placement": "houlsby", "bottleneck_size": 32}),
+    "Pfeiffer": Method((3e-2, 3e-2), "BottleneckConfig", {"placement": "pfeiffer", "bottleneck_size": 32}),
+    "parallel": Method((3e-2, 3e-3), "BottleneckConfig", {"placement": "parallel", "bottleneck_size": 32}),
     "prefix": Method((3e-2, 3e-3), "PrefixTuningConfig", {"num_virtual_tokens": 20, "prefix_projection": True}),
-    "prompt": Method((3e-1, 3e-2), "PromptTuningConfig", PROMPT),
-    "BitFit": Method((1e-1, 1e-2), "BitFitConfig", {"add_missing": True, "train_layer_norm": True}),
+    "prompt": Method((3e-1, 1e-2), "PromptTuningConfig", {"num_virtual_tokens": 20}),
+    "BitFit": Method((1e-1, 3e-3), "BitFitConfig", {"add_missing": True, "train_layer_norm": True}),
 }
 PROMPTING = {"zero-shot": 0, "one-shot": 1, "few-shot": None}  # solved examples in the prompt; None: as many as asked
 LORAPLUS_RATIO, L2SP_ALPHA = 8, 1e-2

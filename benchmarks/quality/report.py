@@ -48,7 +48,8 @@ def markdown(results: dict) -> str:
         f"**{settings['model']}: {', '.join(results['tasks'])}**. Measured on {title(results['machine_info'])}.",
         f"`{settings['command']}`",
         (
-            f"{len(settings['seeds'])} seeds; at most {settings['steps']} steps of {settings['batch']} rows"
+            f"Seeds {', '.join(map(str, settings['seeds']))}; "
+            f"at most {settings['steps']} steps of {settings['batch']} rows"
             f"{_seconds(settings)}; the same batches in the same order for every method. "
             "Mean ± standard deviation over the seeds."
         ),
