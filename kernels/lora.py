@@ -200,6 +200,8 @@ def linear(
     sizes = blocks("linear", x.dtype, rows, factor.dtype, rank)
     if unscaled is not None and x.dtype.itemsize == 4:
         sizes["num_stages"] = 2  # registers that its addresses take
+    if weight is None and sizes["BLOCK_M"] * sizes["BLOCK_N"] >= 4096:
+        sizes["num_warps"] = 8  # the same
     programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(columns, sizes["BLOCK_N"])
     strides = (0, 0) if weight is None else weight.stride()
     linear_kernel[(programs,)](

@@ -50,11 +50,17 @@ def _same_strides(tensor):
 
 
 def assert_error_rule(
-    fused: Callable, unfused: Callable, inputs: dict[str, Tensor], seed: int = 1, through: dict | None = None
+    fused: Callable,
+    unfused: Callable,
+    inputs: dict[str, Tensor],
+    seed: int = 1,
+    through: dict | None = None,
+    roundings: int = 1,
 ) -> None:
     """Both functions take `inputs` by name and return one tensor. AssertionError names what is off, and by how much.
 
-    `through` tells for the inputs whose gradient is formed from a tensor that was kept rounded to which dtype.
+    `through` tells for the inputs whose gradient is formed from a tensor that was kept rounded to which dtype;
+    `roundings` is how many times the tolerance counts, where the fused formula rounds at other places than torch's.
     """
     exact = _run(unfused, {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}, seed)
     own = _run(unfused, inputs, seed)
@@ -67,7 +73,7 @@ def assert_error_rule(
         assert ours[name].shape == reference.shape, f"{name} has shape {list(ours[name].shape)}"
         error, own_error = ((r[name].double() - reference).norm().item() for r in (ours, own))
         unit = (through or {}).get(name, dtype)
-        bound = own_error + TOLERANCE[unit] * torch.finfo(unit).eps * reference.norm().item()
+        bound = own_error + roundings * TOLERANCE[unit] * torch.finfo(unit).eps * reference.norm().item()
         assert error <= bound, f"{name}: error {error:.3e} against torch's own {own_error:.3e} (bound {bound:.3e})"
 
 

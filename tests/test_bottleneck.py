@@ -650,10 +650,10 @@ def test_a_module_without_known_widths_or_norms_is_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "serial"}, "placement is serial"),
+        ({"placement": "serial"}, "placement is 'serial'"),
         ({"bottleneck_size": 0}, "bottleneck_size is 0"),
-        ({"activation": "swish"}, "activation is swish"),
-        ({"scaling": "fixed"}, "scaling is fixed"),
+        ({"activation": "swish"}, "activation is 'swish'"),
+        ({"scaling": "fixed"}, "scaling is 'fixed'"),
         ({"scaling": True}, "scaling is True"),
         ({"input_modules": ["fc1"]}, "input_modules is"),
         ({"input_modules": ["fc1"], "placement": "parallel"}, "input_modules is"),

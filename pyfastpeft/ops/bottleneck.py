@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast_off, autocasting, needs_gradient, without_autocast
+from .rows import as_rows, autocast_off, autocasting, needs_gradient, shaped, without_autocast
 
 
 def _forward(x, residual, down, down_bias, up, up_bias, scaling, activation):
@@ -39,7 +39,7 @@ class _Bottleneck(Function):
         backend, scaling, activation, serial, shape = ctx.options
         need_x, need_residual, need_down, need_down_bias, need_up, need_up_bias, *_ = ctx.needs_input_grad
         dy_rows = as_rows(dy)
-        dx = dy_rows.new_empty(shape) if need_x else None
+        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
         ddown, ddown_bias, dup = (
             torch.empty_like(t) if need else None
             for t, need in ((down, need_down), (down_bias, need_down_bias), (up, need_up))
@@ -50,12 +50,11 @@ class _Bottleneck(Function):
         elif need_x or need_down or need_down_bias or need_up:
             row = dispatch.select("bottleneck_backward", dy.device.type, dy.dtype, backend)
             x_rows = None if x is None else as_rows(x)
-            dx_rows = None if dx is None else dx.view(-1, shape[-1])
             row.function(
-                dy_rows, x_rows, down, down_bias, up, scaling, activation, s, serial, dx_rows, ddown, ddown_bias, dup
+                dy_rows, x_rows, down, down_bias, up, scaling, activation, s, serial, dx, ddown, ddown_bias, dup
             )
         dup_bias = dy_rows.sum(0, dtype=s.dtype) if need_up_bias else None
-        return dx, (dy if need_residual else None), ddown, ddown_bias, dup, dup_bias, None, None
+        return shaped(dx, shape), (dy if need_residual else None), ddown, ddown_bias, dup, dup_bias, None, None
 
 
 def bottleneck(

@@ -6,7 +6,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, without_autocast
+from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, shaped, without_autocast
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, keep_unscaled):
@@ -43,7 +43,7 @@ class _DoRA(Function):
         need_x, need_weight, need_bias, need_A, need_B, need_magnitude, *_ = ctx.needs_input_grad
         dy_rows = as_rows(dy)
         x_rows = None if x is None else as_rows(x)
-        dx = dy_rows.new_empty(shape) if need_x else None
+        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
         dlora_A = torch.empty_like(lora_A) if need_A else None
         dlora_B = torch.empty_like(lora_B) if need_B else None
         dscale = torch.empty_like(scale) if need_magnitude else None
@@ -52,15 +52,14 @@ class _DoRA(Function):
                 gradient is None or gradient.zero_()
         elif need_x or need_A or need_B or need_magnitude:
             row = dispatch.select("dora_backward", dy.device.type, dy.dtype, backend)
-            dx_rows = None if dx is None else dx.view(-1, shape[-1])
             row.function(
                 *(dy_rows, x_rows, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled),
-                *(dx_rows, dlora_A, dlora_B, dscale),
+                *(dx, dlora_A, dlora_B, dscale),
             )
         dweight = (dy_rows * scale).to(dy.dtype).T @ x_rows if need_weight else None
         dbias = dy_rows.sum(0) if need_bias else None
         dmagnitude = (dscale / norm).to(dtype) if need_magnitude else None
-        return dx, dweight, dbias, dlora_A, dlora_B, dmagnitude, None, None, None, None
+        return shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, dmagnitude, None, None, None, None
 
 
 @torch.no_grad()

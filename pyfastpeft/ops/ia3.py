@@ -6,7 +6,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch
-from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient, without_autocast
+from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient, shaped, without_autocast
 
 
 def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
@@ -39,19 +39,18 @@ class _IA3(Function):
         need_x, need_weight, need_bias, need_l, _ = ctx.needs_input_grad
         dy_rows = as_rows(dy)
         x_rows = None if x is None else as_rows(x)
-        dx = dy_rows.new_empty(shape) if need_x else None
+        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
         dia3_l = torch.empty_like(ia3_l) if need_l else None
         if dy.numel() == 0:
             dia3_l is None or dia3_l.zero_()
         elif need_x or need_l:
             row = dispatch.select("ia3_backward", dy.device.type, dy.dtype, backend)
-            dx_rows = None if dx is None else dx.view(-1, shape[-1])
-            row.function(dy_rows, x_rows, weight, ia3_l, feedforward, base, dx_rows, dia3_l)
+            row.function(dy_rows, x_rows, weight, ia3_l, feedforward, base, dx, dia3_l)
         dbase = dy_rows if feedforward else (dy_rows * ia3_l).to(dy.dtype) if need_weight or need_bias else None
         inner = (x_rows * ia3_l).to(dy.dtype) if need_weight and feedforward else x_rows
         dweight = dbase.T @ inner if need_weight else None
         dbias = dbase.sum(0) if need_bias else None
-        return dx, dweight, dbias, dia3_l, None
+        return shaped(dx, shape), dweight, dbias, dia3_l, None
 
 
 def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, feedforward: bool) -> Tensor:

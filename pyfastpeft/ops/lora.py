@@ -14,6 +14,7 @@ from .rows import (
     autocasting,
     dropout_seed,
     needs_gradient,
+    shaped,
     without_autocast,
     writable_rows,
     written,
@@ -53,7 +54,7 @@ class _LoRA(Function):
         need_y, need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         dy_rows = as_rows(dy)
         x_rows = None if x is None else as_rows(x)
-        dx = dy_rows.new_empty(shape) if need_x else None
+        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
         dlora_A = torch.empty_like(lora_A) if need_A else None
         dlora_B = torch.empty_like(lora_B) if need_B else None
         if dy.numel() == 0:
@@ -61,13 +62,10 @@ class _LoRA(Function):
                 gradient is None or gradient.zero_()
         elif need_x or need_A or need_B:
             row = dispatch.select("lora_backward", dy.device.type, dy.dtype, backend)
-            dx_rows = None if dx is None else dx.view(-1, shape[-1])
-            row.function(
-                dy_rows, x_rows, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx_rows, dlora_A, dlora_B
-            )
+            row.function(dy_rows, x_rows, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B)
         dweight = dy_rows.T @ x_rows if need_weight else None
         dbias = dy_rows.sum(0) if need_bias else None
-        return (dy if need_y else None), dx, dweight, dbias, dlora_A, dlora_B, None, None, None
+        return (dy if need_y else None), shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, None, None, None
 
 
 def lora_linear(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import checks, dispatch, host, inference, reference
-from .rows import as_rows, autocast_off, autocasting, needs_gradient, without_autocast, writable_rows, written
+from .rows import as_rows, autocast_off, autocasting, needs_gradient, shaped, without_autocast, writable_rows, written
 
 
 class Routing(NamedTuple):
@@ -94,7 +94,7 @@ class _MultiLoRA(Function):
         backend, shape = ctx.options
         need_y, need_x, need_A, need_B, *_ = ctx.needs_input_grad
         rows = as_rows(dy)
-        dx = rows.new_empty(shape) if need_x else None
+        dx = rows.new_empty(rows.shape[0], shape[-1]) if need_x else None
         dlora_A = torch.empty_like(lora_A) if need_A else None
         dlora_B = torch.empty_like(lora_B) if need_B else None
         if dy.numel() == 0:
@@ -103,9 +103,8 @@ class _MultiLoRA(Function):
         elif need_x or need_A or need_B:
             row = dispatch.select("multi_lora_backward", dy.device.type, dy.dtype, backend)
             x_rows = None if x is None else as_rows(x)
-            dx_rows = None if dx is None else dx.view(-1, shape[-1])
-            row.function(rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx_rows, dlora_A, dlora_B)
-        return (dy if need_y else None), dx, dlora_A, dlora_B, None, None, None, None
+            row.function(rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B)
+        return (dy if need_y else None), shaped(dx, shape), dlora_A, dlora_B, None, None, None, None
 
 
 def multi_lora(

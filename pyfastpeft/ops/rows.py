@@ -14,6 +14,12 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def shaped(rows: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """[M, F] as [..., F]: a gradient that an op wrote as rows. The op is given no view of it: where a graph's op writes
+    into a view, torch's compiler may read what was there before."""
+    return None if rows is None else rows.view(shape)
+
+
 def writable_rows(y: Tensor) -> Tensor:
     """y [..., N] itself where rows [M, N] are a view of it, else a copy, which has to be copied back.
 

@@ -1,5 +1,6 @@
 """Schemas of the raw ops (csrc/ops/schema.cpp states them again for the native library; a test compares the two)."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -33,20 +34,50 @@ SCHEMAS = {
 }
 
 
-def define(backend: str, op: str, function: Callable):
+def define(backend: str, op: str, function: Callable) -> Callable:
     """Register `function`, which writes into its arguments, as torch.ops.pyfastpeft_<backend>.<op>: one node of a
-    compiled graph, whatever Python it runs. Returns the op."""
+    compiled graph, whatever Python it runs. Returns what runs it."""
     name = f"pyfastpeft_{backend}::{op}"
     torch.library.define(name, SCHEMAS[op])
     torch.library.impl(name, "CompositeExplicitAutograd")(function)
-    return _with_fake(f"pyfastpeft_{backend}", op)
+    return _callable(f"pyfastpeft_{backend}", op)
 
 
-def native(op: str):
-    """The op of the native library, torch.ops.pyfastpeft.<op>."""
-    return _with_fake("pyfastpeft", op)
+def native(op: str) -> Callable:
+    """What runs the op of the native library, torch.ops.pyfastpeft.<op>."""
+    return _callable("pyfastpeft", op)
 
 
-def _with_fake(namespace: str, op: str):
+def _callable(namespace: str, op: str) -> Callable:
+    """The op itself; in a compiled graph its twin <op>_new, which returns what the op writes, since torch's compiler
+    may order a read before the op that writes (scheduler.py's recompute_size_and_body forgets who wrote last)."""
     torch.library.register_fake(f"{namespace}::{op}", lambda *args: None)
-    return getattr(getattr(torch.ops, namespace), op).default
+    write = getattr(getattr(torch.ops, namespace), op).default
+    arguments = write._schema.arguments
+    places = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def fresh(*args):
+        return [torch.empty_like(args[i]) for i in places if args[i] is not None]
+
+    def compute(*args):
+        # y holds the base layer's output where the op adds to it.
+        adds = op == "multi_lora_forward" or (op == "lora_forward" and args[1] is None)
+        new = {i: args[i].clone() if adds else torch.empty_like(args[i]) for i in places if args[i] is not None}
+        write(*(new.get(i, argument) for i, argument in enumerate(args)))
+        return list(new.values())
+
+    twin = f"{namespace}::{op}_new"
+    taken = re.sub(r"\(\w!\)", "", SCHEMAS[op]).removesuffix("()")
+    torch.library.define(twin, f"{taken}Tensor[]")
+    torch.library.impl(twin, "CompositeExplicitAutograd")(compute)
+    torch.library.register_fake(twin)(fresh)
+    returns = getattr(getattr(torch.ops, namespace), f"{op}_new").default
+
+    def run(*args):
+        if not torch.compiler.is_compiling():
+            return write(*args)
+        written = [args[i] for i in places if args[i] is not None]
+        for target, value in zip(written, returns(*args)):
+            target.copy_(value)
+
+    return run
