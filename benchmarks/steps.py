@@ -47,7 +47,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 LIMITS = {"DoRA": [("speed over PEFT", ">=", 1.5)]}  # beside the one for all: time over PEFT at most 1
 AGREEING_STEPS = 3
-TOLERANCE = 1e-5  # of losses and gradients, relative
+TOLERANCE = 1e-4  # of losses and gradients, relative: attention sums in another order beside a prefix
 
 
 class Disagreement(Exception):
