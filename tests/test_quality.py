@@ -27,7 +27,7 @@ from benchmarks.quality.vocabulary import llama2c_tokenizer, word_tokenizer
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself
 ROOT = Path(__file__).parent.parent
-DATA = Path(os.environ.get("PYFASTPEFT_TEST_DATA", ROOT.parent / "shared" / "data"))  # real data, where there is some
+DATA = Path(os.environ.get("PYFASTPEFT_DATA", ROOT.parent / "shared" / "data"))  # real data, where there is some
 
 FILES = {
     "sst2": {
@@ -555,7 +555,7 @@ def test_arguments_out_of_range(capsys, arguments):
 
 # --- real data, where there is some ----------------------------------------------------------------------------------
 
-needs_data = pytest.mark.skipif(not (DATA / "sst2").is_dir(), reason="needs the datasets; PYFASTPEFT_TEST_DATA=DIR")
+needs_data = pytest.mark.skipif(not (DATA / "sst2").is_dir(), reason="needs the datasets; PYFASTPEFT_DATA=DIR")
 
 
 @needs_data
