@@ -6,7 +6,6 @@ The Triton backend runs the same checks under its interpreter (test_triton_inter
 import copy
 import functools
 import os
-import re
 from contextlib import suppress
 
 import pytest
@@ -36,7 +35,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfastpeft import ops
-from pyfastpeft.ops import dispatch, inference, native, reference, schemas
+from pyfastpeft.ops import choice, dispatch, inference, native, reference, schemas
 
 BACKENDS = os.environ.get("PYFASTPEFT_TEST_BACKENDS", "reference cpu").split()  # test_triton_interpreter.py sets it
 SHAPES = [
@@ -48,7 +47,9 @@ SHAPES = [
     (2, 40, 24, 64),
 ]  # M K N r
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 backends = pytest.mark.parametrize("backend", BACKENDS)
+branch_backends = pytest.mark.parametrize("backend", [*BACKENDS, "addmm"])  # of LoRA and multi-LoRA
 dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + MIXED)
 
 
@@ -81,26 +82,26 @@ def in_both(function, scaling=0.7, activation="relu"):
 # --- the error rule ---
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_linear(backend, dtype, adapter_dtype, shape):
     assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype, adapter_dtype))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trainable_weight_and_bias_get_gradients(backend, dtype):
     assert_error_rule(lora, plain_lora, lora_inputs(9, 33, 17, 4, dtype, frozen=False))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("lead", [(2, 3), (2, 1, 4), (5,)])
 def test_any_leading_dimensions_without_bias(backend, lead):
     assert_error_rule(lora, plain_lora, lora_inputs(lead, 24, 40, 4, torch.float32, bias=False))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("only", ["x", "lora_A", "lora_B"])
 def test_one_gradient_alone(backend, dtype, only):
@@ -128,20 +129,20 @@ LAYERS = [
 ]
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("shape", LAYERS)
 def test_lora_linear_group(backend, dtype, adapter_dtype, shape):
     assert_error_rule(group, plain_group, group_inputs(*shape, dtype, adapter_dtype))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_of_a_group_train_their_weights_and_biases(backend, dtype):
     assert_error_rule(group, plain_group, group_inputs((3, 5), 33, [(17, 4), (20, 6)], dtype, frozen=False))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("only", ["x", "weight1", "bias0", "lora_A0", "lora_A1", "lora_B1"])
 def test_a_group_forms_one_gradient_alone(backend, only):
     inputs = group_inputs(6, 24, [(40, 4), (17, 3)], torch.float32)
@@ -149,7 +150,7 @@ def test_a_group_forms_one_gradient_alone(backend, only):
     assert_error_rule(group, plain_group, inputs)
 
 
-@backends
+@branch_backends
 def test_a_group_whose_outputs_are_not_all_used(backend):
     def second(function, **inputs):
         return function(**inputs)[..., 40:]
@@ -158,7 +159,7 @@ def test_a_group_whose_outputs_are_not_all_used(backend):
     assert_error_rule(functools.partial(second, group), functools.partial(second, plain_group), inputs)
 
 
-@backends
+@branch_backends
 @dtypes
 def test_lora_delta(backend, dtype, adapter_dtype):
     inputs = lora_inputs(13, 70, 50, 3, dtype, adapter_dtype)
@@ -379,7 +380,7 @@ def assert_multi_lora(inputs, slots, scaling, ranks=None):
     )
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 5, 3, 1, 1), (9, 33, 20, 4, 3), (64, 96, 130, 16, 5), (70, 40, 33, 3, 2)])
 def test_multi_lora(backend, dtype, adapter_dtype, shape):
@@ -387,7 +388,7 @@ def test_multi_lora(backend, dtype, adapter_dtype, shape):
     assert_multi_lora(multi_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
     inputs = multi_inputs(20, 33, 18, 8, 4, dtype)
@@ -419,7 +420,7 @@ def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
     assert all(torch.isfinite(t.grad).all() for t in inputs.values())
 
 
-@backends
+@branch_backends
 def test_idle_adapters_get_zero_gradients_from_poisoned_memory(backend):
     inputs = multi_inputs(6, 10, 12, 2, 5, torch.float32)
     slots = torch.tensor([3, 1, 3, -1, 1, 3])
@@ -436,7 +437,7 @@ def test_idle_adapters_get_zero_gradients_from_poisoned_memory(backend):
 # --- shapes and strides ---
 
 
-@backends
+@branch_backends
 @settings(max_examples=40)
 @given(
     # A handful of outputs may cancel by chance, which a norm does not forgive: the smallest shapes stand in SHAPES.
@@ -503,7 +504,7 @@ def test_bottleneck_takes_any_shape_and_strides(backend, shape, layout, dtypes, 
     assert_bottleneck(inputs, activation=activation)
 
 
-@backends
+@branch_backends
 @settings(max_examples=40)
 @given(
     shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 60), (8, 200), (8, 300), (1, 12), (1, 9)))),
@@ -519,7 +520,7 @@ def test_multi_lora_takes_any_shape(backend, shape, dtypes, ranked, seed):
     assert_multi_lora(multi_inputs(*shape, *dtypes), slots, torch.randn(num_adapters), ranks)
 
 
-@backends
+@branch_backends
 @settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
@@ -848,7 +849,7 @@ def test_cpu_drops_what_the_reference_drops(dtype, seed):
     torch.testing.assert_close(s, reference.dropout_factor(torch.tensor([seed]), p, m, k, s.dtype))
 
 
-@backends
+@branch_backends
 @dtypes
 def test_dropout_obeys_the_error_rule_with_its_mask(backend, dtype, adapter_dtype):
     inputs = lora_inputs(19, 130, 40, 4, dtype, adapter_dtype)
@@ -867,7 +868,7 @@ def test_dropout_obeys_the_error_rule_with_its_mask(backend, dtype, adapter_dtyp
     assert_error_rule(fused, unfused, inputs)
 
 
-@backends
+@branch_backends
 @dtypes
 def test_layers_of_a_group_share_one_mask(backend, dtype, adapter_dtype):
     torch.manual_seed(9)
@@ -887,7 +888,7 @@ def test_layers_of_a_group_share_one_mask(backend, dtype, adapter_dtype):
     assert_error_rule(fused, functools.partial(grouped, unfused), inputs)
 
 
-@backends
+@branch_backends
 def test_dropout_follows_the_generator_and_keeps_its_share(backend):
     x, lora_A = torch.ones(50, 200), torch.eye(200)
     out = []
@@ -935,7 +936,7 @@ def test_autocast_of_dora_and_adalora(backend):
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in trained)
 
 
-@backends
+@branch_backends
 def test_autocast_of_a_group(backend):
     inputs = group_inputs(6, 16, [(12, 4), (9, 2)], torch.float32, frozen=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -983,7 +984,7 @@ def test_backward_keeps_x_s_and_a_seed_alone(backend):
     assert kept == 64 * 256 * 2 + 64 * 8 * 4 + 8
 
 
-@backends
+@branch_backends
 def test_a_group_keeps_x_once(backend):
     inputs = group_inputs(64, 256, [(128, 8), (96, 5)], torch.bfloat16, torch.float32)
     kept = saved_bytes(lambda: group(**inputs, dropout_p=0.1), [t for name, t in inputs.items() if name != "x"])
@@ -1070,14 +1071,14 @@ def test_nan_and_infinity_pass_a_bottleneck(backend, value, activation):
         assert bad.sum() == {"row": 9, "column": 20, "all": 180, "element": 1}[reached]
 
 
-@backends
+@branch_backends
 def test_a_dropped_nan_is_not_hidden(backend):
     x = torch.full((4, 64), float("nan"))
     out = ops.lora_linear(x, torch.zeros(8, 64), None, torch.ones(2, 64), torch.ones(8, 2), 1.0, 0.9)
     assert out.isnan().all()
 
 
-@backends
+@branch_backends
 def test_base_only_tokens_never_meet_a_nan_adapter(backend):
     x, y = random(5, 8, grad=False), random(5, 6, grad=False)
     slots = torch.tensor([-1, 0, -1, 1, -1])
@@ -1406,8 +1407,8 @@ def test_inference_compiles_as_one_graph():
 
 def test_the_cpu_backend_is_chosen_where_it_is_built():
     assert native.AVAILABLE
-    assert dispatch.select("lora_forward", "cpu", torch.float32).backend == "cpu"
-    assert dispatch.select("lora_forward", "meta", torch.float32).backend == "reference"
+    assert dispatch.select("lora_forward", (torch.empty(1, 1),)).backend == "cpu"
+    assert dispatch.select("lora_forward", (torch.empty(1, 1, device="meta"),)).backend == "addmm"
 
 
 def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch):
@@ -1418,16 +1419,17 @@ def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch):
     ):
         lora(**inputs)
     monkeypatch.setattr(dispatch, "_forced", "cuda")
-    with pytest.raises(RuntimeError, match=re.escape(dispatch.UNAVAILABLE["cuda"])):
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", "built without it")
+    with pytest.raises(RuntimeError, match=r"cuda: (built without it|takes devices \('cuda',\))"):
         lora(**inputs)
     monkeypatch.setattr(dispatch, "_forced", "fast")
-    with pytest.raises(RuntimeError, match="'fast' does not exist; choose one of cuda, cpu, triton, reference"):
+    with pytest.raises(RuntimeError, match="'fast' does not exist; choose one of cuda, cpu, triton, addmm, reference"):
         lora(**inputs)
     with pytest.raises(ValueError, match="name is 'fast'; it must be one of"), ops.use_backend("fast"):
         pass
 
 
-def test_the_backward_pass_runs_where_the_forward_pass_ran():
+def test_the_backward_pass_runs_where_the_forward_pass_was_forced_to():
     inputs = lora_inputs(3, 4, 5, 2, torch.float32)
     with ops.use_backend("reference"):
         out = lora(**inputs)
@@ -1444,3 +1446,68 @@ def test_meta_tensors_give_shapes():
     assert lora(**inputs).shape == (3, 5)
     y = torch.zeros(3, 5, device="meta")
     assert ops.lora_delta_(y, inputs["x"], inputs["lora_A"], inputs["lora_B"], 0.5).shape == (3, 5)
+
+
+# --- the choice for CUDA tensors ---
+
+
+def lora_arguments(dtype=torch.bfloat16, m=8192, k=4096, n=4096, r=16, adapters=None, weight=True, seed=None):
+    x, w, s = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (m, r)))
+    lora_A, lora_B = (torch.empty(shape, dtype=adapters or dtype, device="meta") for shape in ((r, k), (n, r)))
+    return x, w if weight else None, None, lora_A, lora_B, 1.0, 0.0, seed, x, s
+
+
+def test_operands_are_described_by_kind_and_sizes():
+    described = functools.partial(choice.described, "lora_forward")
+    assert described(lora_arguments(m=7, n=64)) == ("bfloat16, adapters bfloat16", (7, 4096, 64, 16, 1))
+    kind, sizes = described(lora_arguments(adapters=torch.float32, weight=False, seed=torch.zeros(1)))
+    assert kind == "bfloat16, no weight, adapters float32, dropout"
+    assert sizes == (8192, 4096, 4096, 16, 1)
+    many = [torch.empty(shape, device="meta") for shape in ((64, 48), (5, 8, 48), (5, 32, 8), (5,))]
+    assert choice.described("multi_lora_forward", tuple(many)) == ("float32, adapters float32", (64, 48, 32, 8, 5))
+    x, weight, ia3_l = (torch.empty(shape, device="meta") for shape in ((3, 5), (4, 5), (5,)))
+    assert choice.described("ia3_forward", (x, weight, None, ia3_l, True, x, None)) == ("float32, ff", (3, 5, 4, 1, 1))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """choice.ranking on a GPU of architecture sm_90 with two measured shapes."""
+    kind = "bfloat16, adapters bfloat16"
+    entries = [
+        {"op": "lora_forward", "kind": kind, "sizes": [16, 4096, 4096, 16, 1], "backends": ["triton", "addmm"]},
+        {
+            "op": "lora_forward",
+            "kind": kind,
+            "sizes": [8192, 4096, 4096, 16, 1],
+            "backends": ["cuda", "addmm", "triton"],
+        },
+    ]
+    choice._ranking.cache_clear()
+    monkeypatch.setattr(choice, "measurements", lambda: {"sm_90": entries})
+    monkeypatch.setattr(choice, "architecture", lambda device: "sm_90")
+    yield functools.partial(choice.ranking, "lora_forward")
+    choice._ranking.cache_clear()
+
+
+def test_the_nearest_measured_shape_decides(measured):
+    assert measured(lora_arguments(m=64)) == ("triton", "addmm", "reference")
+    assert measured(lora_arguments(m=2048, n=14336)) == ("cuda", "addmm", "triton", "reference")
+
+
+def test_what_no_gpu_has_run_is_not_chosen(measured, monkeypatch):
+    assert measured(lora_arguments(adapters=torch.float32)) == choice.RULE
+    monkeypatch.setattr(choice, "architecture", lambda device: "sm_80")
+    assert measured(lora_arguments()) == choice.RULE
+    assert not {"cuda", "triton"} & set(choice.RULE)
+
+
+def test_a_row_that_does_not_fit_gives_way_and_a_forced_one_says_what_it_lacks(monkeypatch):
+    rows = dispatch.TABLE["lora_forward"]
+    lacking = [row._replace(fits=lambda *args: "K must be even") if row.backend == "cpu" else row for row in rows]
+    monkeypatch.setitem(dispatch.TABLE, "lora_forward", lacking)
+    inputs = lora_inputs(3, 4, 5, 2, torch.float32)
+    args = tuple(inputs.values())
+    assert dispatch.select("lora_forward", args).backend == "addmm"
+    assert dispatch.select("lora_forward", args, backend="cpu").backend == "addmm"
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' is forced .*cpu: K must be even"):
+        lora(**inputs)

@@ -55,6 +55,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       "multi_lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
       " Tensor? scalings, float scaling, Tensor? ranks) -> bool");
   m.def("cpu_capability() -> str");
+  m.def("cuda_capability() -> str");
 }
 
 namespace pyfastpeft {

@@ -23,15 +23,14 @@ from .rows import (
 
 def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     """(y, s, backend). With weight, y is None and the result is new; without, y is written in place."""
-    row = dispatch.select("lora_forward", x.device.type, x.dtype)
-    rows = as_rows(x)
+    rows, backend = as_rows(x), None
     s = rows.new_empty(rows.shape[0], lora_A.shape[0], dtype=reference.accumulation(x.dtype))
     if weight is not None:
         y = rows.new_empty(*x.shape[:-1], weight.shape[0])
     if rows.numel():
         out = y.view(-1, y.shape[-1])
-        row.function(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, out, s)
-    return y, s, row.backend
+        backend = dispatch.run("lora_forward", rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, out, s)
+    return y, s, backend
 
 
 class _LoRA(Function):
@@ -61,8 +60,8 @@ class _LoRA(Function):
             for gradient in (dlora_A, dlora_B):
                 gradient is None or gradient.zero_()
         elif need_x or need_A or need_B:
-            row = dispatch.select("lora_backward", dy.device.type, dy.dtype, backend)
-            row.function(dy_rows, x_rows, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B)
+            arguments = dy_rows, x_rows, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B
+            dispatch.run("lora_backward", *arguments, backend=backend)
         dweight = dy_rows.T @ x_rows if need_weight else None
         dbias = dy_rows.sum(0) if need_bias else None
         return (dy if need_y else None), shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, None, None, None

@@ -13,14 +13,14 @@ from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, ne
 
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     """(ys, s, backend)."""
-    row = dispatch.select("lora_group_forward", x.device.type, x.dtype)
-    rows, lora_A = as_rows(x), torch.cat(lora_As)
+    rows, lora_A, backend = as_rows(x), torch.cat(lora_As), None
     ys = [rows.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
     s = rows.new_empty(len(rows), len(lora_A), dtype=reference.accumulation(x.dtype))
     if rows.numel():
         outs = [y.view(-1, y.shape[-1]) for y in ys]
-        row.function(rows, weights, biases, lora_A, lora_Bs, scalings, dropout_p, seed, outs, s)
-    return ys, s, row.backend
+        arguments = rows, weights, biases, lora_A, lora_Bs, scalings, dropout_p, seed, outs, s
+        backend = dispatch.run("lora_group_forward", *arguments)
+    return ys, s, backend
 
 
 def _by_kind(members):
@@ -60,9 +60,8 @@ class _LoRAGroup(Function):
             for gradient in (dlora_A, *dlora_Bs):
                 gradient is None or gradient.zero_()
         elif need_x or dlora_A is not None or dlora_Bs:
-            row = dispatch.select("lora_group_backward", dys[0].device.type, dys[0].dtype, backend)
-            arguments = weights, lora_A, lora_Bs, scalings, dropout_p, seed, s
-            row.function(dy_rows, x_rows, *arguments, dx, dlora_A, dlora_Bs)
+            arguments = dy_rows, x_rows, weights, lora_A, lora_Bs, scalings, dropout_p, seed, s, dx, dlora_A, dlora_Bs
+            dispatch.run("lora_group_backward", *arguments, backend=backend)
         dlora_As = [None] * count if dlora_A is None else dlora_A.split([len(lora_A) for lora_A in lora_As])
         gradients = (
             *(dy.T @ x_rows if need else None for dy, need in zip(dy_rows, need_weights)),

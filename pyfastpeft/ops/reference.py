@@ -96,7 +96,7 @@ def lora_group_forward(x, weights, biases, lora_A, lora_Bs, scalings, dropout_p,
     lora_A [R, K] is that of all layers, one below the other, and s_i [M, r_i] their columns of s [M, R].
     """
     torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
-    for y, weight, bias, own_s, lora_B, scaling in zip(ys, weights, biases, _columns(s, lora_Bs), lora_Bs, scalings):
+    for y, weight, bias, own_s, lora_B, scaling in zip(ys, weights, biases, columns(s, lora_Bs), lora_Bs, scalings):
         y.copy_(_expanded(F.linear(x, weight, bias), own_s, lora_B, scaling))
 
 
@@ -106,7 +106,7 @@ def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, s
     wide = [dy.to(accumulation(dy.dtype)) for dy in dys]
     ds = torch.cat([scaling * (dy @ lora_B.to(dy.dtype)) for dy, lora_B, scaling in zip(wide, lora_Bs, scalings)], 1)
     if dlora_Bs:
-        for dlora_B, dy, own_s, scaling in zip(dlora_Bs, wide, _columns(s, lora_Bs), scalings):
+        for dlora_B, dy, own_s, scaling in zip(dlora_Bs, wide, columns(s, lora_Bs), scalings):
             dlora_B.copy_(scaling * (dy.T @ own_s))
     if dlora_A is not None:
         dlora_A.copy_(ds.T @ _dropped(x, dropout_p, seed))
@@ -115,7 +115,7 @@ def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, s
         dx.copy_(sum(products, start=_dropped(ds @ lora_A.to(ds.dtype), dropout_p, seed)))
 
 
-def _columns(s: Tensor, lora_Bs: list[Tensor]) -> tuple[Tensor, ...]:
+def columns(s: Tensor, lora_Bs: list[Tensor]) -> tuple[Tensor, ...]:
     """The columns of s [M, R] that belong to each of lora_Bs [N_i, r_i]."""
     return s.split([lora_B.shape[1] for lora_B in lora_Bs], 1)
 
