@@ -763,7 +763,7 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
 
     def model(x, weight, bias, lora_A, lora_B, ia3_l, many_A, many_B):
         h = ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7).relu()
-        layers = [weight, weight], [bias, None], [lora_A, lora_A[:1]], [lora_B, lora_B[:, :1]]
+        layers = [weight, weight.T], [bias, None], [lora_A, lora_A[:1]], [lora_B, lora_B[:, :1]]
         gate, up = ops.lora_linear_group(h, *layers, [0.7, -1.3])
         h = h + gate.sigmoid() * up
         h = ops.ia3_linear(h, weight, bias, ia3_l, True)
@@ -1492,6 +1492,22 @@ def measured(monkeypatch):
 def test_the_nearest_measured_shape_decides(measured):
     assert measured(lora_arguments(m=64)) == ("triton", "addmm", "reference")
     assert measured(lora_arguments(m=2048, n=14336)) == ("cuda", "addmm", "triton", "reference")
+
+
+def test_a_group_goes_where_one_of_its_layers_goes(measured):
+    x, _, _, lora_A, lora_B, *_ = lora_arguments(m=20)
+    weights = [torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")] * 3
+    args = x, weights, [None] * 3, torch.cat([lora_A] * 3), [lora_B] * 3, [1.0] * 3, 0.0, None, [x] * 3, x
+    assert choice.described("lora_group_forward", args) == ("bfloat16, adapters bfloat16", (20, 4096, 4096, 48, 1))
+    assert choice.ranking("lora_group_forward", args) == ("triton", "addmm", "reference")
+    backward = [x] * 3, x, weights, args[3], args[4], [1.0] * 3, 0.0, None, x, x, None, []
+    assert choice.described("lora_group_backward", backward) == choice.described("lora_group_forward", args)
+    with FakeTensorMode():
+        args = [torch.empty(8192, 4096, dtype=torch.bfloat16, device="cuda"), *args[1:]]
+        assert not dispatch.preferred("lora_group_forward", tuple(args))  # best by "cuda", which has no row
+        args[0] = args[0][:16]
+        assert dispatch.preferred("lora_group_forward", tuple(args))
+    assert dispatch.preferred("lora_group_forward", (torch.empty(2, 3),))
 
 
 def test_what_no_gpu_has_run_is_not_chosen(measured, monkeypatch):

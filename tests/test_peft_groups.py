@@ -1,10 +1,12 @@
 """Layers of an accelerated model that share their input read it once, compute what they would alone, keep nothing."""
 
 import copy
+import functools
 import gc
 import io
 import threading
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from torch import nn
 
 pytest.importorskip("peft")
 
+import peft_harness
 from peft import LoraConfig, get_peft_model
-from peft_harness import HIDDEN, NAMES, adapted, differential, llama, lora_config, measure, randomise, recorded
+from peft_harness import HIDDEN, NAMES, adapted, llama, lora_config, measure, randomise, recorded
 from tiny_models import COMMON, MODELS, inputs, loss, output
 
 import pyfastpeft
@@ -28,7 +31,7 @@ ALONE = {"lora_forward": 14}
 
 @pytest.fixture(autouse=True)
 def _sharing(monkeypatch):
-    monkeypatch.setattr(integration, "_SHARING", ("cpu",))
+    monkeypatch.setattr(integration, "_pays", lambda *args: True)
     yield
     assert pending() is None
 
@@ -48,8 +51,10 @@ def fused(*configs, **options):
 
 
 def ran(calls):
-    names = [op for op, _ in calls]
-    return {op: names.count(op) for op in set(names)}
+    return dict(Counter(op for op, _ in calls))
+
+
+differential = functools.partial(peft_harness.differential, count=ran)
 
 
 def block(model, index=0):
@@ -101,8 +106,8 @@ def test_some_layers_of_a_block():
 
 def test_dropout_keeps_a_mask_for_each_layer():
     model = adapted(llama, config(lora_dropout=0.3))
-    differential(model, {"lora_forward": 14, "lora_backward": 14}, train=True)
     differential(model, GROUPED)
+    differential(model, {"lora_forward": 14, "lora_backward": 14}, train=True)
 
 
 GATED_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 61}
@@ -132,9 +137,9 @@ def test_every_family(name):
     assert len(report.groups) == GROUPS[name]
     grouped = {layer for _, names in report.groups for layer in names}
     counts = []
-    for sharing in (("cpu",), ()):
+    for sharing in (True, False):
         with pytest.MonkeyPatch.context() as patch, recorded() as calls:
-            patch.setattr(integration, "_SHARING", sharing)
+            patch.setattr(integration, "_pays", lambda *args: sharing)  # noqa: B023
             model.zero_grad()
             value = loss(model, given)
             value.backward()
@@ -267,6 +272,33 @@ def test_dora_and_other_dtypes_of_adapters_run_alone():
     assert ran(calls) == {"lora_group_forward": 3, "lora_forward": 7}
 
 
+def test_a_backend_that_is_best_for_one_layer_and_serves_no_group_serves_layers_alone(monkeypatch):
+    model = fused()
+    for name in ("reference", "cpu"):
+        with recorded() as calls, torch.no_grad(), pyfastpeft.use_backend(name):
+            model(inputs_embeds=embeds())
+        assert ran(calls) == {"lora_group_forward": 4, "lora_forward": 4}
+    rows = [row for row in integration.dispatch.TABLE["lora_group_forward"] if row.backend != "cpu"]
+    monkeypatch.setitem(integration.dispatch.TABLE, "lora_group_forward", rows)
+    with recorded() as calls, torch.no_grad(), pyfastpeft.use_backend("cpu"):
+        model(inputs_embeds=embeds())
+    assert ran(calls) == ALONE
+
+
+def test_inference_on_a_cpu_runs_alone(monkeypatch):
+    monkeypatch.undo()
+    model, counts = fused(), []
+    for gradients in (True, False):
+        with recorded() as calls, torch.set_grad_enabled(gradients):
+            model(inputs_embeds=embeds())
+        counts.append(ran(calls))
+    assert counts == [{"lora_group_forward": 4, "lora_forward": 4}, ALONE]
+    model.requires_grad_(False)
+    with recorded() as calls:
+        model(inputs_embeds=embeds())
+    assert ran(calls) == ALONE
+
+
 # --- nothing stale ---
 
 
@@ -304,6 +336,18 @@ def test_what_changes_between_two_layers_is_seen(change, gradients):
         if not taken:
             attention.o_proj(embeds().reshape(3, 5, -1))
     assert attention.k_proj.lora_A[NAMES[0]].weight.grad is None
+
+
+def test_outputs_are_written_without_each_other():
+    attention, x = block(fused()).self_attn, embeds().requires_grad_()
+    gradients = []
+    for call in (lambda layer: layer(x), lambda layer: alone(layer, x)):
+        query, key, value = (
+            call(layer).mul_(2).sin() for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        loss = query.square().sum() + (key * value).sum()
+        gradients.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("way", ["grad mode", "autocast", "requires_grad", "equal x", "view of x"])
@@ -347,7 +391,7 @@ def test_a_layer_called_alone_stops_its_group():
 
 def test_what_is_pending_goes_with_x_or_with_the_next_layer():
     attention = block(fused()).self_attn
-    for gradients in (False, True):
+    for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             x = embeds()
             attention.q_proj(x)

@@ -25,7 +25,7 @@ from .. import ops
 from ..ops import dispatch
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
-from ..ops.rows import autocasting
+from ..ops.rows import autocasting, needs_gradient
 
 try:
     from peft.tuners import ia3, lora
@@ -132,13 +132,11 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 # --- layers of one input ---------------------------------------------------------------------------------------------
 
-_SHARING = ("cuda",)  # device types on which layers share their input
 # Names of layers that a module calls one after the other with the very same tensor, in transformers' models.
 _SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
     ("gate_proj", "up_proj"),
     ("wi_0", "wi_1"),
 )
@@ -178,10 +176,11 @@ class _Pending:
 
     def __init__(self, group, x, sources, outputs):
         self.group = group
-        self.x = ref(x)
-        self.sources = sources
-        self.states = {layer: _state(x, *source) for layer, source in sources.items()}
+        self.x = ref(x, lambda _: outputs.clear())
         self.outputs = outputs
+        self.trains = torch.is_grad_enabled()
+        self.sources = sources  # so that no other tensor has the identity of one of these
+        self.states = {layer: _state(x, *sources[layer]) for layer in outputs}
 
     def take(self, layer: FusedLoraLinear, x: Tensor, base: _Base, adapter: _Adapter) -> Tensor | None:
         """The output of a layer, once; None unless it is what the layer would compute from these now."""
@@ -199,6 +198,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def _pays(x: Tensor, adapter: _Adapter) -> bool:
+    """Whether layers are faster together. On a CPU they are where gradients are formed; inference is one native call of
+    each layer there, which checks its arguments faster than Python does."""
+    return x.device.type == "cuda" or needs_gradient(x, adapter.lora_A, adapter.lora_B)
+
+
 def _shared(layer: FusedLoraLinear, x: Tensor, base: _Base, adapter: _Adapter) -> Tensor | None:
     """The output of a layer that reads x together with others; None where it has to compute it by itself."""
     pending, _thread.pending = _thread.pending, None
@@ -208,16 +213,17 @@ def _shared(layer: FusedLoraLinear, x: Tensor, base: _Base, adapter: _Adapter) -
             _thread.pending = pending if pending.outputs else None
             return y
         # Not while gradients are formed: a checkpoint computes again what it computed before.
-        pending.group.idle |= not torch.is_grad_enabled()
-    group = _GROUPS.get(layer)
-    if group is None or group.idle or adapter.dropout_p or x.device.type not in _SHARING or x.is_inference():
-        return None
-    sources = group.sources(x)
+        pending.group.idle |= not (pending.trains or torch.is_grad_enabled())
+    group = None if adapter.dropout_p or x.is_inference() or not _pays(x, adapter) else _GROUPS.get(layer)
+    sources = None if group is None or group.idle else group.sources(x)
     if sources is None:
         return None
     bases, adapters = zip(*sources.values())
-    lora_As, lora_Bs, scalings, *_ = zip(*adapters)
-    outputs = dict(zip(sources, ops.lora_linear_group(x, *zip(*bases), lora_As, lora_Bs, scalings)))
+    (weights, biases), (lora_As, lora_Bs, scalings, *_) = zip(*bases), zip(*adapters)
+    rows = x.reshape(-1, x.shape[-1])
+    if not dispatch.preferred("lora_group_forward", (rows, weights, biases, lora_As[0], lora_Bs)):
+        return None
+    outputs = dict(zip(sources, ops.lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings)))
     y = outputs.pop(layer)
     _thread.pending = _Pending(group, x, sources, outputs)
     return y
@@ -238,8 +244,10 @@ def _groups(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
     """Enters the groups of a model into _GROUPS; (name of the module, names of its layers) of each."""
     found = []
     for path, parent in model.named_modules():
-        parameters = list(signature(type(parent).forward).parameters)[2:]
-        if not type(parent).__module__.startswith("transformers.") or any(map(_OTHER_SOURCES.fullmatch, parameters)):
+        if not type(parent).__module__.startswith("transformers."):
+            continue
+        _, _, *parameters = signature(type(parent).forward).parameters
+        if any(map(_OTHER_SOURCES.fullmatch, parameters)):
             continue
         for siblings in _SIBLINGS:
             layers = {name: parent._modules.get(name) for name in siblings}

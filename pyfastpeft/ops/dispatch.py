@@ -76,6 +76,14 @@ def select(op: str, args: tuple, backend: str | None = None) -> Row:
     raise RuntimeError(_reasons(op, args))
 
 
+def preferred(op: str, args: tuple) -> bool:
+    """Whether `op` on these raw arguments, as far as `choice.described` looks at them, is served by the backend that is
+    forced or, for CUDA tensors, found to be the fastest: and not by another for want of a row."""
+    on_cuda = choice.leading(args).device.type == "cuda"
+    name = _forced or (choice.ranking(op, args)[0] if on_cuda else None)
+    return name is None or any(row.backend == name for row in TABLE[op])
+
+
 def _reasons(op, args):
     first = choice.leading(args)
     device, dtype = first.device.type, first.dtype

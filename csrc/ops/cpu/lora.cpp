@@ -39,7 +39,7 @@ Branch<C> expanding(const Layer& layer, Dtype dtype, int64_t tokens) {
 void check_ranks(const std::vector<Layer>& layers, int64_t rank) {
   int64_t sum = 0;
   for (const Layer& layer : layers) sum += layer.rank();
-  STD_TORCH_CHECK(sum == rank, "lora_A must have as many rows as lora_B has columns");
+  STD_TORCH_CHECK(sum == rank, "the rows of lora_A must be as many as the columns of every lora_B");
 }
 
 // s = drop(x) A^T;  y = x W^T + bias + scaling * s B^T for every layer and its columns of s; without W, y += the rest.
