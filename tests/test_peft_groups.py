@@ -22,7 +22,6 @@ from tiny_models import COMMON, MODELS, inputs, loss, output
 
 import pyfastpeft
 from pyfastpeft.integrations import peft as integration
-from pyfastpeft.ops import reference
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUPED = {"lora_group_forward": 4, "lora_group_backward": 4, "lora_forward": 4, "lora_backward": 4}  # of two blocks
@@ -449,18 +448,28 @@ def test_threads_take_their_own():
     assert not failures
 
 
-def test_a_wrong_group_kernel_is_noticed():
-    """The harness does look at what groups compute."""
+BROKEN = {
+    "y of the second layer": ("lora_group_forward", lambda args: args[8][1].mul_(1.01)),
+    "dX": ("lora_group_backward", lambda args: args[9].mul_(1.001)),
+    "dA of the last layer": ("lora_group_backward", lambda args: args[10][-1].neg_()),
+    "dB of the first layer": ("lora_group_backward", lambda args: args[11][0].mul_(1.01)),
+}
 
-    def broken(*args):
-        reference.lora_group_forward(*args)
-        args[8][1].mul_(1.01)
 
-    with pytest.MonkeyPatch.context() as patch:
-        rows = [row._replace(function=broken) for row in integration.dispatch.TABLE["lora_group_forward"]]
-        patch.setitem(integration.dispatch.TABLE, "lora_group_forward", rows)
-        with pytest.raises(AssertionError, match=r"error .* PEFT's"):
-            differential(adapted(llama, config()), GROUPED)
+@pytest.mark.parametrize("kernel", BROKEN)
+def test_a_broken_kernel_is_noticed(kernel):
+    name, change = BROKEN[kernel]
+
+    def wrap(op, function):
+        def call(*args):
+            function(*args)
+            if op == name:
+                change(args)
+
+        return call
+
+    with peft_harness.rows_replaced(wrap), pytest.raises(AssertionError, match=r"error .* PEFT's"):
+        differential(adapted(llama, config()), GROUPED)
 
 
 # --- checkpointing, compilation ---

@@ -3,6 +3,7 @@
 Only the forward pass is replaced, on the layers of one model. Parameters, configuration and every other method stay
 PEFT's. In a state that the kernels do not cover (disabled, merged, DoRA together with other adapters or with dropout,
 hooks on an inner module, tensor subclasses, …) a layer runs PEFT's own forward pass; that is decided anew at each call.
+Layers of one input compute their outputs together.
 """
 
 import re
@@ -419,6 +420,12 @@ def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
 
     Covered are PEFT's `lora.Linear` and `ia3.Linear` on exactly `nn.Linear` or transformers' `Conv1D`; every other
     layer keeps PEFT's forward pass. Call it again after adding adapters to layers that had none.
+
+    Layers of one input in a transformers model (query, key and value; gate and up) read it once, where one adapter is
+    active and drops nothing: the first that is called computes the outputs of all, and the others take theirs if they
+    are called next with that very tensor and nothing that it hangs on has changed since. Writes through `.data` in
+    between are not seen. Compiled layers, those in inference mode and those with hooks run alone, on a CPU also those
+    that form no gradients. A copy of the model has to be accelerated again to share its inputs.
 
     Args:
         model: a PeftModel, a PeftMixedModel, or any module into which adapters were injected.
