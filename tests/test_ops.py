@@ -43,6 +43,8 @@ SHAPES = [
     (70, 300, 513, 5),
     (2, 40, 24, 64),
 ]  # M K N r
+if "triton" in BACKENDS:  # the interpreter takes its time
+    SHAPES = SHAPES[::3] + SHAPES[-1:]
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 backends = pytest.mark.parametrize("backend", BACKENDS)
