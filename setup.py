@@ -93,6 +93,7 @@ build {folder}/library.so: link {" ".join(objects)}
 setup(
     version=VERSION,
     packages=["pyfastpeft", *map("pyfastpeft.{}".format, PACKAGES)],
+    package_data={"pyfastpeft.kernels": ["tuning/*.json"]},
     ext_modules=[
         Extension("pyfastpeft._ops", sorted(map(str, Path("csrc/ops").rglob("*.cpp"))), optional=True),
         Extension("pyfastpeft._host", sorted(map(str, Path("csrc/host").rglob("*.cpp"))), optional=True),
