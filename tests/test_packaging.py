@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 SITE = sysconfig.get_path("purelib")
 PACKAGE = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyfastpeft/**/*.py")}
 KERNELS = {f"pyfastpeft/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
-MEASURED = "pyfastpeft/kernels/tuning/sm_0.json"  # of no GPU: as `python -m benchmarks.tune` would leave it
-DATA = {f"pyfastpeft/kernels/tuning/{path.name}" for path in ROOT.glob("kernels/tuning/*.json")} | {MEASURED}
+# What benchmarks.choose and benchmarks.tune leave, the latter for a GPU that there is not.
+MEASURED = {"pyfastpeft/ops/choices.json", "pyfastpeft/kernels/tuning/sm_0.json"}
+DATA = {f"pyfastpeft/kernels/tuning/{path.name}" for path in ROOT.glob("kernels/tuning/*.json")} | MEASURED
 
 
 def run(*command, **environment):
@@ -47,8 +48,9 @@ def distributions(tmp_path_factory):
     """(sdist, wheel), the wheel built from the sdist."""
     out = tmp_path_factory.mktemp("dist")
     sources = copy_of_tree(out)
-    (sources / MEASURED).parent.mkdir(exist_ok=True)
-    (sources / MEASURED).write_text('{"blocks": {}}')
+    for measured in MEASURED:
+        (sources / measured).parent.mkdir(exist_ok=True)
+        (sources / measured).write_text("{}")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, sources)
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
