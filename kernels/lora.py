@@ -104,7 +104,7 @@ def linear_kernel(
 
 @triton.jit
 def concat_linear_kernel(
-    x, weight, scale, bias, s, lora_B, y, unscaled, M, N, K, R, b_row, b_rank, scaling: tl.float64,
+    x, weight, scale, bias, s, lora_B, y, unscaled, M, N, K, R, s_row, b_row, b_rank, scaling: tl.float64,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,9 @@ def concat_linear_kernel(
                 mask=column_inside[:, None] & (ranks < R)[None, :], other=0.0,
             )  # fmt: skip
             rhs = tl.load(
-                s + (row_at * R)[None, :] + ranks[:, None], mask=(ranks < R)[:, None] & row_inside[None, :], other=0.0
+                s + (row_at * s_row)[None, :] + ranks[:, None],
+                mask=(ranks < R)[:, None] & row_inside[None, :],
+                other=0.0,
             )
             rhs *= tl.full((1, 1), scaling, rhs.dtype)
             acc = tl.dot(lhs, rhs.to(lhs.dtype), acc)
@@ -285,7 +287,7 @@ def _concat_linear(x, weight, bias, s, factor, y, scaling, scale, unscaled):
     out, kept = (None if t is None else describe(t, [block_m, block_n]) for t in (y, unscaled))
     concat_linear_kernel[lambda _: (min(tiles, processors(x.device)),)](
         describe(x, [block_m, block_k]), describe(stored, [block_k, block_n] if transposed else [block_n, block_k]),
-        scale, bias, s, factor, out, kept, rows, columns, depth, rank, *factor.stride(), scaling,
+        scale, bias, s, factor, out, kept, rows, columns, depth, rank, s.stride(0), *factor.stride(), scaling,
         TRANSPOSED=transposed, **sizes,
     )  # fmt: skip
     return True

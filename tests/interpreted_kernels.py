@@ -152,6 +152,16 @@ def test_linear_by_tensor_descriptors_of_strided_tensors(descriptors, dtype):
     assert len(descriptors) == 2
 
 
+def test_linear_by_tensor_descriptors_of_a_part_of_s(descriptors):
+    """s is a slice of columns, as in a group of layers that share x."""
+    x, weight, lora_B = (random(*shape, dtype=torch.float16, grad=False) for shape in ((40, 32), (24, 32), (24, 5)))
+    s, y = random(40, 12, grad=False)[:, 4:9], torch.full((40, 24), float("nan"), dtype=torch.float16)
+    lora_kernels.linear(x, weight, None, s, lora_B, y, 0.7)
+    exact = x.double() @ weight.double().T + 0.7 * s.double() @ lora_B.double().T
+    assert (y - exact).norm() < 4e-4 * exact.norm()
+    assert len(descriptors) == 1
+
+
 def test_dora_by_tensor_descriptors(descriptors):
     assert_dora(dora_inputs(40, 64, 56, 20, torch.bfloat16))
     assert len(descriptors) == 2
