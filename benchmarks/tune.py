@@ -88,7 +88,6 @@ def median_seconds(
         for number, entry in enumerate(entries):
             use(entry)
             provider = Provider(str(number), build_ours, adapters, "triton")
-            compiled = _compiled(kernel)
             try:
                 with measure.forced(provider):
                     calls = [provider(each) for each in problems]
@@ -98,7 +97,7 @@ def median_seconds(
             except Exception as error:  # too much shared memory, a wrong result: the next one may do
                 print(f"  {entry}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
-            if any(each.n_spills for key, each in _compiled(kernel).items() if key not in compiled):
+            if entry and spills(kernel, entry):
                 continue
             runs[provider] = run
             kept.append(number)
@@ -109,40 +108,42 @@ def median_seconds(
     return medians
 
 
-def _compiled(kernel: str) -> dict:
-    """What triton has compiled of the functions of a kernel so far."""
-    found = {}
+def spills(kernel: str, entry: dict) -> bool:
+    """Whether registers spill in what triton has compiled of the kernel with these blocks."""
     for function in FUNCTIONS[kernel]:
         for cache, *_ in getattr(function, "device_caches", {}).values():
-            found |= cache
-    return found
+            for compiled in cache.values():
+                named = {function.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
+                named |= {name: getattr(compiled.metadata, name) for name in ("num_warps", "num_stages")}
+                if compiled.n_spills and entry.items() <= named.items():
+                    return True
+    return False
 
 
-def tune(kernels: list[str], dtype: str, adapters: str, seconds: Callable = median_seconds) -> dict:
-    """Rows for blocks.measured of every kernel: the best of its candidates at every size."""
+def tune(kernel: str, dtype: str, adapters: str, seconds: Callable = median_seconds) -> dict:
+    """{kernel: {kind: rows}} for blocks.measured: the best of its candidates at every size; {} where it is not for such
+    operands. Other kernels take what is measured of them already."""
     activations, parameters = DTYPES[dtype], DTYPES[dtype] if adapters == "16bit" else torch.float32
     operands = blocks.kind(activations, parameters)
-    kernels = [kernel for kernel in kernels if {operands, "mixed"} & {*blocks.BLOCKS[kernel]}]
-    table = {"concat_linear": {operands: [(None, None, None)]}}  # off, until its own turn comes
+    if not {operands, "mixed"} & {*blocks.BLOCKS[kernel]}:
+        return {}
+    table = blocks.measured(blocks.target()) | {"concat_linear": {operands: [(None, None, None)]}}  # linear's rival
+    table.pop(kernel, None)
+    found = {}
+
+    def use(entry):
+        table[kernel] = {operands: [(None, None, entry)]}
+
     with chosen(table):
-        for kernel in kernels:
-            table.pop(kernel, None)
-            found = {}
-            for tokens, side in product(TOKENS, SIDES):
-                rule = blocks.blocks(kernel, activations, tokens, side, parameters)
-                entries = candidates(kernel, rule, tokens)
-
-                def use(entry, kernel=kernel):
-                    table[kernel] = {operands: [(None, None, entry)]}
-
-                medians = seconds(case_of(kernel, tokens, side, dtype), adapters, kernel, entries, use)
-                del table[kernel]
-                best = min(range(len(entries)), key=medians.__getitem__)
-                if medians[best] < math.inf:
-                    found[tokens, side] = entries[best]
-                    print(f"{kernel} {operands}, {tokens} tokens, {side}: {entries[best]} {1e3 * medians[best]:.3g} ms")
-            table[kernel] = {operands: [[*_most(*sizes), entry] for sizes, entry in found.items()]}
-    return {kernel: table[kernel] for kernel in kernels}
+        for tokens, side in product(TOKENS, SIDES):
+            entries = candidates(kernel, blocks.blocks(kernel, activations, tokens, side, parameters), tokens)
+            medians = seconds(case_of(kernel, tokens, side, dtype), adapters, kernel, entries, use)
+            del table[kernel]
+            best = min(range(len(entries)), key=medians.__getitem__)
+            if medians[best] < math.inf:
+                found[tokens, side] = entries[best]
+                print(f"{kernel} {operands}, {tokens} tokens, {side}: {entries[best]} {1e3 * medians[best]:.3g} ms")
+    return {kernel: {operands: [[*_most(*sizes), entry] for sizes, entry in found.items()]}}
 
 
 def _most(tokens: int, side: int) -> tuple[int | None, int | None]:
@@ -169,10 +170,12 @@ def main() -> None:
     options = parser.parse_args()
     if machine.device() != "cuda":
         raise SystemExit("torch sees no GPU here: block sizes are measured on the GPU that is to use them")
-    table = tune(options.kernels, options.dtype, "fp32" if options.dtype == "fp32" else options.adapters)
     found = machine.describe()
     origin = {name: found[name] for name in ("gpu", "driver", "versions", "commit")}
-    write(options.out or blocks.tuning_file(blocks.target()), table, origin)
+    for kernel in options.kernels:
+        table = tune(kernel, options.dtype, "fp32" if options.dtype == "fp32" else options.adapters)
+        write(options.out or blocks.tuning_file(blocks.target()), table, origin)
+        blocks.measured.cache_clear()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,14 +46,16 @@ def timer(case, adapters, kernel, entries, use):
 
 
 def test_the_best_candidates_are_written_and_taken(folder):
-    table = tune.tune(["linear", "concat_linear"], "bf16", "16bit", timer)
     path = blocks.tuning_file(HERE)
     assert path == folder / "sm_90.json"
-    tune.write(path, table, {"gpu": "none"})
+    table = {}
+    for kernel in ("linear", "concat_linear"):
+        table |= tune.tune(kernel, "bf16", "16bit", timer)
+        tune.write(path, table, {"gpu": "none"})
+        blocks.measured.cache_clear()
     text = path.read_text()
     assert json.loads(text) == {"origin": {"gpu": "none"}, "blocks": table}
     assert max(map(len, text.split("\n"))) < 200
-    blocks.measured.cache_clear()
 
     best = blocks.blocks("linear", half, 3000, 5000, half, rank=8)
     assert (best["BLOCK_M"], best["num_stages"], best["BLOCK_R"]) == (128, 2, 16)
@@ -65,6 +68,24 @@ def test_the_best_candidates_are_written_and_taken(folder):
     # Other kernels, operands and architectures follow the rule.
     for kernel, dtype in (("shrink", half), ("linear", single)):
         assert blocks.blocks(kernel, dtype, 64, 64, dtype) == rule(kernel, dtype, 64, dtype)
+
+
+def test_kernels_that_are_not_for_the_operands_are_passed_over(folder):
+    for kernel in ("concat_linear", "ia3_linear"):
+        assert tune.tune(kernel, "bf16", "fp32", timer) == {}
+    assert tune.tune("concat_linear", "fp32", "fp32", timer) == {}
+
+
+def test_spills_are_those_of_the_same_blocks(monkeypatch):
+    def compiled(depth, stages, spilled):
+        source = SimpleNamespace(constants={(1,): 16, (2,): depth})
+        return SimpleNamespace(src=source, metadata=SimpleNamespace(num_warps=4, num_stages=stages), n_spills=spilled)
+
+    cache = dict(enumerate([compiled(64, 3, 0), compiled(64, 4, 8), compiled(32, 3, None)]))
+    function = SimpleNamespace(arg_names=["x", "BLOCK_M", "BLOCK_K"], device_caches={0: (cache, {}, None)})
+    monkeypatch.setitem(tune.FUNCTIONS, "shrink", [function])
+    found = [tune.spills("shrink", blocks.entry(16, 0, *sizes)) for sizes in ((64, 4, 3), (64, 4, 4), (32, 4, 3))]
+    assert found == [False, True, False]
 
 
 def rule(kernel, dtype, tokens, adapters):
