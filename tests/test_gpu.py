@@ -79,6 +79,13 @@ def test_lora_linear(dtype, adapter_dtype, shape):
     assert_error_rule(lora, plain_lora, gpu_lora_inputs(*shape, dtype, adapter_dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1030, 520, 264, 5), (2048, 1024, 1032, 64), (1500, 72, 2056, 256)])
+def test_lora_linear_of_many_tokens(dtype, shape):
+    """By tensor descriptors, where the GPU has them; the last tile of every side is a partial one."""
+    assert_error_rule(lora, plain_lora, gpu_lora_inputs(*shape, dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_linear_takes_transposed_tensors(dtype):
     inputs = gpu_lora_inputs(70, 130, 60, 8, dtype)
@@ -178,6 +185,45 @@ def test_multi_lora(dtype, adapter_dtype, shape, ranked):
         functools.partial(unfused_multi_lora, slots=slots, scaling=scaling, ranks=ranks),
         multi_lora_inputs(*shape, dtype, adapter_dtype),
     )
+
+
+@pytest.mark.parametrize("shape", [(64, 4096, 4096, 16, 64), (64, 4096, 513, 64, 1), (7, 300, 65, 33, 3)])
+def test_multi_lora_in_one_launch(shape):
+    """As a CUDA graph, replayed with other slots: what two launches give, the same bits every time."""
+    from pyfastpeft.kernels.multi_lora import counters_for, multi_lora_forward
+
+    tokens, _, _, rank, num_adapters = shape
+    inputs = multi_lora_inputs(*shape, torch.bfloat16)
+    y, x, lora_A, lora_B = (tensor.detach() for tensor in inputs.values())
+    scaling = torch.randn(num_adapters, device="cuda")
+    ranks = torch.randint(1, rank + 1, (num_adapters,), device="cuda")
+    slots = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    order, segments = ops.route(slots, num_adapters)
+    counters = counters_for(tokens, num_adapters, "cuda")
+    out, s = torch.empty_like(y), torch.empty(tokens, rank, device="cuda")
+
+    def run(given):
+        out.copy_(y)
+        multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, out, s, given)
+        return out.clone()
+
+    run(counters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(counters)
+    for _ in range(3):
+        slots = torch.randint(-1, num_adapters, (tokens,), device="cuda")
+        for own, new in zip((order, segments), ops.route(slots, num_adapters)):
+            own.copy_(new)
+        two = run(None)
+        results = []
+        for _ in range(100):
+            out.fill_(float("nan"))
+            graph.replay()
+            results.append(out.clone())
+        assert all(torch.equal(result, results[0]) for result in results)
+        torch.testing.assert_close(results[0], two, rtol=1e-2, atol=1e-2)
+        assert not counters.any()
 
 
 def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypatch):
