@@ -889,7 +889,8 @@ def test_bad_configs(make, message):
     [
         (LoraConfig(target_modules=["q_porj"]), ValueError, r"holding 'q_porj', .*close to it are \['.*q_proj'"),
         (LoraConfig(target_modules=["xyzzy"]), ValueError, r"among \['down_proj', 'embed_tokens', .*'q_proj'"),
-        (LoraConfig(target_modules="q_proj"), ValueError, "'q_proj', which means nothing.*close to it are"),
+        (LoraConfig(target_modules="q_proj"), ValueError, r"means nothing.*a list, as \['q_proj'\], if it is a name"),
+        (LoraConfig(target_modules="q_porj"), ValueError, "'q_porj', which means nothing.*close to it are"),
         (LoraConfig(target_modules="(q_proj"), ValueError, r"'\(q_proj' \(missing .* a regular expression"),
         (LoraConfig(target_modules=["norm"]), TypeError, r"\['norm'\], which means 'model.norm', a LlamaRMSNorm"),
         (
@@ -919,6 +920,7 @@ def test_bad_configs(make, message):
         (DyLoraConfig(target_modules=["embed_tokens"]), TypeError, "meaning 'model.embed_tokens'; .*of linear layers"),
         (AdaLoraConfig(target_modules=["embed_tokens"]), TypeError, "meaning 'model.embed_tokens'; .*of linear layers"),
         (SelectiveConfig(target_parameters=["q_proj.wieght"]), ValueError, "close to it are .*q_proj.weight"),
+        (SelectiveConfig(target_parameters=["q_proj.bias"]), ValueError, "holding 'q_proj.bias', which means nothing"),
         (BitFitConfig(target_modules=["q_porj"], add_missing=True), ValueError, "'q_porj'.*close to it are"),
         ({"r": 8}, TypeError, "adapt: config is .*; it must be one of LoraConfig"),
         (None, TypeError, "adapt: config is None"),

@@ -652,6 +652,14 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert contents(tmp_path / "new") == {}
 
 
+def test_a_model_without_memory_is_refused(saved):
+    with torch.device("meta"):
+        model = llama()
+    with pytest.raises(ValueError, match=r"model is without memory for base_model.* on the meta device; it must be"):
+        pyfastpeft.load_adapter(model, saved)
+    assert not hasattr(model, "pyfastpeft")
+
+
 def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(ValueError, match="one of the model's adapters: default"):
         pyfastpeft.save_adapter(of_ours("lora"), tmp_path, "defualt")

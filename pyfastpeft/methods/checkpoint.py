@@ -196,6 +196,9 @@ def _fill(model, config, name, file, path, strict) -> None:
         need(not stray, "load_adapter", CONFIG_FILE, told, "with one for layers that have the adapter")
     slots = {slot.key: slot for slot in _slots(model, config, name)}
     given = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    empty = [key for key, slot in slots.items() if slot.read().is_meta]
+    needed = "one whose adapted layers have values, or they would be lost"
+    need(not empty, "load_adapter", "model", f"without memory for {_some(empty)}, on the meta device", needed)
     missing = slots.keys() - given.keys()
     needed = f"a file with all tensors of the {config.peft_type} adapter that {CONFIG_FILE} tells of"
     need(not missing, "load_adapter", str(path), f"without {_some(missing)}", needed)
