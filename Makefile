@@ -9,7 +9,7 @@ demo: build  ## the whole story on one page: ARGS="--model PATH_OR_ID --data FIL
 
 test: export PYFASTPEFT_REQUIRE_NATIVE = 1
 test: build  ## ARGS="-k lora -x"
-	$(VENV)/python -m pytest $(ARGS)
+	$(VENV)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup $(ARGS)
 
 bench: build  ## FULL=1 for all shapes
 	$(VENV)/python -m benchmarks $(if $(FULL),--full) $(ARGS)
@@ -33,6 +33,7 @@ build: .venv/installed
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv
 	grep -v '^triton' constraints.txt > .venv/constraints.txt
 	$(PIP) torch setuptools pybind11 ninja
+	$(PIP) --no-deps nvidia-cutlass  # its headers alone
 	$(VENV)/python -m pip show torch | grep -q '^Requires:.*triton' || cp constraints.txt .venv/constraints.txt
 	$(PIP) --no-build-isolation -e '.[hf,bench,quality,dev]'
 	touch $@

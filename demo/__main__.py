@@ -122,7 +122,7 @@ class Demo:
         described = machine.describe()
         self.results = {
             "machine": described | {"title": machine.title(described)},
-            "backend": dispatch.select("lora_forward", self.device.type, torch.float32).backend,
+            "backend": dispatch.select("lora_forward", (torch.empty(1, 1, device=self.device),)).backend,
             "settings": {name: getattr(options, name) for name in ("rank", "dropout", "lr", "length", "rows", "quick")},
             "adapters": [],
             "training": [],

@@ -113,7 +113,7 @@ def check_without_native(wheel, tmp_path):
     python = clean_python(tmp_path / "env")
     pip(python, "install", "--ignore-installed", wheel)
     findings, checks = doctor(python, PYFASTPEFT_REQUIRE_NATIVE="0")
-    assert checks == {"reference": True}
+    assert checks == {"addmm": True, "reference": True}
     assert "not built" in next(row["why_not"] for row in findings["backends"] if row["backend"] == "cpu")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import pyfastpeft
-from pyfastpeft.ops import dispatch, host, lora_linear, use_backend
+from pyfastpeft.ops import dispatch, host, lora_linear, native, use_backend
 
 from .tables import table
 
@@ -79,9 +79,10 @@ def _backend(name, present, packages):
         "dtypes": [str(d)[6:] for d in dispatch.FLOATS if any(d in row.dtypes for row in rows.values())],
         "ops": sorted(rows),
         "version": {
-            "cuda": None,
+            "cuda": torch.ops.pyfastpeft.cuda_capability() if name == "cuda" and native.CUDA_AVAILABLE else None,
             "cpu": torch.ops.pyfastpeft.cpu_capability() if name == "cpu" and rows else None,
             "triton": f"triton {packages['triton']}",
+            "addmm": f"torch {packages['torch']}",
             "reference": f"torch {packages['torch']}",
         }[name],
         "why_not": why_not,

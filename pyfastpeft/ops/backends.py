@@ -3,22 +3,26 @@
 import importlib.util
 import os
 
-from . import dispatch, native, reference, schemas
+import torch
+
+from . import addmm, cuda, dispatch, native, reference, schemas
 
 _DEVICE = ("cuda",)  # ROCm tensors are of this device type too
 
 
 def register_all() -> None:
     """Register the rows of every backend that this installation has, and the reasons for those it has not."""
-    dispatch.UNAVAILABLE["cuda"] = "this version holds no CUDA C++ kernels"
     for op in schemas.SCHEMAS:
-        function = getattr(reference, op)
+        dtypes = (torch.int64,) if op == "group_tokens" else dispatch.FLOATS
         # The grouped formulas look at values on the host, which a compiled graph cannot: they are nodes of it.
         grouped = op.startswith(("multi_lora", "group_tokens"))
-        dispatch.register(op, "reference", (), schemas.define("reference", op, function) if grouped else function)
-    if native.AVAILABLE:
-        for op in schemas.SCHEMAS:
-            dispatch.register(op, "cpu", ("cpu",), schemas.native(op))
+        for name, formulas in (("addmm", addmm), ("reference", reference)):
+            if function := getattr(formulas, op, None):
+                dispatch.register(op, name, (), schemas.define(name, op, function) if grouped else function, dtypes)
+        if native.AVAILABLE:
+            dispatch.register(op, "cpu", ("cpu",), schemas.native(op), dtypes)
+        if native.CUDA_AVAILABLE and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfastpeft::{op}", "CUDA"):
+            dispatch.register(op, "cuda", _DEVICE, schemas.native(op), dtypes, getattr(cuda, op))
     _register_triton()
 
 
@@ -28,9 +32,11 @@ def _register_triton() -> None:
         return
     devices = (*_DEVICE, "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else _DEVICE
     for op in schemas.SCHEMAS:
-        # Grouping is a sort, which torch has on every device.
-        function = reference.group_tokens if op == "group_tokens" else _launcher(op)
-        dispatch.register(op, "triton", devices, schemas.define("triton", op, function))
+        if op != "group_tokens":
+            dispatch.register(op, "triton", devices, schemas.define("triton", op, _launcher(op)))
+    # Grouping is a sort, which torch has on every device.
+    sort = schemas.define("triton", "group_tokens", reference.group_tokens)
+    dispatch.register("group_tokens", "triton", devices, sort, (torch.int64,))
 
 
 def _launcher(op: str):

@@ -12,15 +12,15 @@ from .rows import as_rows, autocast_off, autocasting, needs_gradient, shaped, wi
 
 def _forward(x, residual, down, down_bias, up, up_bias, scaling, activation):
     """(y, s, backend). A residual that is None is x."""
-    row = dispatch.select("bottleneck_forward", x.device.type, x.dtype)
-    rows = as_rows(x)
+    rows, backend = as_rows(x), None
     residual_rows = rows if residual is None else as_rows(residual)
     y = rows.new_empty(*x.shape[:-1], up.shape[0])
     s = rows.new_empty(rows.shape[0], down.shape[0], dtype=reference.accumulation(x.dtype))
     if rows.numel():
         out = y.view(-1, up.shape[0])
-        row.function(rows, residual_rows, down, down_bias, up, up_bias, scaling, activation, out, s)
-    return y, s, row.backend
+        arguments = rows, residual_rows, down, down_bias, up, up_bias, scaling, activation, out, s
+        backend = dispatch.run("bottleneck_forward", *arguments)
+    return y, s, backend
 
 
 class _Bottleneck(Function):
@@ -48,11 +48,9 @@ class _Bottleneck(Function):
             for gradient in (ddown, ddown_bias, dup):
                 gradient is None or gradient.zero_()
         elif need_x or need_down or need_down_bias or need_up:
-            row = dispatch.select("bottleneck_backward", dy.device.type, dy.dtype, backend)
             x_rows = None if x is None else as_rows(x)
-            row.function(
-                dy_rows, x_rows, down, down_bias, up, scaling, activation, s, serial, dx, ddown, ddown_bias, dup
-            )
+            given = dy_rows, x_rows, down, down_bias, up, scaling, activation, s, serial
+            dispatch.run("bottleneck_backward", *given, dx, ddown, ddown_bias, dup, backend=backend)
         dup_bias = dy_rows.sum(0, dtype=s.dtype) if need_up_bias else None
         return shaped(dx, shape), (dy if need_residual else None), ddown, ddown_bias, dup, dup_bias, None, None
 

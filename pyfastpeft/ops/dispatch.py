@@ -1,4 +1,7 @@
-"""The backend table: op -> rows (backend, devices, dtypes, function). The first matching row wins."""
+"""The backend table: op -> rows (backend, devices, dtypes, function, fits). The first matching row wins.
+
+Rows are tried in the order of BACKENDS; for CUDA tensors in that of choice.py, which is measured.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("cuda", "cpu", "triton", "reference")  # the order in which rows are tried
+from . import choice
+
+BACKENDS = ("cuda", "cpu", "triton", "addmm", "reference")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -16,6 +21,7 @@ class Row(NamedTuple):
     devices: tuple[str, ...]  # device types; empty: any
     dtypes: tuple[torch.dtype, ...]  # of the activations
     function: Callable
+    fits: Callable[..., str]  # what the row lacks for these arguments of the op; "": nothing
 
 
 TABLE: dict[str, list[Row]] = {}
@@ -23,10 +29,16 @@ UNAVAILABLE: dict[str, str] = {}  # backend -> why it has no rows
 _forced: str | None = os.environ.get("PYFASTPEFT_BACKEND") or None
 
 
-def register(op: str, backend: str, devices: tuple[str, ...], function: Callable, dtypes=FLOATS) -> None:
+def _always(*args) -> str:
+    return ""
+
+
+def register(
+    op: str, backend: str, devices: tuple[str, ...], function: Callable, dtypes=FLOATS, fits: Callable = _always
+) -> None:
     """Add a row. Rows of one op are kept in the order of BACKENDS."""
     rows = TABLE.setdefault(op, [])
-    rows.append(Row(backend, devices, dtypes, function))
+    rows.append(Row(backend, devices, dtypes, function, fits))
     rows.sort(key=lambda row: BACKENDS.index(row.backend))
 
 
@@ -35,35 +47,51 @@ def forced_backend() -> str | None:
     return _forced
 
 
-def select(op: str, device: str, dtype: torch.dtype, backend: str | None = None) -> Row:
-    """The first row of `op` for activations of this device type and dtype; of `backend` alone, where it is given.
+def run(op: str, *args, backend: str | None = None) -> str | None:
+    """Run `op` on its raw arguments, the first of which tells device and dtype, by the first row that takes them; by
+    that of `backend`, where it is given and does. Returns the forced backend: a backward pass is to run there too."""
+    select(op, args, backend).function(*args)
+    return _forced
+
+
+def select(op: str, args: tuple, backend: str | None = None) -> Row:
+    """The row that `run` runs.
 
     Raises RuntimeError, with the reason of every row, if none matches: only a forced backend can miss,
     since the reference rows take every device and every float dtype.
     """
-    forced = backend or _forced
-    for row in TABLE[op]:
-        if (forced is None or row.backend == forced) and device in (row.devices or (device,)) and dtype in row.dtypes:
+    device, dtype, rows = args[0].device.type, args[0].dtype, TABLE[op]
+    if backend is not None:
+        rows = [*(row for row in rows if row.backend == backend), *(row for row in rows if row.backend != backend)]
+    elif _forced is not None:
+        rows = [row for row in rows if row.backend == _forced]
+    elif device == "cuda":
+        ranking = choice.ranking(op, args)
+        rows = [row for name in ranking for row in rows if row.backend == name]
+    for row in rows:
+        if device in (row.devices or (device,)) and dtype in row.dtypes and not row.fits(*args):
             return row
-    raise RuntimeError(_reasons(op, device, dtype, forced))
+    raise RuntimeError(_reasons(op, args))
 
 
-def _reasons(op, device, dtype, forced):
-    if forced is not None and forced not in BACKENDS:
-        return f"backend {forced!r} does not exist; choose one of {', '.join(BACKENDS)}"
-    reasons = [
-        f"{row.backend}: takes devices {row.devices or 'any'} and dtypes {[str(d)[6:] for d in row.dtypes]}"
-        for row in TABLE[op]
-        if row.backend == forced
-    ] or [f"{forced}: {UNAVAILABLE.get(forced, f'has no row for {op}')}"]
-    return f"{op}: backend {forced!r} is forced but does not serve {device} tensors of {dtype}. " + "; ".join(reasons)
+def _reasons(op, args):
+    device, dtype = args[0].device.type, args[0].dtype
+    if _forced not in BACKENDS:
+        return f"backend {_forced!r} does not exist; choose one of {', '.join(BACKENDS)}"
+    reasons = [f"{_forced}: {UNAVAILABLE.get(_forced, f'has no row for {op}')}"]
+    for row in TABLE[op]:
+        if row.backend == _forced:
+            lacks = device in (row.devices or (device,)) and dtype in row.dtypes and row.fits(*args)
+            takes = f"takes devices {row.devices or 'any'} and dtypes {[str(d)[6:] for d in row.dtypes]}"
+            reasons = [f"{_forced}: {lacks or takes}"]
+    return f"{op}: backend {_forced!r} is forced but does not serve {device} tensors of {dtype}. " + "; ".join(reasons)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend ("cuda", "cpu", "triton" or "reference") in this process, inside a `with` block.
+    """Force one backend ("cuda", "cpu", "triton", "addmm" or "reference") in this process, inside a `with` block.
 
-    It decides the forward pass; a backward pass runs on the backend that its forward pass ran on.
+    It decides the forward pass; a backward pass runs on the backend that was forced in its forward pass, if it can.
     Raises ValueError for an unknown name; an op that the backend cannot serve raises RuntimeError with the reasons.
     """
     global _forced

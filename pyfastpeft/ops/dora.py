@@ -11,15 +11,15 @@ from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, ne
 
 def _forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, keep_unscaled):
     """(y, s, unscaled, backend); unscaled is the output without scale and bias, or None."""
-    row = dispatch.select("dora_forward", x.device.type, x.dtype)
-    rows, features = as_rows(x), weight.shape[0]
+    rows, features, backend = as_rows(x), weight.shape[0], None
     y = rows.new_empty(*x.shape[:-1], features)
     s = rows.new_empty(rows.shape[0], lora_A.shape[0], dtype=scale.dtype)
     unscaled = rows.new_empty(rows.shape[0], features) if keep_unscaled else None
     if rows.numel():
         out = y.view(-1, features)
-        row.function(rows, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, out, s, unscaled)
-    return y, s, unscaled, row.backend
+        arguments = rows, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, out, s, unscaled
+        backend = dispatch.run("dora_forward", *arguments)
+    return y, s, unscaled, backend
 
 
 class _DoRA(Function):
@@ -51,11 +51,8 @@ class _DoRA(Function):
             for gradient in (dlora_A, dlora_B, dscale):
                 gradient is None or gradient.zero_()
         elif need_x or need_A or need_B or need_magnitude:
-            row = dispatch.select("dora_backward", dy.device.type, dy.dtype, backend)
-            row.function(
-                *(dy_rows, x_rows, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled),
-                *(dx, dlora_A, dlora_B, dscale),
-            )
+            given = dy_rows, x_rows, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled
+            dispatch.run("dora_backward", *given, dx, dlora_A, dlora_B, dscale, backend=backend)
         dweight = (dy_rows * scale).to(dy.dtype).T @ x_rows if need_weight else None
         dbias = dy_rows.sum(0) if need_bias else None
         dmagnitude = (dscale / norm).to(dtype) if need_magnitude else None
@@ -95,8 +92,8 @@ def dora_norm(
     if dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
     norm = weight.new_empty(len(weight), dtype=dtype)
-    row = dispatch.select("dora_norm", weight.device.type, weight.dtype)
-    row.function(as_rows(weight), lora_A.contiguous(), lora_B.contiguous(), float(scaling), weight_norm_squared, norm)
+    factors = lora_A.contiguous(), lora_B.contiguous()
+    dispatch.run("dora_norm", as_rows(weight), *factors, float(scaling), weight_norm_squared, norm)
     return norm
 
 

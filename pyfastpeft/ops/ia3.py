@@ -11,13 +11,13 @@ from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient, 
 
 def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
     """(y, base, backend); base is the unscaled output, or None."""
-    row = dispatch.select("ia3_forward", x.device.type, x.dtype)
-    rows = as_rows(x)
+    rows, backend = as_rows(x), None
     y = rows.new_empty(*x.shape[:-1], weight.shape[0])
     base = rows.new_empty(rows.shape[0], weight.shape[0]) if keep_base else None
     if rows.numel():
-        row.function(rows, weight, bias, ia3_l, feedforward, y.view(-1, weight.shape[0]), base)
-    return y, base, row.backend
+        out = y.view(-1, weight.shape[0])
+        backend = dispatch.run("ia3_forward", rows, weight, bias, ia3_l, feedforward, out, base)
+    return y, base, backend
 
 
 class _IA3(Function):
@@ -44,8 +44,8 @@ class _IA3(Function):
         if dy.numel() == 0:
             dia3_l is None or dia3_l.zero_()
         elif need_x or need_l:
-            row = dispatch.select("ia3_backward", dy.device.type, dy.dtype, backend)
-            row.function(dy_rows, x_rows, weight, ia3_l, feedforward, base, dx, dia3_l)
+            arguments = dy_rows, x_rows, weight, ia3_l, feedforward, base, dx, dia3_l
+            dispatch.run("ia3_backward", *arguments, backend=backend)
         dbase = dy_rows if feedforward else (dy_rows * ia3_l).to(dy.dtype) if need_weight or need_bias else None
         inner = (x_rows * ia3_l).to(dy.dtype) if need_weight and feedforward else x_rows
         dweight = dbase.T @ inner if need_weight else None

@@ -51,8 +51,7 @@ def route(
         _check_range(op, slots, num_adapters)
     order = slots.new_empty(slots.shape[0], dtype=torch.int64)
     segments = slots.new_empty(num_adapters + 1, dtype=torch.int64)
-    row = dispatch.select("group_tokens", slots.device.type, torch.float32)
-    row.function(slots.to(torch.int64).contiguous(), order, segments)
+    dispatch.run("group_tokens", slots.to(torch.int64).contiguous(), order, segments)
     return Routing(order, segments)
 
 
@@ -67,12 +66,12 @@ def _check_range(op, slots, num_adapters):
 
 def _forward(y, x, lora_A, lora_B, scaling, ranks, order, segments):
     """(y, s, backend); y is written in place."""
-    row = dispatch.select("multi_lora_forward", x.device.type, x.dtype)
-    rows = as_rows(x)
+    rows, backend = as_rows(x), None
     s = rows.new_empty(rows.shape[0], lora_A.shape[1], dtype=reference.accumulation(x.dtype))
     if rows.shape[0]:
-        row.function(rows, lora_A, lora_B, scaling, ranks, order, segments, y.view(-1, y.shape[-1]), s)
-    return y, s, row.backend
+        out = y.view(-1, y.shape[-1])
+        backend = dispatch.run("multi_lora_forward", rows, lora_A, lora_B, scaling, ranks, order, segments, out, s)
+    return y, s, backend
 
 
 class _MultiLoRA(Function):
@@ -101,9 +100,9 @@ class _MultiLoRA(Function):
             for gradient in (dlora_A, dlora_B):
                 gradient is None or gradient.zero_()
         elif need_x or need_A or need_B:
-            row = dispatch.select("multi_lora_backward", dy.device.type, dy.dtype, backend)
             x_rows = None if x is None else as_rows(x)
-            row.function(rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B)
+            arguments = rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B
+            dispatch.run("multi_lora_backward", *arguments, backend=backend)
         return (dy if need_y else None), shaped(dx, shape), dlora_A, dlora_B, None, None, None, None
 
 
@@ -137,7 +136,7 @@ def multi_lora(
     scalings, number = (None, scaling) if type(scaling) is float else (scaling, 0.0)
     if (
         scaling is not None
-        and inference.possible(y, x, lora_A, lora_B, order, segments, scalings, ranks)
+        and inference.call(y, x, lora_A, lora_B, order, segments, scalings, ranks) == "inference"
         and inference.writable(y)
         and inference.multi_lora_(y, x, lora_A, lora_B, order, segments, scalings, number, ranks)
     ):

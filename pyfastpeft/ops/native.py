@@ -1,4 +1,7 @@
-"""Loads the op library that csrc/ops is built into. AVAILABLE tells whether it is there, WHY_NOT why it is not."""
+"""Loads the libraries that csrc/ops is built into: that of the CPU, which declares the ops, and that of CUDA.
+
+AVAILABLE and CUDA_AVAILABLE tell whether they are there, WHY_NOT and CUDA_WHY_NOT why they are not.
+"""
 
 import os
 from pathlib import Path
@@ -7,23 +10,29 @@ import torch
 
 from .dispatch import UNAVAILABLE
 
-AVAILABLE = False
-WHY_NOT = ""
-
 if (_level := os.environ.get("PYFASTPEFT_CPU_ISA")) not in (None, "", "baseline", "avx2", "avx512"):
     raise ValueError(f"PYFASTPEFT_CPU_ISA is {_level!r}; it must be baseline, avx2 or avx512")
 
-_libraries = sorted((Path(__file__).parent.parent).glob("_ops*.so"))
-if not _libraries:
-    WHY_NOT = "the op library is not built: install from source with a C++ compiler and torch present"
-else:
-    try:
-        torch.ops.load_library(str(_libraries[0]))
-        AVAILABLE = True
-    except OSError as error:
-        WHY_NOT = f"the op library {_libraries[0].name} does not load: {error}"
 
-if not AVAILABLE:
+def _load(name: str, how: str) -> str:
+    """Why the library is not there, or nothing."""
+    if not (path := Path(__file__).parent.parent / name).exists():
+        return f"the op library {name} is not built: {how}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the op library {name} does not load: {error}"
+    return ""
+
+
+WHY_NOT = _load("_ops.so", "install from source with a C++ compiler and torch present")
+AVAILABLE = not WHY_NOT
+CUDA_WHY_NOT = WHY_NOT or _load("_ops_cuda.so", "install from source with nvcc and a torch for CUDA present")
+CUDA_AVAILABLE = not CUDA_WHY_NOT
+
+if CUDA_WHY_NOT:
+    UNAVAILABLE["cuda"] = CUDA_WHY_NOT
+if WHY_NOT:
     UNAVAILABLE["cpu"] = WHY_NOT
     if os.environ.get("PYFASTPEFT_REQUIRE_NATIVE") == "1":
         raise ImportError(f"PYFASTPEFT_REQUIRE_NATIVE=1, but {WHY_NOT}")

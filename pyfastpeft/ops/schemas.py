@@ -1,5 +1,6 @@
 """Schemas of the raw ops (csrc/ops/schema.cpp states them again for the native library; a test compares the two)."""
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -43,8 +44,9 @@ def define(backend: str, op: str, function: Callable) -> Callable:
     return _callable(f"pyfastpeft_{backend}", op)
 
 
+@functools.cache
 def native(op: str) -> Callable:
-    """What runs the op of the native library, torch.ops.pyfastpeft.<op>."""
+    """What runs the op of the native libraries, torch.ops.pyfastpeft.<op>."""
     return _callable("pyfastpeft", op)
 
 

@@ -1,0 +1,36 @@
+// The matrix product that everything on Hopper stands on: a base product and a low-rank tail in one accumulator.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace pyfastpeft {
+
+// out[m, n] = scale[n] * (sum over k of left[m, k] right(k, n) + sum over j of tail_left[m, j] tail_right(j, n)) + bias[n]
+//
+// All matrices are of one 16-bit dtype, sums are float32 and rounded once. Rows of left, tail_left and out are contiguous
+// at the given strides (in elements); right and tail_right are contiguous along k and j (as weight [N, K] and lora_B
+// [N, r] are in a forward pass) or, where `backward`, along n (as weight [K, N] and lora_A [r, N] are in a backward
+// pass). Every stride is a multiple of 8, every pointer of 16 bytes: what TMA asks for.
+struct Gemm {
+  bool bfloat16 = true;  // else float16
+  bool backward = false;
+  int64_t rows = 0, columns = 0, depth = 0, rank = 0;  // M, N, K, r; rank 0: no tail
+  const void *left = nullptr, *right = nullptr, *tail_left = nullptr, *tail_right = nullptr;
+  int64_t left_stride = 0, right_stride = 0, tail_left_stride = 0, tail_right_stride = 0;
+  const float* scale = nullptr;  // [N] or null: 1
+  const void* bias = nullptr;    // [N], of the matrices' dtype, or null: 0
+  void* out = nullptr;
+  int64_t out_stride = 0;
+};
+
+// Whether this library holds the product and the current device can run it (sm_90).
+bool gemm_available();
+
+// Bytes of scratch memory that `gemm` wants.
+size_t gemm_workspace(const Gemm&);
+
+// Null, or what went wrong.
+const char* gemm(const Gemm&, void* workspace, cudaStream_t);
+
+}  // namespace pyfastpeft

@@ -1,0 +1,79 @@
+"""LoRA by torch's own products in the dtype of the operands: what serves a GPU that has not run our kernels yet, and
+what they are measured against. Shapes and meaning are those of reference.py, which forms everything in float32."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import group_tokens  # noqa: F401 - a sort, which torch has
+
+GATHERED = 2**27  # elements of adapters that are copied for one product; beyond, adapters come one after the other
+
+
+def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> None:
+    """s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T.
+
+    Without weight, y += scaling * s lora_B^T.
+    """
+    dtype = torch.promote_types(x.dtype, lora_A.dtype)
+    shrunk = _dropped(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
+    s.copy_(shrunk)
+    if weight is not None:
+        torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
+    _add(y, shrunk, lora_B.to(dtype).T, scaling)
+
+
+def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> None:
+    """ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s;  dlora_A = ds^T drop(x);
+    dx = dy weight + drop'(ds lora_A), without weight the second term alone. What is None is not formed."""
+    dtype = torch.promote_types(dy.dtype, lora_A.dtype)
+    gradient = dy.to(dtype)
+    ds = (gradient @ lora_B.to(dtype)).mul_(scaling)
+    if dlora_B is not None:
+        dlora_B.copy_((gradient.T @ s.to(dtype)) * scaling)
+    if dlora_A is not None:
+        dlora_A.copy_(ds.T @ _dropped(x.to(dtype), dropout_p, seed))
+    if dx is None:
+        return
+    if weight is None:
+        dx.zero_()
+    else:
+        torch.mm(dy, weight, out=dx)
+    if seed is None:
+        _add(dx, ds, lora_A.to(dtype), 1.0)
+    else:
+        dx.add_(_dropped(ds @ lora_A.to(dtype), dropout_p, seed))
+
+
+def _dropped(t: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    return t if seed is None else t * reference.dropout_factor(seed, p, *t.shape, t.dtype)
+
+
+def _add(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """y += scaling * left right, in one product where the dtypes are one."""
+    if y.dtype == left.dtype:
+        y.addmm_(left, right, alpha=scaling)
+    else:
+        y.add_(left @ right, alpha=scaling)
+
+
+def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
+    """For every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
+
+    Every token's adapter is gathered, so that nothing has to be known on the host, while that stays small.
+    """
+    (tokens, _), (num_adapters, rank, _) = x.shape, lora_A.shape
+    if tokens * rank * (x.shape[1] + y.shape[1]) > GATHERED:
+        return reference.multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s)
+    positions = torch.arange(tokens, device=x.device)
+    adapter = torch.searchsorted(segments, positions, right=True) - 1
+    served = ((adapter >= 0) & (adapter < num_adapters))[:, None]
+    adapter = adapter.clamp(0, num_adapters - 1)
+    used = served if ranks is None else served & (torch.arange(rank, device=x.device) < ranks[adapter][:, None])
+    dtype = torch.promote_types(x.dtype, lora_A.dtype)
+    shrunk = torch.bmm(lora_A[adapter].to(dtype), x[order].to(dtype)[:, :, None])[:, :, 0]
+    shrunk = torch.where(used, shrunk, 0.0)
+    s[order] = shrunk.to(s.dtype)
+    factor = torch.where(used[:, None, :], lora_B[adapter].to(dtype), 0.0)
+    delta = torch.bmm(factor, shrunk[:, :, None])[:, :, 0] * scaling[adapter][:, None]
+    y[order] = torch.where(served, y[order] + delta, y[order]).to(y.dtype)

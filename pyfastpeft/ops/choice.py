@@ -1,0 +1,77 @@
+"""Which backend serves an op on CUDA tensors: the fastest that was measured on such a GPU, for the nearest shape.
+
+choices.json holds the measurements, made by `python -m benchmarks.choose` from what `make gpu` wrote: for every
+architecture entries {"op", "kind", "sizes", "backends"}, where the backends, the fastest first, all passed their tests
+there. The nearest entry is that of the same op and kind whose sizes are off by the smallest product of factors. Where
+there is none, no GPU of this architecture has run our kernels on such operands, and torch's own products serve: RULE.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .schemas import SCHEMAS
+
+RULE = ("addmm", "reference")
+FILE = Path(__file__).with_name("choices.json")
+MANY = 8192  # tokens that a compiled graph is taken to see, so that it does not depend on their number
+
+
+def ranking(op: str, args: tuple) -> tuple[str, ...]:
+    """The backends to try for these raw arguments of `op`, in their order; the first argument is on a CUDA device."""
+    return _ranking(op, architecture(args[0].device.index or 0), *described(op, args))
+
+
+@functools.cache
+def architecture(device: int) -> str:
+    """ "sm_90" for an H200, "gfx942" for an MI300."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
+    """The kind of an op's operands, e.g. "bfloat16, adapters float32, dropout", and their sizes: M, K, N, r, L."""
+    named = dict(zip(_names(op), args))
+    first, weight = args[0], named.get("weight")
+    down, up = (named.get(a, named.get(b)) for a, b in (("lora_A", "down"), ("lora_B", "up")))
+    kind = [str(first.dtype)[6:]]
+    sizes = {"M": MANY if torch.compiler.is_compiling() else first.shape[0]}
+    if isinstance(weight, Tensor):
+        sizes |= {"N": weight.shape[0], "K": weight.shape[1]}
+    elif "weight" in named:
+        kind.append("no weight")
+    if isinstance(down, Tensor) and isinstance(up, Tensor):
+        kind.append(f"adapters {str(down.dtype)[6:]}")
+        sizes |= {"N": up.shape[-2], "K": down.shape[-1], "r": down.shape[-2]}
+        sizes |= {"L": len(down)} if down.dim() == 3 else {}
+    kind += [
+        word for word, there in (("dropout", named.get("seed") is not None), ("ff", named.get("feedforward"))) if there
+    ]
+    return ", ".join(kind), tuple(int(sizes.get(name, 1)) for name in "MKNrL")
+
+
+@functools.cache
+def _names(op: str) -> tuple[str, ...]:
+    arguments = SCHEMAS[op].removeprefix("(").partition(") ->")[0]
+    return tuple(argument.split()[-1] for argument in arguments.split(","))
+
+
+@functools.lru_cache(4096)
+def _ranking(op, architecture, kind, sizes):
+    entries = [e for e in measurements().get(architecture, ()) if (e["op"], e["kind"]) == (op, kind)]
+    if not entries:
+        return RULE
+    nearest = min(entries, key=lambda entry: sum(abs(math.log(a / b)) for a, b in zip(entry["sizes"], sizes)))
+    return (*nearest["backends"], *(name for name in RULE if name not in nearest["backends"]))
+
+
+@functools.cache
+def measurements() -> dict[str, list[dict]]:
+    """What choices.json holds; nothing where there is none."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
