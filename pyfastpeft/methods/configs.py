@@ -336,8 +336,8 @@ class BitFitConfig(Config):
 
     target_modules, exclude_modules: of which modules; default: all of the model that have a bias.
     train_layer_norm: whether the gains of normalisation layers train, too.
-    add_missing: whether linear layers without a bias get one, zero at the start. Without it, a model that has no bias
-        is an error.
+    add_missing: whether linear layers without a bias get one, zero at the start; the model's class may not read it
+        again from a stored merged model. Without it, a model that has no bias is an error.
     """
 
     peft_type: ClassVar[str] = "BITFIT"
