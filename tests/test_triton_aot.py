@@ -134,7 +134,7 @@ def launch_all():
             if tokens == 128:
                 launch_bottleneck(tokens, 64, dtype, adapters, "gelu")
                 launch_dora(tokens, 64, dtype, adapters)
-                launch_group(tokens, (63, 17), dtype, adapters)  # columns of s that are not aligned
+                launch_group(tokens, (32, 64, 8), dtype, adapters)
             if dtype == adapters:
                 launch_ia3(tokens, dtype)
     for rank in (16, 64):
