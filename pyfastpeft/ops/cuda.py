@@ -22,8 +22,8 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
 def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return "takes bfloat16 and float16 activations"
-    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (x.dtype, torch.float32):
-        return f"takes adapters of {x.dtype} or float32, both of one dtype"
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        return f"takes adapters of {x.dtype} or float32"
     (rank, features), outputs = lora_A.shape, lora_B.shape[0]
     if features % 8 or outputs % 8 or rank > MAX_RANK:
         return f"takes K and N that are multiples of 8 and ranks up to {MAX_RANK}, not K={features}, N={outputs}, r={rank}"

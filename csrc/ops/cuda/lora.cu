@@ -450,7 +450,8 @@ struct FactorGradient {
 // out[j, c] = scale * sum over parts of sums[part, j, c], for one factor in every blockIdx.y. A thread takes four columns.
 template <class Factor>
 __global__ void __launch_bounds__(kFinishThreads) sum_gradient_kernel(FactorGradient first, FactorGradient second) {
-  const FactorGradient& it = blockIdx.y ? second : first;
+  FactorGradient it = first;
+  if (blockIdx.y) it = second;
   int64_t size = int64_t(it.rank) * it.columns, i = (int64_t(blockIdx.x) * kFinishThreads + threadIdx.x) * 4;
   if (i >= size) return;
   float4 sum = make_float4(0, 0, 0, 0);
