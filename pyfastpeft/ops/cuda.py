@@ -6,6 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
+SHORT = (torch.bfloat16, torch.float16)
 MAX_RANK = 256
 SHARED = 112 * 1024  # bytes of shared memory that a block takes
 
@@ -19,8 +20,32 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
     return _low_rank(dy, lora_A, lora_B) or rows or _product(dy, None if dx is None else weight)
 
 
+def ia3_forward(*args) -> str:
+    return ""
+
+
+def ia3_backward(*args) -> str:
+    return ""
+
+
+def multi_lora_forward(x, lora_A, *rest) -> str:
+    """Tensor cores multiply the activations with adapters of their own 16-bit dtype, any shape of them."""
+    if x.dtype not in SHORT or lora_A.dtype != x.dtype:
+        return "takes bfloat16 and float16, with adapters of the same dtype"
+    return "" if len(lora_A) <= 65535 else "takes up to 65535 adapters"
+
+
+def multi_lora_backward(dy, x, lora_A, *rest) -> str:
+    return multi_lora_forward(dy, lora_A)
+
+
+def group_tokens(slots, order, segments) -> str:
+    """Every token is compared with every other."""
+    return "" if len(slots) + len(segments) <= 2**14 else "takes up to 16384 tokens and adapters"
+
+
 def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in SHORT:
         return "takes bfloat16 and float16 activations"
     if lora_A.dtype not in (x.dtype, torch.float32):
         return f"takes adapters of {x.dtype} or float32"
