@@ -17,7 +17,8 @@ if platform.machine() != "x86_64" or not shutil.which("g++") or not native.AVAIL
 import emulated_cuda
 
 half, brain, single = torch.float16, torch.bfloat16, torch.float32
-dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), [(brain, None), (half, None), (brain, single), (half, single)])
+DTYPES = [(brain, None), (half, None), (brain, single), (half, single)]
+dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 lora = functools.partial(ops.lora_linear, scaling=0.7)
 plain_lora = functools.partial(unfused_lora, scaling=0.7)
 
@@ -148,6 +149,5 @@ def test_ranks_and_dtypes_that_the_kernels_do_not_take_are_named():
         lora(**lora_inputs(9, 64, 48, 257, brain))
     with pytest.raises(RuntimeError, match="bfloat16 and float16 activations"):
         lora(**lora_inputs(9, 64, 48, 8, single))
-    with pytest.raises(RuntimeError, match="adapters of torch.bfloat16 or float32"):
+    with pytest.raises(RuntimeError, match=r"adapters of torch\.bfloat16 or float32"):
         lora(**lora_inputs(9, 64, 48, 8, brain, half))
-    assert cuda.MAX_RANK == 256

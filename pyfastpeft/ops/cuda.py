@@ -51,7 +51,8 @@ def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
         return f"takes adapters of {x.dtype} or float32"
     (rank, features), outputs = lora_A.shape, lora_B.shape[0]
     if features % 8 or outputs % 8 or rank > MAX_RANK:
-        return f"takes K and N that are multiples of 8 and ranks up to {MAX_RANK}, not K={features}, N={outputs}, r={rank}"
+        needed = f"K and N that are multiples of 8 and ranks up to {MAX_RANK}"
+        return f"takes {needed}, not K={features}, N={outputs}, r={rank}"
     return _device(x.device) or _rows(lora_A=lora_A)
 
 
