@@ -65,7 +65,8 @@ struct Copy {
 
 struct Warp {
   uint32_t arrived = 0;
-  alignas(16) char values[32 * kValueBytes];
+  // A lane may bring its next value while another has yet to fetch the result of the last one.
+  alignas(16) char values[32][kValueBytes];
 };
 
 struct Block {
@@ -273,19 +274,23 @@ void exchange(uint32_t mask, void* value, size_t size, void (*resolve)(void*)) {
     failure = told(*running) + " is not in the mask of its own warp operation";
     leave();
   }
-  std::memcpy(warp.values + lane * size, value, size);
+  std::memcpy(warp.values[lane], value, size);
   RELEASE(&warp);
   warp.arrived |= mine;
   if ((warp.arrived & mask) == mask) {
     ACQUIRE(&warp);
-    resolve(warp.values);
+    alignas(16) char values[32 * kValueBytes];
+    for (int i = 0; i < 32; ++i) std::memcpy(values + i * size, warp.values[i], size);
+    resolve(values);
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1) std::memcpy(warp.values[i], values + i * size, size);
     warp.arrived &= ~mask;
     RELEASE(&warp);
   } else {
     wait_while(&warp.arrived, mine, mine);
     ACQUIRE(&warp);
   }
-  std::memcpy(value, warp.values + lane * size, size);
+  std::memcpy(value, warp.values[lane], size);
 }
 
 void copy_later(void* to, const void* from, size_t bytes, size_t valid) {
