@@ -28,8 +28,7 @@ def _emulator():
     before = {op: list(rows) for op, rows in dispatch.TABLE.items()}
     emulated_cuda.load()
     with pytest.MonkeyPatch.context() as patch:
-        for device in ("_device", "_hopper"):
-            patch.setattr(cuda, device, lambda device: "")
+        patch.setattr(cuda, "_device", lambda device: "")
         yield
     dispatch.TABLE.update(before)
 
@@ -68,21 +67,31 @@ def test_lora_delta(dtype, adapter_dtype, rank):
     )
 
 
-@dtypes
-@pytest.mark.parametrize("rank", [3, 40])
-def test_dropout_is_the_references(dtype, adapter_dtype, rank):
+def assert_dropout_is_the_references(dtype, adapter_dtype, rank, p):
     def fused(x, weight, bias, lora_A, lora_B):
         torch.manual_seed(9)
-        return ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7, 0.25)
+        return ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7, p)
 
     def unfused(x, weight, bias, lora_A, lora_B):
         torch.manual_seed(9)
         seed = torch.randint(-(2**63), 2**63 - 1, (1,))
-        dropped = x.to(lora_A.dtype) * reference.dropout_factor(seed, 0.25, *x.shape, lora_A.dtype)
+        dropped = x.to(lora_A.dtype) * reference.dropout_factor(seed, p, *x.shape, lora_A.dtype)
         base = torch.nn.functional.linear(x, weight, bias)
         return (base + unfused_delta(dropped, lora_A, lora_B, 0.7)).to(base.dtype)
 
     assert_error_rule(fused, unfused, lora_inputs(67, 264, 136, rank, dtype, adapter_dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("rank", [3, 40])
+def test_dropout_is_the_references(dtype, adapter_dtype, rank):
+    assert_dropout_is_the_references(dtype, adapter_dtype, rank, 0.25)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_torch_multiplies_by_weight_on_other_gpus(monkeypatch, p):
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", "8")
+    assert_dropout_is_the_references(brain, single, 3, p)
 
 
 def test_rows_may_lie_apart():

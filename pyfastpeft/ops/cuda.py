@@ -12,12 +12,12 @@ SHARED = 112 * 1024  # bytes of shared memory that a block takes
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> str:
-    return _low_rank(x, lora_A, lora_B) or _rows(x=x, y=y, weight=weight) or _product(x, weight)
+    return _low_rank(x, lora_A, lora_B) or _rows(x=x, y=y, weight=weight)
 
 
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> str:
-    rows = _rows(dy=dy, x=x if dlora_A is not None else None, weight=None if dx is None else weight, dx=dx)
-    return _low_rank(dy, lora_A, lora_B) or rows or _product(dy, None if dx is None else weight)
+    read = {"x": x if dlora_A is not None else None, "weight": weight if dx is not None else None}
+    return _low_rank(dy, lora_A, lora_B) or _rows(dy=dy, dx=dx, **read)
 
 
 def ia3_forward(*args) -> str:
@@ -69,22 +69,9 @@ def _rows(**tensors: Tensor | None) -> str:
     return ""
 
 
-def _product(x: Tensor, weight: Tensor | None) -> str:
-    return "" if weight is None else _hopper(x.device)
-
-
 @functools.cache
 def _device(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if properties.major >= 8 and properties.shared_memory_per_block_optin >= SHARED:
         return ""
     return f"runs on sm_80 and newer with {SHARED} bytes of shared memory for a block, not on {properties.name}"
-
-
-@functools.cache
-def _hopper(device: torch.device) -> str:
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"multiplies by weight on Hopper GPUs alone, not on {torch.cuda.get_device_name(device)}"
-    if "no CUTLASS" in torch.ops.pyfastpeft.cuda_capability():
-        return "multiplies by weight where it was built with CUTLASS"
-    return ""

@@ -316,9 +316,16 @@ void make_copies(size_t but_latest) {
   }
 }
 
-int multiprocessors() {
-  const char* given = std::getenv("PYFASTPEFT_EMULATED_SMS");
-  return given ? std::atoi(given) : 3;
+namespace {
+
+int setting(const char* name, int otherwise) {
+  const char* given = std::getenv(name);
+  return given ? std::atoi(given) : otherwise;
 }
+
+}  // namespace
+
+int multiprocessors() { return setting("PYFASTPEFT_EMULATED_SMS", 3); }
+int capability() { return setting("PYFASTPEFT_EMULATED_CAPABILITY", 9); }
 
 }  // namespace emulator

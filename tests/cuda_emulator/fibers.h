@@ -32,6 +32,8 @@ void make_copies(size_t but_latest);
 
 // How many blocks of a launch run at once: PYFASTPEFT_EMULATED_SMS (3) times 2.
 int multiprocessors();
+// The device's major compute capability: PYFASTPEFT_EMULATED_CAPABILITY (9).
+int capability();
 constexpr int kBlocksPerMultiprocessor = 2;
 
 constexpr size_t kValueBytes = 64;

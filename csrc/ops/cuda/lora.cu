@@ -1,11 +1,14 @@
 // LoRA on 16-bit CUDA tensors (reference.py has the formulas): two kernels that read an activation once, which is what
-// they take their time for, small ones that finish, and the product of gemm.h, which takes the branch along as a tail.
+// they take their time for, small ones that finish, and the product of gemm.h, which takes the branch along as a tail;
+// without it torch's, to which a kernel adds the branch. Few tokens are left to decode.h.
 //
 // Where adapters are 16-bit, the tensor cores multiply 16-bit operands. Where they are float32, results of theirs have
 // to be as good as float32's: activations are exact in tf32, the other operand is the sum of two tf32 numbers, and what
 // the tensor cores sum, which they truncate, is added to a sum outside of them every 64 terms.
 #include <torch/csrc/stable/library.h>
 
+#include "ops/cuda/base.h"
+#include "ops/cuda/decode.h"
 #include "ops/cuda/dropout.h"
 #include "ops/cuda/gemm.h"
 #include "ops/cuda/intrinsics.h"
@@ -636,7 +639,6 @@ Tensor tail(const Place& place, const Tensor& factor, int64_t rows, int columns)
 }
 
 void multiply(const Place& place, const Gemm& it) {
-  STD_TORCH_CHECK(gemm_available(), "the product with weight is for Hopper GPUs, in a library built with CUTLASS");
   const char* error = gemm(it, place.stream);
   STD_TORCH_CHECK(!error, "product: ", error);
 }
@@ -652,18 +654,28 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   auto* A = reinterpret_cast<Factor*>(contiguous(lora_A, {rank, k}, "lora_A"));
   auto* B = reinterpret_cast<Factor*>(contiguous(lora_B, {n, rank}, "lora_B"));
   STD_TORCH_CHECK(aligned(A), "lora_A must begin at a multiple of 16 bytes");
+  Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
+  STD_TORCH_CHECK(!weight || w.dtype == dtype_of(x, "x"), "weight must be of the activations' dtype");
+  auto* shift = bias ? contiguous(*bias, {n}, "bias") : nullptr;
+  STD_TORCH_CHECK(!bias || dtype_of(*bias, "bias") == dtype_of(x, "x"), "bias must be of the activations' dtype");
+  float* shrunk = sums<float>(s, {m, rank}, "s");
+  if (weight && !dropout.seed) {
+    FusedLayer few{.x = x, .weight = *weight, .bias = bias, .lora_A = lora_A, .lora_B = lora_B, .scaling = scaling,
+                   .y = y, .s = s};
+    if (takes(few) && fused_layer(few, place.stream)) return;
+  }
   Tensor scaled = scratch(x, {m, round_up(rank)}, Type::dtype);  // scaling * s
   shrink<Type>(place, in, A, dropout,
-               {.s = sums<float>(s, {m, rank}, "s"),
+               {.s = shrunk,
                 .rounded = scaled.mutable_data_ptr(),
                 .rank = static_cast<int>(rank),
                 .rounded_stride = round_up(rank),
                 .scale = dropout.keep,
                 .rounded_scale = static_cast<float>(scaling)});
-  if (!weight) return expand<Type>(place, out, scaled, B, 1, rank, rank, {}, true);
-  Rows w = aligned_rows(*weight, n, k, "weight");
-  STD_TORCH_CHECK(w.dtype == dtype_of(x, "x") && (!bias || bias->scalar_type() == x.scalar_type()),
-                  "weight and bias must be of the activations' dtype");
+  if (!weight || !gemm_available()) {
+    if (weight) base_forward(x, *weight, bias, y);
+    return expand<Type>(place, out, scaled, B, 1, rank, rank, {}, true);
+  }
   Tensor factor = tail<Type>(place, lora_B, n, rank);
   multiply(place, {.bfloat16 = Type::dtype == ScalarType::BFloat16,
                    .rows = m,
@@ -678,39 +690,44 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
                    .right_stride = w.stride,
                    .tail_left_stride = scaled.size(1),
                    .tail_right_stride = factor.size(1),
-                   .bias = bias ? contiguous(*bias, {n}, "bias") : nullptr,
+                   .bias = shift,
                    .out = const_cast<void*>(out.data),
                    .out_stride = out.stride});
 }
 
 // dx = dy weight + drop'(ds lora_A), without weight the second term alone.  ds: [M, round_up(rank)] of T
 template <class Type>
-void input_gradient(const Place& place, const Activation16& dy, const OptionalTensor& weight, const Tensor& lora_A,
-                    const Tensor& ds, const Dropout& dropout, const Activation16& dx) {
-  int64_t n = dy.columns, k = dx.columns, rank = lora_A.size(0);
-  bool fused = weight && !dropout.seed;  // a mask has to meet the branch alone
-  Tensor factor = fused ? tail<Type>(place, lora_A, rank, k) : lora_A;
-  if (weight) {
-    Rows w = aligned_rows(*weight, n, k, "weight");
+void input_gradient(const Place& place, const Tensor& dy, const OptionalTensor& weight, const Tensor& lora_A,
+                    const Tensor& ds, const Dropout& dropout, Tensor dx) {
+  int64_t m = dy.size(0), n = dy.size(1), k = lora_A.size(1), rank = lora_A.size(0);
+  Activation16 in = activation(dy, m, n, "dy"), out = activation(dx, m, k, "dx");
+  bool fused = weight && gemm_available() && !dropout.seed;  // a mask has to meet the branch alone
+  Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
+  STD_TORCH_CHECK(!weight || w.dtype == dtype_of(dy, "dy"), "weight must be of the activations' dtype");
+  if (weight && gemm_available()) {
+    Tensor factor = fused ? tail<Type>(place, lora_A, rank, k) : lora_A;
     multiply(place, {.bfloat16 = Type::dtype == ScalarType::BFloat16,
                      .backward = true,
-                     .rows = dy.rows,
+                     .rows = m,
                      .columns = k,
                      .depth = n,
                      .rank = fused ? rank : 0,
-                     .left = dy.data,
+                     .left = in.data,
                      .right = w.data,
                      .tail_left = ds.const_data_ptr(),
                      .tail_right = factor.const_data_ptr(),
-                     .left_stride = dy.stride,
+                     .left_stride = in.stride,
                      .right_stride = w.stride,
                      .tail_left_stride = ds.size(1),
                      .tail_right_stride = k,
-                     .out = const_cast<void*>(dx.data),
-                     .out_stride = dx.stride});
+                     .out = const_cast<void*>(out.data),
+                     .out_stride = out.stride});
+  } else if (weight) {
+    base_backward(dy, *weight, dx);
   }
-  auto* A = pointer<typename Type::Factor>(lora_A);
-  if (!fused) expand<Type>(place, dx, ds, A, k, 1, rank, dropout, bool(weight));
+  if (!fused) {
+    expand<Type>(place, out, ds, pointer<typename Type::Factor>(lora_A), k, 1, rank, dropout, bool(weight));
+  }
 }
 
 template <class Type>
@@ -743,7 +760,7 @@ void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& w
     copy(place, B, 1, rank, rank, n, pointer<Factor>(transposed), n);
     shrink<Type>(place, gradient_in, pointer<Factor>(transposed), {}, shrunk);
   }
-  if (dx) input_gradient<Type>(place, gradient_in, weight, lora_A, rounded, dropout, activation(*dx, m, k, "dx"));
+  if (dx) input_gradient<Type>(place, dy, weight, lora_A, rounded, dropout, *dx);
   FactorGradient jobs[2];
   int count = 0;
   if (dlora_A) {
