@@ -333,9 +333,7 @@ bool run(const FusedLayer& a, cudaStream_t stream) {
     launch(kernel, dim3(blocks), dim3(kThreads), shared, stream, layer, zeros, tiles);
   };
   auto chosen = [&]<int token_tiles>() {
-    rank <= 16   ? launched.template operator()<token_tiles, 2>()
-    : rank <= 32 ? launched.template operator()<token_tiles, 4>()
-                 : launched.template operator()<token_tiles, 8>();
+    rank <= 16 ? launched.template operator()<token_tiles, 2>() : launched.template operator()<token_tiles, 4>();
   };
   tokens <= 16   ? chosen.template operator()<1>()
   : tokens <= 32 ? chosen.template operator()<2>()

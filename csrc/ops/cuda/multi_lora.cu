@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
 // planes[h, t, j] = scaling[a] * the sum over the features k of part h of x[t, k] factor[a, j, k], for adapter a's tokens
 // t and j < ranks[a].  x: [T, K];  factor: [L, R, K];  scaling: [L] or null: 1;  planes: [parts, T, R]
 template <class T, bool vector, int count>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     shrink_kernel(Matrix<const T> x, const T* factor, const float* scaling, Routing routing, float* planes, int tokens,
                   int part) {
   auto* scan = shared_memory<int>();
