@@ -16,13 +16,14 @@ constexpr int kBlocks = 2048;  // that a launch aims at, whatever the device
 
 // out[m, f] = in[m, f] * l[f].  in, out: [M, F];  l: [F]
 template <class T, bool vector>
-__global__ void __launch_bounds__(kLanes* kGroups)
+__global__ void __launch_bounds__(kLanes* kGroups, 2)
     scale_kernel(const T* in, int64_t in_stride, AnyFloats l, T* out, int64_t out_stride, int64_t rows,
                  int64_t columns, int64_t part) {
   using R = Run<T, vector>;
   int64_t f = (int64_t(blockIdx.x) * kLanes + threadIdx.x) * R::size;
   if (f >= columns) return;
   Wide<T> factor[R::size];
+#pragma unroll
   for (int i = 0; i < R::size; ++i) factor[i] = l.at<Wide<T>>(f + i);
   int64_t end = min(rows, (blockIdx.y + 1) * part);
   for (int64_t m = blockIdx.y * part + threadIdx.y; m < end; m += kGroups * kUnroll) {
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 // sums[h, f] = sum over the rows m of part h of a[m, f] b[m, f];  out[m, f] = a[m, f] * l[f], unless out is null.
 // a, b, out: [M, F];  l: [F];  sums: [parts, F]
 template <class T, bool vector>
-__global__ void __launch_bounds__(kLanes* kGroups)
+__global__ void __launch_bounds__(kLanes* kGroups, 2)
     scale_and_sum_kernel(const T* a, int64_t a_stride, const T* b, int64_t b_stride, AnyFloats l, T* out,
                          int64_t out_stride, Wide<T>* sums, int64_t rows, int64_t columns, int64_t part) {
   using R = Run<T, vector>;
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   int64_t f = (int64_t(blockIdx.x) * kLanes + threadIdx.x) * R::size;
   bool inside = f < columns;
   C factor[R::size], sum[R::size];
+#pragma unroll
   for (int i = 0; i < R::size; ++i) {
     factor[i] = inside && out ? l.at<C>(f + i) : C(0);
     sum[i] = 0;
@@ -76,6 +78,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
     }
   }
   C* shared = shared_memory<C>();  // [kGroups, R::size, kLanes]
+#pragma unroll
   for (int i = 0; i < R::size; ++i) shared[(threadIdx.y * R::size + i) * kLanes + threadIdx.x] = sum[i];
   __syncthreads();
   // A row of threads finishes its share of the block's columns, the groups in their order.

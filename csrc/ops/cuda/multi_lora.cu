@@ -552,12 +552,10 @@ class Call {
   // Calls run with how many times eight ranks a warp has at once.
   template <class F>
   void with_count(bool vector, F run) const {
-    auto chosen = [&]<bool v>() {
-      routing.rank <= 16   ? run.template operator()<v, 2>()
-      : routing.rank <= 32 ? run.template operator()<v, 4>()
-                           : run.template operator()<v, 8>();
-    };
-    vector ? chosen.template operator()<true>() : chosen.template operator()<false>();
+    !vector              ? run.template operator()<false, 4>()
+    : routing.rank <= 16 ? run.template operator()<true, 2>()
+    : routing.rank <= 32 ? run.template operator()<true, 4>()
+                         : run.template operator()<true, 8>();
   }
 
   OnDevice device_;
