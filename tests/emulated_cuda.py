@@ -21,6 +21,7 @@ RACES = os.environ.get("PYFASTPEFT_EMULATOR_RACES") == "1"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unused-variable", "-ftrivial-auto-var-init=pattern", "-ffp-contract=fast"]
 FLAGS += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-Dpyfastpeft={NAMESPACE}"]
+FLAGS += ["-DPYFASTPEFT_CUTLASS"]
 
 
 def library() -> Path:

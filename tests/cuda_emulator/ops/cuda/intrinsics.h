@@ -61,6 +61,33 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   std::copy_n(mine.d, 4, d);
 }
 
+inline uint32_t tf32(float value) {
+  uint32_t bits = std::bit_cast<uint32_t>(value);
+  return std::isfinite(value) ? (bits + 0x1000) & ~0x1fffu : bits;
+}
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Fragments {
+    float d[4];
+    uint32_t a[4], b[2];
+  } mine;
+  std::copy_n(d, 4, mine.d);
+  std::copy_n(a, 4, mine.a);
+  std::copy_n(b, 2, mine.b);
+  emulator::exchange(~0u, &mine, sizeof mine, [](void* all) {
+    auto* lanes = static_cast<Fragments*>(all);
+    auto number = [](uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); };
+    for (int m = 0; m < 16; ++m)
+      for (int n = 0; n < 8; ++n) {
+        float sum = 0;
+        for (int k = 0; k < 8; ++k)
+          sum += number(lanes[m % 8 * 4 + k % 4].a[m / 8 + k / 4 * 2]) * number(lanes[n * 4 + k % 4].b[k / 4]);
+        lanes[m % 8 * 4 + n / 2].d[m / 8 * 2 + n % 2] += sum;
+      }
+  });
+  std::copy_n(mine.d, 4, d);
+}
+
 template <bool transposed>
 void load_matrices(uint32_t (&r)[4], const void* row) {
   struct Row {
@@ -87,6 +114,9 @@ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) { load_matric
 
 inline void copy_async(void* shared, const void* global, int valid = 16) {
   emulator::copy_later(shared, global, 16, valid);
+}
+inline void copy_async_word(void* shared, const void* global, bool valid) {
+  emulator::copy_later(shared, global, 4, valid ? 4 : 0);
 }
 inline void commit_async() { emulator::commit_copies(); }
 template <int pending>

@@ -1,4 +1,4 @@
-// csrc/ops/cuda/gemm.h by its formula.
+// The products of csrc/ops/cuda/gemm.h by their formula.
 #include "ops/cuda/gemm.h"
 
 #include <cuda_bf16.h>
@@ -10,7 +10,7 @@ namespace pyfastpeft {
 
 namespace {
 
-template <class T>
+template <class T, bool kBackward>
 void product(const Gemm& g) {
   auto add = [&](std::vector<float>& sums, const void* left, int64_t left_stride, const void* right,
                  int64_t right_stride, int64_t depth, int64_t m) {
@@ -18,7 +18,7 @@ void product(const Gemm& g) {
     auto* factor = static_cast<const T*>(right);
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t n = 0; n < g.columns; ++n)
-        sums[n] += float(rows[k]) * float(g.backward ? factor[k * right_stride + n] : factor[n * right_stride + k]);
+        sums[n] += float(rows[k]) * float(kBackward ? factor[k * right_stride + n] : factor[n * right_stride + k]);
   };
   for (int64_t m = 0; m < g.rows; ++m) {
     std::vector<float> sums(g.columns);
@@ -35,16 +35,18 @@ bool aligned(const void* pointer, int64_t stride) { return reinterpret_cast<uint
 
 }  // namespace
 
-bool gemm_available() { return true; }
-
-size_t gemm_workspace(const Gemm&) { return 0; }
-
-const char* gemm(const Gemm& g, void*, cudaStream_t) {
+template <bool kBfloat16, bool kBackward>
+const char* hopper_gemm(const Gemm& g, cudaStream_t) {
   if (!aligned(g.left, g.left_stride) || !aligned(g.right, g.right_stride) || !aligned(g.out, g.out_stride) ||
-      !aligned(g.tail_left, g.tail_left_stride) || !aligned(g.tail_right, g.tail_right_stride))
+      (g.rank && !(aligned(g.tail_left, g.tail_left_stride) && aligned(g.tail_right, g.tail_right_stride))))
     return "TMA takes multiples of 16 bytes only";
-  g.bfloat16 ? product<__nv_bfloat16>(g) : product<__half>(g);
+  product<std::conditional_t<kBfloat16, __nv_bfloat16, __half>, kBackward>(g);
   return nullptr;
 }
+
+template const char* hopper_gemm<true, false>(const Gemm&, cudaStream_t);
+template const char* hopper_gemm<true, true>(const Gemm&, cudaStream_t);
+template const char* hopper_gemm<false, false>(const Gemm&, cudaStream_t);
+template const char* hopper_gemm<false, true>(const Gemm&, cudaStream_t);
 
 }  // namespace pyfastpeft
