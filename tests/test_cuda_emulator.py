@@ -60,14 +60,33 @@ def test_ia3_linear(dtype, l_dtype, feedforward, shape):
 
 @pytest.mark.parametrize("feedforward", [False, True])
 @pytest.mark.parametrize("trains", ["x", "ia3_l"])
-def test_ia3_one_gradient_alone_from_strided_rows(feedforward, trains):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ia3_one_gradient_alone_from_strided_rows(feedforward, trains, dtype):
     inputs = {
-        "x": random(12, 40, grad=False)[:, 8:32],
-        "weight": random(24, 16, grad=False).T,
-        "ia3_l": random(24 if feedforward else 16, grad=False),
+        "x": random(12, 40, dtype=dtype, grad=False)[:, 8:32],
+        "weight": random(24, 16, dtype=dtype, grad=False).T,
+        "ia3_l": random(24 if feedforward else 16, dtype=dtype, grad=False),
     }
     inputs[trains].requires_grad_()
     ours, theirs = (functools.partial(f, bias=None, feedforward=feedforward) for f in (ops.ia3_linear, unfused_ia3))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("l_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
+    """Where the unscaled output is not kept, no pass of its own scales it."""
+    inputs = {
+        "x": random(12, 40, dtype=torch.float16),
+        "weight": random(24, 40, dtype=torch.float16, grad=False),
+        "ia3_l": random(24, dtype=l_dtype, grad=False),
+    }
+    fixed = {"feedforward": False}
+    if biased:
+        inputs["bias"] = random(24, dtype=torch.float16, grad=False)
+    else:
+        fixed["bias"] = None
+    ours, theirs = (functools.partial(f, **fixed) for f in (ops.ia3_linear, unfused_ia3))
     assert_error_rule(ours, theirs, inputs)
 
 

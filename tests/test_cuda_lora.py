@@ -85,6 +85,16 @@ def test_dropout_is_the_references(dtype, adapter_dtype, rank):
     assert_error_rule(fused, unfused, lora_inputs(67, 264, 136, rank, dtype, adapter_dtype))
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8, 8), (37, 584, 72, 24)])
+def test_few_tokens_go_through_one_kernel(monkeypatch, shape):
+    """The base layer, too, and with no need of the product for Hopper."""
+    monkeypatch.setattr(cuda, "_hopper", lambda device: "is not to be asked")
+    inputs = lora_inputs(*shape, brain)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in ("lora_A", "lora_B"))
+    assert_error_rule(lora, plain_lora, inputs)
+
+
 def test_rows_may_lie_apart():
     inputs = lora_inputs(33, 72, 136, 8, brain)
     for name, width in (("x", 72), ("weight", 72)):

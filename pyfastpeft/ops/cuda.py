@@ -8,11 +8,15 @@ from torch import Tensor
 
 SHORT = (torch.bfloat16, torch.float16)
 MAX_RANK = 256
+FUSED_TOKENS = 64  # go with the base layer through one kernel, on every GPU
 SHARED = 112 * 1024  # bytes of shared memory that a block takes
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> str:
-    return _low_rank(x, lora_A, lora_B) or _rows(x=x, y=y, weight=weight) or _product(x, weight)
+    lacks = _low_rank(x, lora_A, lora_B) or _rows(x=x, y=y, weight=weight)
+    if lacks or (seed is None and _few(x, bias, lora_A, lora_B)):
+        return lacks
+    return _product(x, weight)
 
 
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> str:
@@ -67,6 +71,12 @@ def _rows(**tensors: Tensor | None) -> str:
         if offset % 16 or tensor.stride(-1) != 1 or tensor.stride(0) * tensor.itemsize % 16:
             return f"takes rows that begin at multiples of 16 bytes, not those of {name}"
     return ""
+
+
+def _few(x: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether the kernel of decode.h takes them."""
+    row = None if bias is None else bias[None]
+    return len(x) <= FUSED_TOKENS and lora_A.dtype == x.dtype and not _rows(lora_B=lora_B, bias=row)
 
 
 def _product(x: Tensor, weight: Tensor | None) -> str:

@@ -153,6 +153,48 @@ void scale_and_sum(const Tensor& like, const Rows& a, const Rows& b, AnyFloats l
   });
 }
 
+// wide = l;  shift = l * bias, unless bias is null.  l, bias, wide, shift: [N]
+template <class T>
+__global__ void __launch_bounds__(kLanes* kGroups)
+    epilogue_kernel(AnyFloats l, const T* bias, float* wide, T* shift, int64_t columns) {
+  int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (n >= columns) return;
+  float factor = l.at<float>(n);
+  wide[n] = factor;
+  if (bias) shift[n] = static_cast<T>(factor * static_cast<float>(bias[n]));
+}
+
+// y = (x weight^T + bias) * l in the product's epilogue, y rounded once; false where the product is not to be had.
+bool forward_by_gemm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, AnyFloats l, const Rows& in,
+                     const Rows& out, int64_t m, int64_t n, int64_t k, cudaStream_t stream) {
+  if (item_size(in.dtype) != 2 || weight.stride(1) != 1 || k % 8 || n % 8) return false;
+  Rows w = rows_of(weight, n, k, "weight");
+  if (!in_runs(in, k) || !in_runs(w, k) || !in_runs(out, n) || !gemm_available()) return false;
+  Tensor wide = scratch(x, {n}, ScalarType::Float), shift = scratch(x, {n}, x.scalar_type());
+  auto prepare = [&]<class T>(T) {
+    auto* from = bias ? reinterpret_cast<const T*>(contiguous(*bias, {n}, "bias")) : nullptr;
+    launch(epilogue_kernel<T>, dim3((n + 255) / 256), dim3(256), 0, stream, l, from,
+           static_cast<float*>(wide.mutable_data_ptr()), static_cast<T*>(shift.mutable_data_ptr()), n);
+  };
+  bool bfloat16 = in.dtype == Dtype::bf16;
+  bfloat16 ? prepare(__nv_bfloat16{}) : prepare(__half{});
+  const char* error = gemm({.bfloat16 = bfloat16,
+                            .rows = m,
+                            .columns = n,
+                            .depth = k,
+                            .left = in.data,
+                            .right = w.data,
+                            .left_stride = in.stride,
+                            .right_stride = w.stride,
+                            .scale = static_cast<const float*>(wide.const_data_ptr()),
+                            .bias = bias ? shift.const_data_ptr() : nullptr,
+                            .out = out.data,
+                            .out_stride = out.stride},
+                           stream);
+  STD_TORCH_CHECK(!error, "product: ", error);
+  return true;
+}
+
 void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l,
                  bool feedforward, Tensor& y, OptionalTensor base) {
   OnDevice device(x);
@@ -166,6 +208,7 @@ void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
     base_forward(scaled, weight, bias, y);
     return;
   }
+  if (!base && forward_by_gemm(x, weight, bias, l, in, out, m, n, k, device.stream())) return;
   Tensor unscaled = base ? *base : y;
   base_forward(x, weight, bias, unscaled);
   scale(base ? product : out, l, out, m, n, device.stream());

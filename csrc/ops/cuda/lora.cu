@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/cuda/dropout.h"
+#include "ops/cuda/decode.h"
 #include "ops/cuda/gemm.h"
 #include "ops/cuda/intrinsics.h"
 #include "ops/cuda/runtime.h"
@@ -652,6 +653,10 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   auto* A = reinterpret_cast<Factor*>(contiguous(lora_A, {rank, k}, "lora_A"));
   auto* B = reinterpret_cast<Factor*>(contiguous(lora_B, {n, rank}, "lora_B"));
   STD_TORCH_CHECK(aligned(A), "lora_A must begin at a multiple of 16 bytes");
+  if (weight && !dropout.seed && m <= kFusedTokens) {
+    FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, scaling, {}, {}, {}, {}, y, s};
+    if (takes(layer)) return fused_layer(layer, place.stream);
+  }
   Tensor scaled = scratch(x, {m, round_up(rank)}, Type::dtype);  // scaling * s
   shrink<Type>(place, in, A, dropout,
                {.s = sums<float>(s, {m, rank}, "s"),
