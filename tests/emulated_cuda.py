@@ -1,7 +1,8 @@
 """The ops of csrc/ops/cuda on CPU tensors, by the emulator in cuda_emulator/, whose cuda_runtime.h tells what it shows.
 
 `library()` compiles it with g++, once for a state of the sources; `load()` puts its ops into the dispatch table as
-backend "cuda" for CPU tensors. PYFASTPEFT_EMULATOR_RACES=1 in a process under LD_PRELOAD=libtsan.so finds races.
+backend "cuda" for CPU tensors. With PYFASTPEFT_EMULATOR_RACES=1, in a process that preloads libtsan.so, races of a
+kernel's threads are told with their lines.
 """
 
 import hashlib

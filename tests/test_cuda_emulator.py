@@ -1,8 +1,12 @@
 """The CUDA C++ kernels on CPU tensors, in the emulator of cuda_emulator/: the error rule, edges, waiting, repeats."""
 
 import functools
+import os
 import platform
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,14 +60,33 @@ def test_ia3_linear(dtype, l_dtype, feedforward, shape):
 
 @pytest.mark.parametrize("feedforward", [False, True])
 @pytest.mark.parametrize("trains", ["x", "ia3_l"])
-def test_ia3_one_gradient_alone_from_strided_rows(feedforward, trains):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ia3_one_gradient_alone_from_strided_rows(feedforward, trains, dtype):
     inputs = {
-        "x": random(12, 40, grad=False)[:, 8:32],
-        "weight": random(24, 16, grad=False).T,
-        "ia3_l": random(24 if feedforward else 16, grad=False),
+        "x": random(12, 40, dtype=dtype, grad=False)[:, 8:32],
+        "weight": random(24, 16, dtype=dtype, grad=False).T,
+        "ia3_l": random(24 if feedforward else 16, dtype=dtype, grad=False),
     }
     inputs[trains].requires_grad_()
     ours, theirs = (functools.partial(f, bias=None, feedforward=feedforward) for f in (ops.ia3_linear, unfused_ia3))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("l_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
+    """Where the unscaled output is not kept, no pass of its own scales it."""
+    inputs = {
+        "x": random(12, 40, dtype=torch.float16),
+        "weight": random(24, 40, dtype=torch.float16, grad=False),
+        "ia3_l": random(24, dtype=l_dtype, grad=False),
+    }
+    fixed = {"feedforward": False}
+    if biased:
+        inputs["bias"] = random(24, dtype=torch.float16, grad=False)
+    else:
+        fixed["bias"] = None
+    ours, theirs = (functools.partial(f, **fixed) for f in (ops.ia3_linear, unfused_ia3))
     assert_error_rule(ours, theirs, inputs)
 
 
@@ -106,7 +129,7 @@ def test_multi_lora(dtype, shape):
     assert_multi_lora(multi_inputs(*shape, dtype), slots, torch.randn(shape[-1]))
 
 
-@pytest.mark.parametrize("shape", [(45, 64, 80, 16, 300), (300, 136, 72, 40, 4)])
+@pytest.mark.parametrize("shape", [(45, 64, 80, 16, 30), (300, 136, 72, 40, 4)])
 def test_multi_lora_true_ranks_and_idle_adapters(shape):
     t, _, _, r, num_adapters = shape
     ranks = torch.randint(0, r + 1, (num_adapters,))
@@ -122,6 +145,12 @@ def test_multi_lora_true_ranks_and_idle_adapters(shape):
         "lora_B": torch.where(beyond[:, None, :], nan, inputs["lora_B"].detach()),
     }
     assert_multi_lora(inputs, slots, torch.randn(num_adapters), ranks, hidden)
+
+
+def test_decode_among_many_idle_adapters():
+    inputs = {n: t.detach() for n, t in multi_inputs(20, 24, 40, 4, 600, torch.bfloat16).items()}
+    slots = torch.tensor([0, 599, 300, 255, 256])[torch.randint(0, 5, (20,))]
+    assert_multi_lora(inputs | {"y": inputs["y"].requires_grad_()}, slots, torch.randn(600))
 
 
 def in_margins(tensor, fill=torch.nan):
@@ -275,3 +304,21 @@ def test_fused_layer_without_a_branch_for_any_token():
 @pytest.mark.parametrize("shape", [(65, 64, 64, 8), (4, 60, 64, 8), (4, 64, 60, 8), (4, 64, 64, 4)])
 def test_fused_layer_declines_what_it_does_not_take(shape):
     assert fused_layer(layer_inputs(*shape, torch.bfloat16)) is None
+
+
+def test_threads_do_not_race():
+    """No thread reads what another one writes but past a barrier, a warp operation or a counter that it acquires."""
+    found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip("there is no ThreadSanitizer here")
+    environment = os.environ | {
+        "LD_PRELOAD": os.path.realpath(found),
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+        "PYFASTPEFT_EMULATOR_RACES": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    script = Path(__file__).with_name("emulated_races.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert done.stdout == "all ran\n"

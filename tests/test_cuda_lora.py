@@ -94,6 +94,14 @@ def test_torch_multiplies_by_weight_on_other_gpus(monkeypatch, p):
     assert_dropout_is_the_references(brain, single, 3, p)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8, 8), (37, 584, 72, 24)])
+def test_few_tokens_go_through_one_kernel(shape):
+    inputs = lora_inputs(*shape, brain)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in ("lora_A", "lora_B"))
+    assert_error_rule(lora, plain_lora, inputs)
+
+
 def test_rows_may_lie_apart():
     inputs = lora_inputs(33, 72, 136, 8, brain)
     for name, width in (("x", 72), ("weight", 72)):

@@ -16,6 +16,8 @@
 
 #ifdef EMULATOR_FINDS_RACES
 #include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_read_range(void* address, unsigned long bytes);
+extern "C" void __tsan_write_range(void* address, unsigned long bytes);
 #define RELEASE(address) __tsan_release(address)
 #define ACQUIRE(address) __tsan_acquire(address)
 #else

@@ -9,7 +9,9 @@ bool fused(const Tensor& x, const Tensor& weight, OptionalTensor bias, OptionalT
            const Tensor& lora_B, double scaling, OptionalTensor scalings, OptionalTensor ranks, OptionalTensor order,
            OptionalTensor segments, Tensor y, Tensor s) {
   FusedLayer layer{x, weight, bias, scale, lora_A, lora_B, scaling, scalings, ranks, order, segments, y, s};
-  return takes(layer) && fused_layer(layer, nullptr);
+  if (!takes(layer)) return false;
+  fused_layer(layer, nullptr);
+  return true;
 }
 
 }  // namespace pyfastpeft

@@ -10,13 +10,13 @@ namespace pyfastpeft {
 
 namespace {
 
-constexpr int kSets = 4096;
+constexpr int kSets = 4096;  // in 2 MiB of every device
 
 __device__ int pool[kSets * kCounters];
 
 }  // namespace
 
-int* counters(cudaStream_t stream) {
+int* counters(const Tensor& t, cudaStream_t stream, OptionalTensor& own) {
   static std::mutex mutex;
   static std::map<std::pair<int, cudaStream_t>, int> of_stream;
   static std::map<int, int> taken;  // of a device
@@ -37,7 +37,10 @@ int* counters(cudaStream_t stream) {
     set = fresh();
     if (set >= 0) of_stream[{device, stream}] = set;
   }
-  return set < 0 ? nullptr : static_cast<int*>(first) + set * kCounters;
+  if (set >= 0) return static_cast<int*>(first) + set * kCounters;
+  own = scratch(t, {kCounters}, ScalarType::Int);
+  check(cudaMemsetAsync(own->mutable_data_ptr(), 0, kCounters * sizeof(int), stream), "counters");
+  return static_cast<int*>(own->mutable_data_ptr());
 }
 
 }  // namespace pyfastpeft

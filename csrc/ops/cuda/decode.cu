@@ -293,11 +293,11 @@ bool in_runs(const Tensor& t, int64_t columns) {
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class T>
-bool run(const FusedLayer& a, cudaStream_t stream) {
+void run(const FusedLayer& a, cudaStream_t stream) {
   int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.lora_A.size(-2);
   int64_t adapters = a.lora_A.dim() == 3 ? a.lora_A.size(0) : 1;
-  int* zeros = counters(stream);
-  if (!zeros) return false;
+  OptionalTensor own;
+  int* zeros = counters(a.x, stream, own);
   Routing routing{a.order ? integers(*a.order, tokens, "order") : nullptr,
                   a.segments ? integers(*a.segments, adapters + 1, "segments") : nullptr,
                   a.ranks ? integers(*a.ranks, adapters, "ranks") : nullptr,
@@ -333,14 +333,11 @@ bool run(const FusedLayer& a, cudaStream_t stream) {
     launch(kernel, dim3(blocks), dim3(kThreads), shared, stream, layer, zeros, tiles);
   };
   auto chosen = [&]<int token_tiles>() {
-    rank <= 16   ? launched.template operator()<token_tiles, 2>()
-    : rank <= 32 ? launched.template operator()<token_tiles, 4>()
-                 : launched.template operator()<token_tiles, 8>();
+    rank <= 16 ? launched.template operator()<token_tiles, 2>() : launched.template operator()<token_tiles, 4>();
   };
   tokens <= 16   ? chosen.template operator()<1>()
   : tokens <= 32 ? chosen.template operator()<2>()
                  : chosen.template operator()<4>();
-  return true;
 }
 
 }  // namespace
@@ -357,8 +354,8 @@ bool takes(const FusedLayer& a) {
          (!a.scale || aligned(a.scale->const_data_ptr()));
 }
 
-bool fused_layer(const FusedLayer& a, cudaStream_t stream) {
-  return dtype_of(a.x, "x") == Dtype::bf16 ? run<__nv_bfloat16>(a, stream) : run<__half>(a, stream);
+void fused_layer(const FusedLayer& a, cudaStream_t stream) {
+  dtype_of(a.x, "x") == Dtype::bf16 ? run<__nv_bfloat16>(a, stream) : run<__half>(a, stream);
 }
 
 }  // namespace pyfastpeft

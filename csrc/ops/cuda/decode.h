@@ -25,7 +25,6 @@ struct FusedLayer {
 // Whether shapes and alignment are such that fused_layer takes them.
 bool takes(const FusedLayer&);
 
-// False, with nothing written, where the counters that it needs are not to be had.
-bool fused_layer(const FusedLayer&, cudaStream_t);
+void fused_layer(const FusedLayer&, cudaStream_t);
 
 }  // namespace pyfastpeft

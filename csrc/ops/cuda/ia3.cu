@@ -16,13 +16,14 @@ constexpr int kBlocks = 2048;  // that a launch aims at, whatever the device
 
 // out[m, f] = in[m, f] * l[f].  in, out: [M, F];  l: [F]
 template <class T, bool vector>
-__global__ void __launch_bounds__(kLanes* kGroups)
+__global__ void __launch_bounds__(kLanes* kGroups, 2)
     scale_kernel(const T* in, int64_t in_stride, AnyFloats l, T* out, int64_t out_stride, int64_t rows,
                  int64_t columns, int64_t part) {
   using R = Run<T, vector>;
   int64_t f = (int64_t(blockIdx.x) * kLanes + threadIdx.x) * R::size;
   if (f >= columns) return;
   Wide<T> factor[R::size];
+#pragma unroll
   for (int i = 0; i < R::size; ++i) factor[i] = l.at<Wide<T>>(f + i);
   int64_t end = min(rows, (blockIdx.y + 1) * part);
   for (int64_t m = blockIdx.y * part + threadIdx.y; m < end; m += kGroups * kUnroll) {
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 // sums[h, f] = sum over the rows m of part h of a[m, f] b[m, f];  out[m, f] = a[m, f] * l[f], unless out is null.
 // a, b, out: [M, F];  l: [F];  sums: [parts, F]
 template <class T, bool vector>
-__global__ void __launch_bounds__(kLanes* kGroups)
+__global__ void __launch_bounds__(kLanes* kGroups, 2)
     scale_and_sum_kernel(const T* a, int64_t a_stride, const T* b, int64_t b_stride, AnyFloats l, T* out,
                          int64_t out_stride, Wide<T>* sums, int64_t rows, int64_t columns, int64_t part) {
   using R = Run<T, vector>;
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   int64_t f = (int64_t(blockIdx.x) * kLanes + threadIdx.x) * R::size;
   bool inside = f < columns;
   C factor[R::size], sum[R::size];
+#pragma unroll
   for (int i = 0; i < R::size; ++i) {
     factor[i] = inside && out ? l.at<C>(f + i) : C(0);
     sum[i] = 0;
@@ -76,6 +78,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
     }
   }
   C* shared = shared_memory<C>();  // [kGroups, R::size, kLanes]
+#pragma unroll
   for (int i = 0; i < R::size; ++i) shared[(threadIdx.y * R::size + i) * kLanes + threadIdx.x] = sum[i];
   __syncthreads();
   // A row of threads finishes its share of the block's columns, the groups in their order.
@@ -150,6 +153,48 @@ void scale_and_sum(const Tensor& like, const Rows& a, const Rows& b, AnyFloats l
   });
 }
 
+// wide = l;  shift = l * bias, unless bias is null.  l, bias, wide, shift: [N]
+template <class T>
+__global__ void __launch_bounds__(kLanes* kGroups)
+    epilogue_kernel(AnyFloats l, const T* bias, float* wide, T* shift, int64_t columns) {
+  int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (n >= columns) return;
+  float factor = l.at<float>(n);
+  wide[n] = factor;
+  if (bias) shift[n] = static_cast<T>(factor * static_cast<float>(bias[n]));
+}
+
+// y = (x weight^T + bias) * l in the product's epilogue, y rounded once; false where the product is not to be had.
+bool forward_by_gemm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, AnyFloats l, const Rows& in,
+                     const Rows& out, int64_t m, int64_t n, int64_t k, cudaStream_t stream) {
+  if (item_size(in.dtype) != 2 || weight.stride(1) != 1 || k % 8 || n % 8) return false;
+  Rows w = rows_of(weight, n, k, "weight");
+  if (!in_runs(in, k) || !in_runs(w, k) || !in_runs(out, n) || !gemm_available()) return false;
+  Tensor wide = scratch(x, {n}, ScalarType::Float), shift = scratch(x, {n}, x.scalar_type());
+  auto prepare = [&]<class T>(T) {
+    auto* from = bias ? reinterpret_cast<const T*>(contiguous(*bias, {n}, "bias")) : nullptr;
+    launch(epilogue_kernel<T>, dim3((n + 255) / 256), dim3(256), 0, stream, l, from,
+           static_cast<float*>(wide.mutable_data_ptr()), static_cast<T*>(shift.mutable_data_ptr()), n);
+  };
+  bool bfloat16 = in.dtype == Dtype::bf16;
+  bfloat16 ? prepare(__nv_bfloat16{}) : prepare(__half{});
+  const char* error = gemm({.bfloat16 = bfloat16,
+                            .rows = m,
+                            .columns = n,
+                            .depth = k,
+                            .left = in.data,
+                            .right = w.data,
+                            .left_stride = in.stride,
+                            .right_stride = w.stride,
+                            .scale = static_cast<const float*>(wide.const_data_ptr()),
+                            .bias = bias ? shift.const_data_ptr() : nullptr,
+                            .out = out.data,
+                            .out_stride = out.stride},
+                           stream);
+  STD_TORCH_CHECK(!error, "product: ", error);
+  return true;
+}
+
 void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l,
                  bool feedforward, Tensor& y, OptionalTensor base) {
   OnDevice device(x);
@@ -163,6 +208,7 @@ void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
     base_forward(scaled, weight, bias, y);
     return;
   }
+  if (!base && forward_by_gemm(x, weight, bias, l, in, out, m, n, k, device.stream())) return;
   Tensor unscaled = base ? *base : y;
   base_forward(x, weight, bias, unscaled);
   scale(base ? product : out, l, out, m, n, device.stream());

@@ -659,10 +659,9 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   auto* shift = bias ? contiguous(*bias, {n}, "bias") : nullptr;
   STD_TORCH_CHECK(!bias || dtype_of(*bias, "bias") == dtype_of(x, "x"), "bias must be of the activations' dtype");
   float* shrunk = sums<float>(s, {m, rank}, "s");
-  if (weight && !dropout.seed) {
-    FusedLayer few{.x = x, .weight = *weight, .bias = bias, .lora_A = lora_A, .lora_B = lora_B, .scaling = scaling,
-                   .y = y, .s = s};
-    if (takes(few) && fused_layer(few, place.stream)) return;
+  if (weight && !dropout.seed && m <= kFusedTokens) {
+    FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, scaling, {}, {}, {}, {}, y, s};
+    if (takes(layer)) return fused_layer(layer, place.stream);
   }
   Tensor scaled = scratch(x, {m, round_up(rank)}, Type::dtype);  // scaling * s
   shrink<Type>(place, in, A, dropout,

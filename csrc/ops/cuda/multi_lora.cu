@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
 // planes[h, t, j] = scaling[a] * the sum over the features k of part h of x[t, k] factor[a, j, k], for adapter a's tokens
 // t and j < ranks[a].  x: [T, K];  factor: [L, R, K];  scaling: [L] or null: 1;  planes: [parts, T, R]
 template <class T, bool vector, int count>
-__global__ void __launch_bounds__(kThreads)
-    shrink_kernel(Matrix<const T> x, const T* factor, const float* scaling, Routing routing, float* planes, int tokens,
+__global__ void __launch_bounds__(kThreads, 2)
+    multi_shrink_kernel(Matrix<const T> x, const T* factor, const float* scaling, Routing routing, float* planes, int tokens,
                   int part) {
   auto* scan = shared_memory<int>();
   int rank_blocks = (routing.rank + 8 * count - 1) / (8 * count), first_rank = blockIdx.x % rank_blocks * 8 * count;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) add_planes_kernel(const float* plane
 // s: [T, R];  factor: [L, N, R];  scaling: [L] or null: 1;  y: [T, N]
 template <class T, bool vector, bool add>
 __global__ void __launch_bounds__(kThreads)
-    expand_kernel(const float* s, const T* factor, const float* scaling, Routing routing, Matrix<T> y) {
+    multi_expand_kernel(const float* s, const T* factor, const float* scaling, Routing routing, Matrix<T> y) {
   auto* scan = shared_memory<int>();
   Tile tile = find_tile(routing, kLongTile, !add, blockIdx.x, scan, reinterpret_cast<Tile*>(scan + kWarps));
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, column = blockIdx.y * kColumns + threadIdx.x / 32 * 32;
@@ -304,7 +304,7 @@ struct Gradient {
 // A block has 32 ranks and 64 columns; its warps take turns at the tokens, 16 at a time, as do the parts.
 template <class T, bool vector>
 __global__ void __launch_bounds__(kThreads)
-    gradient_kernel(Matrix<const T> v, const float* s, const float* scaling, Routing routing, Gradient<T> gradient) {
+    multi_gradient_kernel(Matrix<const T> v, const float* s, const float* scaling, Routing routing, Gradient<T> gradient) {
   int adapter = blockIdx.y, rank = routing.rank_of(adapter), rank_blocks = (routing.rank + kGradientRanks - 1) / kGradientRanks;
   int first_rank = blockIdx.x % rank_blocks * kGradientRanks, column = blockIdx.x / rank_blocks * kGradientColumns;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -454,12 +454,11 @@ class Call {
     return tokens / size + std::min<int64_t>(routing.adapters, tokens);
   }
 
-  // Shrink and expand in one launch; false where it is not to be had.
-  bool decode(const Rows& x, const Rows& y, float* s) const {
+  // Shrink and expand in one launch.
+  void decode(const Rows& x, const Rows& y, float* s) const {
     int64_t rank = routing.rank, parts = ShrinkItems(routing.rank, in, 1).parts;
-    if (tokens > kDecodeTokens) return false;
-    int* zeros = counters(device_.stream());
-    if (!zeros) return false;
+    OptionalTensor own;
+    int* zeros = counters(like_, device_.stream(), own);
     Tensor planes = scratch(like_, {parts, tokens, rank}, ScalarType::Float);
     Branch<T> branch{constant(matrix(x, in)), a, b, scales, routing, matrix(y, out), s,
                      static_cast<float*>(planes.mutable_data_ptr())};
@@ -471,7 +470,6 @@ class Call {
       launch(decode_kernel<T, vector, count>, dim3(blocks), dim3(kThreads), shared, device_.stream(), branch, zeros, tiles);
     };
     with_count(in_runs(x, in) && aligned(a, 16) && in % 8 == 0 && in_runs(y, out) && aligned(b, 8) && rank % 4 == 0, run);
-    return true;
   }
 
   // s[t, j] = scaling[a] * x[t] . factor[a, j];  factor: [L, R, features];  s: [T, R]
@@ -485,7 +483,7 @@ class Call {
     float* to = planes ? static_cast<float*>(planes->mutable_data_ptr()) : s;
     auto run = [&]<bool vector, int count>() {
       int64_t rank_blocks = (routing.rank + 8 * count - 1) / (8 * count);
-      launch(shrink_kernel<T, vector, count>, dim3(most_tiles(kLongTile) * rank_blocks, parts), dim3(kThreads), kScan,
+      launch(multi_shrink_kernel<T, vector, count>, dim3(most_tiles(kLongTile) * rank_blocks, parts), dim3(kThreads), kScan,
              device_.stream(), constant(matrix(x, features)), factor, scaling, routing, to, tokens, part);
     };
     with_count(in_runs(x, features) && aligned(factor, 16) && features % 8 == 0, run);
@@ -502,7 +500,7 @@ class Call {
              device_.stream(), s, factor, scaling, routing, matrix(y, features));
     };
     bool vector = in_runs(y, features) && aligned(factor, 8) && routing.rank % 4 == 0;
-    vector ? run(expand_kernel<T, true, add>) : run(expand_kernel<T, false, add>);
+    vector ? run(multi_expand_kernel<T, true, add>) : run(multi_expand_kernel<T, false, add>);
   }
 
   // gradient[a] = scaling[a] * the sum over tokens of s[t]^T v[t], [R, F], or its transpose, [F, R].
@@ -521,7 +519,7 @@ class Call {
              kWarps * 16 * (kGradientColumns + 1) * sizeof(float), device_.stream(), constant(matrix(v, columns)), s,
              scaling, routing, to);
     };
-    in_runs(v, columns) ? run(gradient_kernel<T, true>) : run(gradient_kernel<T, false>);
+    in_runs(v, columns) ? run(multi_gradient_kernel<T, true>) : run(multi_gradient_kernel<T, false>);
     if (planes)
       launch(add_gradients_kernel<T>, dim3((size + kThreads - 1) / kThreads), dim3(kThreads), 0, device_.stream(), to,
              routing, of_adapter, parts);
@@ -552,12 +550,10 @@ class Call {
   // Calls run with how many times eight ranks a warp has at once.
   template <class F>
   void with_count(bool vector, F run) const {
-    auto chosen = [&]<bool v>() {
-      routing.rank <= 16   ? run.template operator()<v, 2>()
-      : routing.rank <= 32 ? run.template operator()<v, 4>()
-                           : run.template operator()<v, 8>();
-    };
-    vector ? chosen.template operator()<true>() : chosen.template operator()<false>();
+    !vector              ? run.template operator()<false, 4>()
+    : routing.rank <= 16 ? run.template operator()<true, 2>()
+    : routing.rank <= 32 ? run.template operator()<true, 4>()
+                         : run.template operator()<true, 8>();
   }
 
   OnDevice device_;
@@ -571,7 +567,7 @@ void forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const 
   Rows in = rows_of(x, call.tokens, call.in, "x"), out = rows_of(y, call.tokens, call.out, "y");
   STD_TORCH_CHECK(out.dtype == in.dtype, "y must be of x's dtype");
   float* shrunk = sums<float>(s, {call.tokens, call.routing.rank}, "s");
-  if (call.decode(in, out, shrunk)) return;
+  if (call.tokens <= kDecodeTokens) return call.decode(in, out, shrunk);
   call.shrink(in, call.in, call.a, nullptr, shrunk);
   call.template expand<true>(shrunk, call.b, call.scales, out, call.out);
 }

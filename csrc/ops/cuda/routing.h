@@ -91,7 +91,7 @@ template <class T, bool vector, int count>
 __device__ __forceinline__ void shrink16(float (&sums)[count][4], const T* upper, const T* lower, const T* factor,
                                          int ranks, int features, int begin, int end) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll(count <= 4 ? 2 : 1)
+#pragma unroll(count <= 2 ? 2 : 1)
   for (int k = begin + 8 * t; k - 8 * t < end; k += 32) {
     int valid = end - k;
     uint4 left = load8<T, vector>(upper + k, upper ? valid : 0), right = load8<T, vector>(lower + k, lower ? valid : 0);
