@@ -32,7 +32,9 @@ def multi_lora_forward(x, lora_A, *rest) -> str:
     """Tensor cores multiply the activations with adapters of their own 16-bit dtype, any shape of them."""
     if x.dtype not in SHORT or lora_A.dtype != x.dtype:
         return "takes bfloat16 and float16, with adapters of the same dtype"
-    return "" if len(lora_A) <= 65535 else "takes up to 65535 adapters"
+    if len(lora_A) > 65535:
+        return f"takes up to 65535 adapters, not {len(lora_A)}"
+    return _tensor_cores(x.device)
 
 
 def multi_lora_backward(dy, x, lora_A, *rest) -> str:
@@ -67,6 +69,13 @@ def _rows(**tensors: Tensor | None) -> str:
         if offset % 16 or tensor.stride(-1) != 1 or tensor.stride(0) * tensor.itemsize % 16:
             return f"takes rows that begin at multiples of 16 bytes, not those of {name}"
     return ""
+
+
+@functools.cache
+def _tensor_cores(device: torch.device) -> str:
+    if torch.cuda.get_device_capability(device)[0] >= 8:
+        return ""
+    return f"runs on sm_80 and newer, not on {torch.cuda.get_device_name(device)}"
 
 
 @functools.cache

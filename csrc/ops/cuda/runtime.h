@@ -17,14 +17,19 @@ inline Tensor scratch(const Tensor& t, std::initializer_list<int64_t> shape, Sca
   return torch::stable::new_empty(t, shape, dtype);
 }
 
+// Lets a kernel have so many bytes of dynamic shared memory.
+template <class... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t shared) {
+  if (shared <= 48 * 1024) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "shared memory");
+}
+
 // Runs a kernel on the stream; `shared` is its dynamic shared memory in bytes.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             Arguments&&... arguments) {
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "shared memory");
-  }
+  allow_shared(kernel, shared);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -37,6 +42,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared) {
   int device = 0, multiprocessors = 0, blocks = 0;
+  allow_shared(kernel, shared);
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "occupancy");
