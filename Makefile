@@ -9,7 +9,7 @@ demo: build  ## the whole story on one page: ARGS="--model PATH_OR_ID --data FIL
 
 test: export PYFASTPEFT_REQUIRE_NATIVE = 1
 test: build  ## ARGS="-k lora -x"
-	$(VENV)/python -m pytest $(ARGS)
+	$(VENV)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup $(ARGS)
 
 bench: build  ## FULL=1 for all shapes
 	$(VENV)/python -m benchmarks $(if $(FULL),--full) $(ARGS)

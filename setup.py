@@ -46,6 +46,7 @@ class NinjaBuild(build_ext):
 setup(
     version=VERSION,
     packages=["pyfastpeft", *map("pyfastpeft.{}".format, PACKAGES)],
+    package_data={"pyfastpeft.kernels": ["tuning/*.json"], "pyfastpeft.ops": ["choices.json"]},
     ext_modules=[
         Extension(f"pyfastpeft.{name}", sorted(map(str, Path().glob(sources))), optional=True)
         for name, sources in SOURCES.items()

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 
-from benchmarks import machine, providers, shapes
+from benchmarks import choose, machine, providers, shapes
 from benchmarks.measure import EFFORT, Result, measure
 
 KEPT_STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
@@ -67,7 +67,9 @@ def record(benchmark, request, case, provider):
         if result.refused:
             benchmark.skipped = True
             pytest.fail(result.refused, pytrace=False)
-        benchmark.extra_info.update(result.summary(measured["base"]))
+        benchmark.extra_info.update(result.summary(measured["base"]), mode=case.mode)
+        if provider.backend:
+            benchmark.extra_info["operands"] = choose.operands(case, provider.adapters)
         benchmark.pedantic(Replay(result.seconds).step, rounds=len(result.seconds))
 
     return fill

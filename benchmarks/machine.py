@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import pyfastpeft
-from pyfastpeft.ops import dispatch
+from pyfastpeft.ops import choice, dispatch
 
 # The last one caps our own kernels and tells them that 16-bit products are slow here.
 ISA_CAPS = {
@@ -73,6 +73,7 @@ def describe() -> dict:
     found["versions"]["pyfastpeft"] = pyfastpeft.__version__
     if found["device"] == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
+        found["architecture"] = choice.architecture(0)
         found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         found["versions"]["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
     return found

@@ -88,7 +88,7 @@ def measure(
     case: Case, device: str, effort: Effort, contenders: list[Provider], weigh: bool = True
 ) -> dict[str, Result]:
     """Results by provider name, with memory where `weigh`."""
-    problems = [problem(case, device, seed) for seed in range(_sets(case, device))]
+    problems = [problem(case, device, seed) for seed in range(sets(case, device))]
     results = {provider.name: Result(case, provider) for provider in contenders}
     runs = {}
     with torch.set_grad_enabled(case.backward):
@@ -97,11 +97,11 @@ def measure(
                 try:
                     calls = [result.provider(each) for each in problems]
                     result.errors = check(problems[0], result.provider, calls[0])
-                    once = [_step(each, call) for each, call in zip(problems, calls)]
+                    once = [step(each, call) for each, call in zip(problems, calls)]
                     if weigh:
                         result.saved_bytes = saved_bytes(problems[0], calls[0])
                         result.peak_bytes = peak_bytes(once[0], device)
-                    runs[result.provider] = _runner(once, case.mode)
+                    runs[result.provider] = runner(once, case.mode)
                 except Exception as error:  # whatever one provider raises must not take the others with it
                     result.refused = f"{result.provider.name} on {case.name}: {type(error).__name__}: {error}"
         for provider, seconds in interleave(runs, effort, device).items():
@@ -110,7 +110,7 @@ def measure(
     return results
 
 
-def _sets(case: Case, device: str) -> int:
+def sets(case: Case, device: str) -> int:
     """How many problems one run goes through. On CUDA enough for their tensors to be evicted from the L2 cache before
     they are used again; on a CPU one, whose weight lies in the last-level cache or not for all providers alike."""
     if device == "cpu":
@@ -123,7 +123,7 @@ def forced(provider: Provider):
     return use_backend(provider.backend) if provider.backend else nullcontext()
 
 
-def _step(problem: Problem, call: Call) -> Callable[[], object]:
+def step(problem: Problem, call: Call) -> Callable[[], object]:
     if problem.case.backward:
         return lambda: torch.autograd.grad(call.forward(), call.leaves, problem.dy)
     return call.forward
@@ -215,7 +215,7 @@ def poisoned() -> Iterator[None]:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def _runner(once: list[Callable], mode: str) -> Callable[[], object]:
+def runner(once: list[Callable], mode: str) -> Callable[[], object]:
     """A function that runs every call once, in mode "graph" by replaying one captured graph."""
 
     def run():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.choose import ROW
 from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora
 from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora
 
@@ -250,10 +251,11 @@ def build_ours(problem: Problem, adapters: str) -> Call:
 
 
 def backends(op: str, device: str) -> list[str]:
-    """Our backends that serve an op on a device. Triton serves CPU tensors under its interpreter alone: not timed."""
+    """Our backends that serve an op on a device and are worth timing: on CPUs Triton is its interpreter, and addmm is
+    among the peers."""
     rows = dispatch.TABLE[f"{op.removesuffix('_linear')}_forward"]
     usable = [row.backend for row in rows if device in (row.devices or (device,))]
-    return [name for name in usable if device == "cuda" or name != "triton"]
+    return [name for name in usable if device == "cuda" or name not in ("triton", "addmm")]
 
 
 def providers(case: Case, device: str) -> list[Provider]:
@@ -280,5 +282,6 @@ def providers(case: Case, device: str) -> list[Provider]:
         ours = backends(case.op, device)
         if isinstance(case, MultiLora) and case.mode == "graph":
             ours.remove("reference")  # it reads the segments on the host
-        found += [Provider(f"{name}-{adapters}", build_ours, adapters, name) for name in ours]
+        label = {"addmm": ROW}
+        found += [Provider(f"{label.get(name, name)}-{adapters}", build_ours, adapters, name) for name in ours]
     return found

@@ -1,58 +1,68 @@
 """Block sizes, and what else the launchers derive from shapes and dtypes. Nothing here looks at a value on a device.
 
-BLOCKS is the one table from which the launchers choose and which the ahead-of-time test compiles for every target.
+BLOCKS is the rule by which the launchers choose, and the ahead-of-time test compiles all of it for every target that
+may run it. Where tuning/ holds measurements of the present architecture (`python -m benchmarks.tune` makes them), those
+go before the rule.
 """
 
 import functools
+import json
 import math
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 ANY = math.inf
+TUNING = Path(__file__).parent / "tuning"
 
 
-def _entry(tokens, features, depth, num_warps, num_stages):
+def entry(tokens: int, features: int, depth: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    """Blocks as the kernels take them; 0 where a kernel has no such block."""
     sizes = {"BLOCK_M": tokens, "BLOCK_N": features, "BLOCK_K": depth}
     return {name: size for name, size in sizes.items() if size} | {"num_warps": num_warps, "num_stages": num_stages}
 
 
-# kernel -> kind of its operands -> (tokens at most, blocks). Every entry fits the 64 KiB of shared memory of gfx942 and
-# the 163 KiB of sm_80, and spills no register. "mixed" is 16-bit activations under adapters of another dtype.
+# kernel -> kind of its operands -> (tokens at most, blocks; None: not this kernel). Every entry spills no register and
+# fits the 64 KiB of shared memory of gfx942 and the 163 KiB of sm_80; those of concat_linear, which needs tensor
+# descriptors, the 227 KiB of sm_90 and sm_100. "mixed" is 16-bit activations under adapters of another dtype.
 BLOCKS = {
     "linear": {
-        "half": [(16, _entry(16, 32, 128, 4, 4)), (64, _entry(64, 64, 64, 4, 4)), (ANY, _entry(128, 128, 64, 8, 3))],
-        "mixed": [(16, _entry(16, 32, 128, 4, 4)), (64, _entry(64, 64, 64, 4, 4)), (ANY, _entry(128, 128, 64, 8, 3))],
-        "mixed float16": [(16, _entry(16, 32, 128, 4, 4)), (ANY, _entry(128, 32, 64, 4, 3))],
-        "single": [(16, _entry(16, 32, 64, 4, 3)), (ANY, _entry(64, 64, 32, 4, 3))],
-        "double": [(ANY, _entry(32, 32, 16, 4, 2))],
+        "half": [(16, entry(16, 32, 128, 4, 4)), (64, entry(64, 64, 64, 4, 4)), (ANY, entry(128, 128, 64, 8, 3))],
+        "mixed": [(16, entry(16, 32, 128, 4, 4)), (64, entry(64, 64, 64, 4, 4)), (ANY, entry(128, 128, 64, 8, 3))],
+        "mixed float16": [(16, entry(16, 32, 128, 4, 4)), (ANY, entry(128, 32, 64, 4, 3))],
+        "single": [(16, entry(16, 32, 64, 4, 3)), (ANY, entry(64, 64, 32, 4, 3))],
+        "double": [(ANY, entry(32, 32, 16, 4, 2))],
     },
+    "concat_linear": {"half": [(1023, None), (ANY, entry(256, 128, 64, 8, 3))]},
     "ia3_linear": {
-        "half": [(16, _entry(16, 32, 128, 4, 4)), (64, _entry(64, 64, 64, 4, 4)), (ANY, _entry(128, 128, 32, 8, 4))],
-        "single": [(16, _entry(16, 32, 32, 4, 3)), (ANY, _entry(64, 64, 16, 4, 3))],
-        "double": [(ANY, _entry(32, 32, 16, 4, 2))],
+        "half": [(16, entry(16, 32, 128, 4, 4)), (64, entry(64, 64, 64, 4, 4)), (ANY, entry(128, 128, 32, 8, 4))],
+        "single": [(16, entry(16, 32, 32, 4, 3)), (ANY, entry(64, 64, 16, 4, 3))],
+        "double": [(ANY, entry(32, 32, 16, 4, 2))],
     },
     "shrink": {
-        "half": [(16, _entry(16, 0, 128, 4, 4)), (ANY, _entry(64, 0, 64, 4, 4))],
-        "mixed": [(16, _entry(16, 0, 64, 4, 4)), (ANY, _entry(64, 0, 32, 4, 4))],
-        "single": [(16, _entry(16, 0, 64, 4, 3)), (ANY, _entry(64, 0, 32, 4, 3))],
-        "double": [(ANY, _entry(32, 0, 16, 4, 2))],
+        "half": [(16, entry(16, 0, 128, 4, 4)), (ANY, entry(64, 0, 64, 4, 4))],
+        "mixed": [(16, entry(16, 0, 64, 4, 4)), (ANY, entry(64, 0, 32, 4, 4))],
+        "single": [(16, entry(16, 0, 64, 4, 3)), (ANY, entry(64, 0, 32, 4, 3))],
+        "double": [(ANY, entry(32, 0, 16, 4, 2))],
     },
     "multi_expand": {
-        "half": [(16, _entry(16, 64, 0, 4, 1)), (ANY, _entry(64, 128, 0, 4, 1))],
-        "mixed": [(16, _entry(16, 64, 0, 4, 1)), (ANY, _entry(64, 128, 0, 4, 1))],
-        "mixed float16": [(16, _entry(16, 32, 0, 4, 1)), (ANY, _entry(64, 32, 0, 4, 1))],
-        "single": [(16, _entry(16, 64, 0, 4, 1)), (ANY, _entry(64, 64, 0, 4, 1))],
-        "double": [(ANY, _entry(32, 32, 0, 4, 1))],
+        "half": [(16, entry(16, 64, 0, 4, 1)), (ANY, entry(64, 128, 0, 4, 1))],
+        "mixed": [(16, entry(16, 64, 0, 4, 1)), (ANY, entry(64, 128, 0, 4, 1))],
+        "mixed float16": [(16, entry(16, 32, 0, 4, 1)), (ANY, entry(64, 32, 0, 4, 1))],
+        "single": [(16, entry(16, 64, 0, 4, 1)), (ANY, entry(64, 64, 0, 4, 1))],
+        "double": [(ANY, entry(32, 32, 0, 4, 1))],
     },
+    "multi_lora": {"half": [(64, entry(16, 64, 128, 4, 4)), (ANY, None)]},
     "factor_gradient": {
-        "half": [(ANY, _entry(32, 128, 0, 4, 3))],
-        "mixed": [(ANY, _entry(32, 128, 0, 8, 3))],
-        "single": [(ANY, _entry(32, 64, 0, 4, 2))],
-        "double": [(ANY, _entry(16, 32, 0, 4, 2))],
+        "half": [(ANY, entry(32, 128, 0, 4, 3))],
+        "mixed": [(ANY, entry(32, 128, 0, 8, 3))],
+        "single": [(ANY, entry(32, 64, 0, 4, 2))],
+        "double": [(ANY, entry(16, 32, 0, 4, 2))],
     },
-    "column_sums": {kind: [(ANY, _entry(32, 128, 0, 4, 1))] for kind in ("half", "single", "double")},
+    "column_sums": {kind: [(ANY, entry(32, 128, 0, 4, 1))] for kind in ("half", "single", "double")},
 }
 # Ranks that a program works on together; higher ranks take several. A matrix multiplication starts at 16, and beyond
 # these registers spill.
@@ -76,16 +86,59 @@ def kind(dtype: torch.dtype, adapters: torch.dtype) -> str:
     return "mixed float16" if dtype == torch.float16 else "mixed"
 
 
-def blocks(kernel: str, dtype: torch.dtype, tokens: int, adapters: torch.dtype, rank: int = 0) -> dict[str, int]:
-    """Block sizes, warps and stages of `kernel` for so many tokens; BLOCK_R too where a rank is given."""
-    operands = kind(dtype, adapters)
-    table = BLOCKS[kernel]
-    rows = table[operands] if operands in table else table["mixed"]
-    sizes = dict(next(entry for most, entry in rows if tokens <= most))
-    if rank:
-        choice = RANK_BLOCKS[operands]
-        sizes["BLOCK_R"] = choice[0] if rank <= choice[0] else choice[-1]
-    return sizes
+def target() -> GPUTarget | None:
+    """What the kernels are compiled for: the current device. None under Triton's interpreter."""
+    if triton.knobs.runtime.interpret:
+        return None
+    driver = triton.runtime.driver.active
+    return _target_of(driver.get_current_device())
+
+
+@functools.cache
+def _target_of(device: int) -> GPUTarget:
+    return triton.runtime.driver.active.get_current_target()
+
+
+def tensor_descriptors() -> bool:
+    """Whether the target copies tiles by tensor descriptors (TMA) and has the shared memory of concat_linear's tiles:
+    Hopper and data-centre Blackwell."""
+    chosen = target()
+    return chosen is not None and chosen.backend == "cuda" and 90 <= chosen.arch < 120
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one for the interpreter, which runs program after program."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def tuning_file(chosen: GPUTarget) -> Path:
+    return TUNING / f"{f'sm_{chosen.arch}' if chosen.backend == 'cuda' else chosen.arch}.json"
+
+
+@functools.cache
+def measured(chosen: GPUTarget | None) -> dict:
+    """What tuning/ holds for a target: kernel -> kind of its operands -> rows of (tokens at most, features at most,
+    blocks), None for any number."""
+    if chosen is None or not tuning_file(chosen).exists():
+        return {}
+    return json.loads(tuning_file(chosen).read_text())["blocks"]
+
+
+def blocks(
+    kernel: str, dtype: torch.dtype, tokens: int, features: int, adapters: torch.dtype, rank: int = 0
+) -> dict[str, int] | None:
+    """Block sizes, warps and stages of `kernel` for so many tokens and features (columns of its output; of its input in
+    shrink); BLOCK_R too where a rank is given. None where another kernel is to be taken."""
+    operands, table = kind(dtype, adapters), BLOCKS[kernel]
+    rule = ((most, ANY, sizes) for most, sizes in table.get(operands) or table.get("mixed", ()))
+    rows = (*measured(target()).get(kernel, {}).get(operands, ()), *rule)
+    fitting = (sizes for most, widest, sizes in rows if tokens <= (most or ANY) and features <= (widest or ANY))
+    sizes = next(fitting, None)
+    if sizes is None or not rank:
+        return sizes
+    choice = RANK_BLOCKS[operands]
+    return sizes | {"BLOCK_R": choice[0] if rank <= choice[0] else choice[-1]}
 
 
 def dots(dtype: torch.dtype, adapters: torch.dtype, rounded: bool = False) -> dict:

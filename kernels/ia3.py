@@ -101,7 +101,7 @@ def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l):
 
 def _linear(x, weight, bias, scale_in, scale_out, y, base=None, other=None, total=None):
     rows, (columns, depth) = len(x), weight.shape
-    sizes = blocks("ia3_linear", x.dtype, rows, x.dtype)
+    sizes = blocks("ia3_linear", x.dtype, rows, columns, x.dtype)
     tiles_m = triton.cdiv(rows, sizes["BLOCK_M"])
     wide = accumulation(x.dtype)
     sums = None if total is None else partial(total, tiles_m, wide)
@@ -116,7 +116,7 @@ def _linear(x, weight, bias, scale_in, scale_out, y, base=None, other=None, tota
 def column_sums(a, b, total, scale=None, scaled=None):
     """total = sum over rows of a * b;  scaled = a * scale: what is not None of these, in one pass."""
     rows, columns = a.shape
-    sizes = blocks("column_sums", a.dtype, rows, a.dtype)
+    sizes = blocks("column_sums", a.dtype, rows, columns, a.dtype)
     programs = triton.cdiv(columns, sizes["BLOCK_N"])
     parts, part = split(rows, sizes["BLOCK_M"], programs)
     wide = accumulation(a.dtype)

@@ -2,8 +2,19 @@
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .blocks import accumulation, blocks, dots, finish, launcher, partial, split
+from .blocks import (
+    accumulation,
+    blocks,
+    dots,
+    finish,
+    launcher,
+    partial,
+    processors,
+    split,
+    tensor_descriptors,
+)
 from .tiles import activated, dropout_mask, product, slope
 
 
@@ -89,6 +100,51 @@ def linear_kernel(
     if base is not None:
         acc += tl.load(base + row_at[None, :] * base_row + columns[:, None], mask=inside, other=0.0).to(acc.dtype)
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def concat_linear_kernel(
+    x, weight, scale, bias, s, lora_B, y, unscaled, M, N, K, R, s_row, b_row, b_rank, scaling: tl.float64,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """unscaled = x weight^T + (scaling * s) lora_B^T;  y = scale * unscaled + bias. What is None is left out.
+
+    By tensor descriptors: x [M, K], weight [N, K] or, TRANSPOSED, [K, N], y and unscaled [M, N]; by pointers: scale,
+    bias [N], s [M, R], lora_B [N, R]. The branch is the end of the sum over k: one accumulator, rounded once. Any
+    number of programs shares the tiles.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty)
+        for k in range(0, K, BLOCK_K):
+            lhs = weight.load([k, column]).T if TRANSPOSED else weight.load([column, k])
+            acc = tl.dot(lhs, x.load([row, k]).T, acc)
+        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+        row_inside, column_inside = rows < M, columns < N
+        row_at, column_at = rows.to(tl.int64), columns.to(tl.int64)
+        for first in tl.range(0, R, BLOCK_R, num_stages=1):
+            ranks = first + tl.arange(0, BLOCK_R)
+            lhs = tl.load(
+                lora_B + (column_at * b_row)[:, None] + (ranks.to(tl.int64) * b_rank)[None, :],
+                mask=column_inside[:, None] & (ranks < R)[None, :], other=0.0,
+            )  # fmt: skip
+            rhs = tl.load(
+                s + (row_at * s_row)[None, :] + ranks[:, None],
+                mask=(ranks < R)[:, None] & row_inside[None, :],
+                other=0.0,
+            )
+            rhs *= tl.full((1, 1), scaling, rhs.dtype)
+            acc = tl.dot(lhs, rhs.to(lhs.dtype), acc)
+        if unscaled is not None:
+            unscaled.store([row, column], acc.to(unscaled.dtype).T)
+        if scale is not None:
+            acc *= tl.load(scale + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
+        if bias is not None:
+            acc += tl.load(bias + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
+        y.store([row, column], acc.to(y.dtype).T)
 
 
 @triton.jit(do_not_specialize=["drop_below"])
@@ -179,7 +235,7 @@ def _drop_below(dropout_p):
 def shrink(x, factor, s, scaling, dropout_p=0.0, seed=None, middle=None, shift=None, activation=None):
     """s = scaling * mask(x) factor^T, given middle times phi'(middle + shift):  x [M, K], factor [r, K], s [M, r]."""
     (rows, depth), rank = x.shape, len(factor)
-    sizes = blocks("shrink", x.dtype, rows, factor.dtype, rank)
+    sizes = blocks("shrink", x.dtype, rows, depth, factor.dtype, rank)
     programs = triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(rank, sizes["BLOCK_R"])
     parts, part = split(depth, sizes["BLOCK_K"], programs)
     sums = partial(s, parts, s.dtype)
@@ -197,7 +253,10 @@ def linear(
     """y = base + scale * (x weight^T + scaling * mask(phi(s + shift) factor^T)) + bias:  weight [N, K], factor [N, r],
     s [M, r]; each of the others may be None."""
     (rows, columns), depth, rank = y.shape, x.shape[1], s.shape[1]
-    sizes = blocks("linear", x.dtype, rows, factor.dtype, rank)
+    plain = weight is not None and seed is None and base is None
+    if plain and _concat_linear(x, weight, bias, s, factor, y, scaling, scale, unscaled):
+        return
+    sizes = blocks("linear", x.dtype, rows, columns, factor.dtype, rank)
     if unscaled is not None and x.dtype.itemsize == 4:
         sizes["num_stages"] = 2  # registers that its addresses take
     if weight is None and sizes["BLOCK_M"] * sizes["BLOCK_N"] >= 4096:
@@ -211,13 +270,43 @@ def linear(
     )  # fmt: skip
 
 
+def _concat_linear(x, weight, bias, s, factor, y, scaling, scale, unscaled):
+    """linear by tensor descriptors; False, and nothing done, where they do not fit or another kernel does better."""
+    if not tensor_descriptors():
+        return False
+    (rows, columns), depth, rank = y.shape, x.shape[1], s.shape[1]
+    sizes = blocks("concat_linear", x.dtype, rows, columns, factor.dtype, rank)
+    transposed = weight.stride(1) != 1
+    stored = weight.T if transposed else weight
+    outputs = [y] if unscaled is None else [y, unscaled]
+    if sizes is None or not all(map(_described, (x, stored, *outputs))):
+        return False
+    block_m, block_n, block_k = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+    describe = TensorDescriptor.from_tensor
+    out, kept = (None if t is None else describe(t, [block_m, block_n]) for t in (y, unscaled))
+    concat_linear_kernel[lambda _: (min(tiles, processors(x.device)),)](
+        describe(x, [block_m, block_k]), describe(stored, [block_k, block_n] if transposed else [block_n, block_k]),
+        scale, bias, s, factor, out, kept, rows, columns, depth, rank, s.stride(0), *factor.stride(), scaling,
+        TRANSPOSED=transposed, **sizes,
+    )  # fmt: skip
+    return True
+
+
+def _described(tensor):
+    """Whether a tensor descriptor takes it: rows of contiguous elements that begin at multiples of 16 bytes."""
+    row, column = tensor.stride()
+    aligned = tensor.data_ptr() % 16 == 0 and row * tensor.itemsize % 16 == 0
+    return column == 1 and row >= tensor.shape[1] and aligned
+
+
 def factor_gradient(
     t, s, gradient, rank_axis, scaling, dropout_p=0.0, seed=None, lora_B=None, ds=None, shift=None, activation=None
 ):
     """gradient = scaling * phi(s + shift)^T mask(t), its ranks on rank_axis, and, given ds,
     ds = scaling * t lora_B:  t [M, F]."""
     (rows, columns), rank = t.shape, s.shape[1]
-    sizes = blocks("factor_gradient", t.dtype, rows, gradient.dtype, rank)
+    sizes = blocks("factor_gradient", t.dtype, rows, columns, gradient.dtype, rank)
     column_blocks = triton.cdiv(columns, sizes["BLOCK_N"])
     programs = column_blocks * triton.cdiv(rank, sizes["BLOCK_R"])
     parts, part = split(rows, sizes["BLOCK_M"], programs)
@@ -238,7 +327,7 @@ def expand_backward(dy, s, lora_B, scaling, ds, dlora_B, shift=None, activation=
     rank, middle = lora_B.shape[1], {"shift": shift, "activation": activation}
     # One pass over dy serves both, unless ds in blocks of columns would weigh more than reading dy again, or phi' would
     # take more registers than there are.
-    block = blocks("factor_gradient", dy.dtype, len(dy), lora_B.dtype)["BLOCK_N"]
+    block = blocks("factor_gradient", dy.dtype, *dy.shape, lora_B.dtype)["BLOCK_N"]
     together = ds is not None and dlora_B is not None and activation is None
     together = together and 2 * rank * ds.itemsize <= block * dy.itemsize
     if dlora_B is not None:

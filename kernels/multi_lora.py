@@ -3,6 +3,7 @@
 Tokens stay in place; kernels reach them through `order`, where those of one adapter lie next to each other.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -10,6 +11,7 @@ from .blocks import accumulation, blocks, dots, finish, launcher, partial, split
 from .tiles import product
 
 SCAN = tl.constexpr(128)  # adapters that a program looks at together when it searches for its tile
+MOST_PARTS = 8  # of a sum that one launch adds up itself, in registers
 
 
 @triton.jit
@@ -38,6 +40,39 @@ def find_tile(segments, ranks, tile, L, R, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def shrink_tile(
+    x, factor, s, scaling, order, adapter, rank, position, end, first, start, stop, R, x_row, f_adapter, f_rank,
+    f_column, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """s[t, j] = scaling[a] * sum over start <= k < stop of x[t, k] factor[a, j, k] on the tokens t of one tile and the
+    ranks j from `first` on."""
+    positions, ranks_at = position + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_R)
+    row_inside, rank_inside = positions < end, ranks_at < rank
+    rows = tl.load(order + positions, mask=row_inside, other=0)
+    acc = product(
+        tl.zeros((BLOCK_R, BLOCK_M), s.dtype.element_ty),
+        factor + adapter.to(tl.int64) * f_adapter + ranks_at.to(tl.int64) * f_rank, f_column, rank_inside,
+        x + rows * x_row, row_inside, start, stop, DOT, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if scaling is not None:
+        acc *= tl.load(scaling + adapter).to(acc.dtype)
+    tl.store(s + rows[None, :] * R + ranks_at[:, None], acc, mask=rank_inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
+def store_tile(acc, y, scaling, adapter, rows, row_inside, columns, column_inside, y_row, ADD: tl.constexpr):
+    """y[rows, columns] = scaling[a] * acc^T;  ADD: += that."""
+    if scaling is not None:
+        acc *= tl.load(scaling + adapter).to(acc.dtype)
+    out = y + rows[None, :] * y_row + columns[:, None]
+    inside = column_inside[:, None] & row_inside[None, :]
+    if ADD:
+        acc += tl.load(out, mask=inside, other=0.0).to(acc.dtype)
+    tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def multi_shrink_kernel(
     x, factor, s, scaling, ranks, order, segments, T, L, R, K, part, x_row, f_adapter, f_rank, f_column,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -49,22 +84,15 @@ def multi_shrink_kernel(
     """
     rank_blocks = tl.cdiv(R, BLOCK_R)
     adapter, rank, position, end = find_tile(segments, ranks, tl.program_id(0) // rank_blocks, L, R, BLOCK_M)
-    ranks_at = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    if adapter == L:
+    first = tl.program_id(0) % rank_blocks * BLOCK_R
+    if (adapter == L) | (first >= rank):
         return
-    positions = position + tl.arange(0, BLOCK_M)
-    row_inside, rank_inside = positions < end, ranks_at < rank
-    rows = tl.load(order + positions, mask=row_inside, other=0)
     start = tl.program_id(1) * part
-    acc = product(
-        tl.zeros((BLOCK_R, BLOCK_M), s.dtype.element_ty),
-        factor + adapter.to(tl.int64) * f_adapter + ranks_at.to(tl.int64) * f_rank, f_column, rank_inside,
-        x + rows * x_row, row_inside, start, tl.minimum(start + part, K), DOT, PRECISION, BLOCK_K,
+    shrink_tile(
+        x, factor, s + tl.program_id(1).to(tl.int64) * T * R, scaling, order, adapter, rank, position, end, first,
+        start, tl.minimum(start + part, K), R, x_row, f_adapter, f_rank, f_column, DOT, PRECISION, BLOCK_M, BLOCK_R,
+        BLOCK_K,
     )  # fmt: skip
-    if scaling is not None:
-        acc *= tl.load(scaling + adapter).to(acc.dtype)
-    out = s + (tl.program_id(1).to(tl.int64) * T + rows)[None, :] * R + ranks_at[:, None]
-    tl.store(out, acc, mask=rank_inside[:, None] & row_inside[None, :])
 
 
 @triton.jit
@@ -90,13 +118,72 @@ def multi_expand_kernel(
         factor + adapter.to(tl.int64) * f_adapter + columns.to(tl.int64) * f_row, f_rank, column_inside,
         s + rows * R, row_inside, 0, rank, DOT, PRECISION, BLOCK_R, STAGES=1,
     )  # fmt: skip
-    if scaling is not None:
-        acc *= tl.load(scaling + adapter).to(acc.dtype)
-    out = y + rows[None, :] * y_row + columns[:, None]
-    inside = column_inside[:, None] & row_inside[None, :]
-    if ADD:
-        acc += tl.load(out, mask=inside, other=0.0).to(acc.dtype)
-    tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
+    store_tile(acc, y, scaling, adapter, rows, row_inside, columns, column_inside, y_row, ADD)
+
+
+@triton.jit
+def multi_lora_kernel(
+    x, lora_A, lora_B, y, planes, s, scaling, ranks, order, segments, counters, T, L, R, K, N, tiles, part, x_row,
+    a_adapter, a_rank, a_column, b_adapter, b_row, b_rank, y_row, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """multi_shrink and multi_expand in one launch:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
+
+    planes [PARTS, T, R] with the parts of s; s itself where PARTS is 1. counters [2 + tiles], zero before and after:
+    tickets drawn, programs done, and for every tile the pieces of s that are there. Tickets, not program numbers, say
+    who does what: the shrinking of all tiles, then their expansion. So whoever waits for s waits for programs that
+    run, in whatever order and number programs are started.
+    """
+    pieces, column_blocks = tl.cdiv(R, BLOCK_R) * PARTS, tl.cdiv(N, BLOCK_N)
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    expansion = ticket - tiles * pieces
+    if expansion < 0:
+        tile, piece = ticket // pieces, ticket % pieces
+        adapter, rank, position, end = find_tile(segments, ranks, tile, L, R, BLOCK_M)
+        first, start = piece // PARTS * BLOCK_R, piece % PARTS * part
+        if (adapter < L) & (first < rank):
+            shrink_tile(
+                x, lora_A, planes + (piece % PARTS).to(tl.int64) * T * R, None, order, adapter, rank, position, end,
+                first, start, tl.minimum(start + part, K), R, x_row, a_adapter, a_rank, a_column, x.dtype.element_ty,
+                "ieee", BLOCK_M, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
+        tl.debug_barrier()
+        tl.atomic_add(counters + 2 + tile, 1, sem="release")
+    else:
+        tile, columns = expansion // column_blocks, expansion % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        adapter, rank, position, end = find_tile(segments, ranks, tile, L, R, BLOCK_M)
+        if adapter < L:
+            positions = position + tl.arange(0, BLOCK_M)
+            row_inside, column_inside = positions < end, columns < N
+            rows = tl.load(order + positions, mask=row_inside, other=0)
+            factor = lora_B + adapter.to(tl.int64) * b_adapter + columns.to(tl.int64) * b_row
+            plane = planes + tl.arange(0, PARTS).to(tl.int64)[:, None, None] * T * R + rows[None, None, :] * R
+            acc = tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty)
+            for first in tl.range(0, rank, BLOCK_R, num_stages=1):
+                ranks_at = first + tl.arange(0, BLOCK_R)
+                rank_inside = ranks_at < rank
+                inside = rank_inside[:, None] & row_inside[None, :]
+                # The weights are on their way while s is waited for.
+                lhs = tl.load(
+                    factor[:, None] + (ranks_at.to(tl.int64) * b_rank)[None, :],
+                    mask=column_inside[:, None] & rank_inside[None, :], other=0.0,
+                )  # fmt: skip
+                while tl.atomic_add(counters + 2 + tile, 0, sem="acquire") < pieces:
+                    pass
+                tl.debug_barrier()
+                parts = tl.load(
+                    plane + ranks_at[None, :, None], mask=inside[None, :, :], other=0.0, cache_modifier=".cg"
+                )
+                rhs = tl.sum(parts, 0)
+                if PARTS > 1:
+                    summed = inside & (expansion % column_blocks == 0)
+                    tl.store(s + rows[None, :] * R + ranks_at[:, None], rhs, mask=summed)
+                acc = tl.dot(lhs, rhs.to(lhs.dtype), acc)
+            store_tile(acc, y, scaling, adapter, rows, row_inside, columns, column_inside, y_row, True)
+    if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        for first in range(0, 2 + tiles, BLOCK_N):
+            at = first + tl.arange(0, BLOCK_N)
+            tl.store(counters + at, 0, mask=at < 2 + tiles)
 
 
 @triton.jit
@@ -140,13 +227,19 @@ def multi_factor_gradient_kernel(
 
 
 @launcher
-def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s):
+def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s, counters=None):
     """For every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
 
     x [T, K], lora_A [L, r, K], lora_B [L, N, r], scaling [L], ranks [L] or None, order [T], segments [L + 1];
     written: y [T, N], s [T, r]. Rank rows beyond ranks[a] are not read. Grids follow from shapes alone.
+
+    Given the zeros that `counters_for` makes, 16-bit tokens under adapters of their dtype take one launch instead of
+    two while there are few for each adapter. They are zero again afterwards, so that they serve call after call and in
+    CUDA graphs, but not two calls at a time.
     """
     routing = ranks, order, segments
+    if counters is not None and _together(x, lora_A, lora_B, scaling, *routing, y, s, counters):
+        return
     _shrink(x, lora_A, s, None, *routing)
     _expand(s, lora_B, y, scaling, *routing, add=True)
 
@@ -180,7 +273,34 @@ def _tiles(tokens, num_adapters, sizes):
 def _sizes(kernel, tensor, factor, rank):
     """Blocks for the tokens that an adapter has on average."""
     tokens = triton.cdiv(len(tensor), min(len(tensor), len(factor)))
-    return blocks(kernel, tensor.dtype, tokens, factor.dtype, rank)
+    return blocks(kernel, tensor.dtype, tokens, tensor.shape[1], factor.dtype, rank)
+
+
+def counters_for(tokens: int, num_adapters: int, device) -> torch.Tensor:
+    """What multi_lora_forward needs for one launch with at most so many tokens and adapters: int32 zeros."""
+    return torch.zeros(2 + tokens + min(num_adapters, tokens), dtype=torch.int32, device=device)
+
+
+def _together(x, lora_A, lora_B, scaling, ranks, order, segments, y, s, counters):
+    """multi_lora_forward in one launch; False, and nothing done, where BLOCKS has none for it."""
+    (tokens, depth), (num_adapters, columns, rank) = x.shape, lora_B.shape
+    sizes = _sizes("multi_lora", y, lora_B, rank)
+    if sizes is None:
+        return False
+    tiles = _tiles(tokens, num_adapters, sizes)
+    if len(counters) < 2 + tiles:
+        raise ValueError(f"multi_lora: counters has {len(counters)} elements; {2 + tiles} are needed")
+    rank_blocks = triton.cdiv(rank, sizes["BLOCK_R"])
+    parts, _ = split(depth, sizes["BLOCK_K"], tiles * rank_blocks)
+    parts = 1 << min(MOST_PARTS, parts).bit_length() - 1
+    part = triton.cdiv(triton.cdiv(depth, parts), sizes["BLOCK_K"]) * sizes["BLOCK_K"]
+    programs = tiles * (rank_blocks * parts + triton.cdiv(columns, sizes["BLOCK_N"]))
+    multi_lora_kernel[(programs,)](
+        x, lora_A, lora_B, y, partial(s, parts, s.dtype), s, scaling, ranks, order, segments, counters, tokens,
+        num_adapters, rank, depth, columns, tiles, part, x.stride(0), *lora_A.stride(), *lora_B.stride(), y.stride(0),
+        PARTS=parts, **sizes,
+    )  # fmt: skip
+    return True
 
 
 def _shrink(x, factor, s, scaling, ranks, order, segments):

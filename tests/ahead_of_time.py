@@ -37,6 +37,13 @@ TARGETS = {
 }
 
 
+# What the PTX of a kernel has to hold: tensor cores fed from shared memory, tiles copied by descriptors.
+WANTED = {
+    ("concat_linear_kernel", "sm_90"): ("wgmma.mma_async", "cp.async.bulk.tensor"),
+    ("concat_linear_kernel", "sm_100"): ("tcgen05.mma", "cp.async.bulk.tensor"),
+}
+
+
 class Driver:
     """As much of a Triton driver as a launch needs before it compiles."""
 
@@ -102,9 +109,10 @@ def faults(kernel: Kernel) -> list[str]:
             figures[name] = int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
     else:
         figures |= _usage(compiled.asm["cubin"])
-        figures["left operands of wgmma in registers"] = len(
-            re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\},\s*\{", compiled.asm["ptx"])
-        )
+        ptx = compiled.asm["ptx"]
+        figures["left operands of wgmma in registers"] = len(re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\},\s*\{", ptx))
+        wanted = WANTED.get((kernel.name, kernel.target.name), ())
+        figures |= {f"{instruction} missing": instruction not in ptx for instruction in wanted}
     return [f"{kernel}: {count} {name}" for name, count in figures.items() if count]
 
 

@@ -13,12 +13,32 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
-torch.set_num_threads(min(2, os.cpu_count()))
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # other workers have the other cores
+torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count()))
+# Modules whose tests share what takes long to make, and so a worker; those that take longest come first.
+SHARING = ("test_triton_interpreter", "test_packaging", "test_demo", "test_quality", "test_triton_aot")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the mark
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if (name := item.module.__name__) in SHARING:
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.module.__name__ not in SHARING)
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    """For what runs in parallel itself, whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, os.cpu_count()))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

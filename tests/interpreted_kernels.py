@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ from test_ops import (
     raw_arguments,
 )
 
+from benchmarks import measure, tune
 from pyfastpeft import ops
+from pyfastpeft.kernels import blocks
+from pyfastpeft.kernels import lora as lora_kernels
+from pyfastpeft.kernels import multi_lora as multi_lora_kernels
 from pyfastpeft.kernels.multi_lora import SCAN
 from pyfastpeft.ops import reference, schemas
 
@@ -103,6 +108,115 @@ def test_unused_ranks_get_zero_gradients_from_nan_too():
     assert inputs["lora_B"].grad[0, :, :2].isnan().all()
     assert not inputs["lora_A"].grad[0, 2:].any()
     assert not inputs["lora_B"].grad[0, :, 2:].any()
+
+
+# --- tensor descriptors ---
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """Tensor descriptors are taken wherever they fit, by three programs in tiles that a test can fill. Counts the
+    launches."""
+    launches = []
+    launch = lora_kernels.concat_linear_kernel.__getitem__
+
+    class Kernel:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return launch(grid)
+
+    monkeypatch.setattr(lora_kernels, "concat_linear_kernel", Kernel())
+    monkeypatch.setattr(lora_kernels, "tensor_descriptors", lambda: True)
+    monkeypatch.setattr(lora_kernels, "processors", lambda device: 3)
+    monkeypatch.setitem(blocks.BLOCKS, "concat_linear", {"half": [(blocks.ANY, blocks.entry(32, 16, 32, 4, 1))]})
+    return launches
+
+
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+@halves
+@pytest.mark.parametrize("shape", [(50, 72, 56, 5), (33, 32, 16, 16), (40, 40, 72, 40)])
+def test_linear_by_tensor_descriptors(descriptors, dtype, shape):
+    assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype))
+    assert len(descriptors) == 2  # forward and dx
+
+
+@halves
+def test_linear_by_tensor_descriptors_of_strided_tensors(descriptors, dtype):
+    """x is a slice of columns, weight the transpose of a Conv1D's."""
+    inputs = lora_inputs(50, 64, 48, 8, dtype)
+    inputs["x"] = random(50, 80, dtype=dtype)[:, 8:72].detach().requires_grad_()
+    inputs["weight"] = random(64, 48, dtype=dtype, grad=False).T
+    assert_error_rule(lora, plain_lora, inputs)
+    assert len(descriptors) == 2
+
+
+def test_linear_by_tensor_descriptors_of_a_part_of_s(descriptors):
+    """s is a slice of columns, as in a group of layers that share x."""
+    x, weight, lora_B = (random(*shape, dtype=torch.float16, grad=False) for shape in ((40, 32), (24, 32), (24, 5)))
+    s, y = random(40, 12, grad=False)[:, 4:9], torch.full((40, 24), float("nan"), dtype=torch.float16)
+    lora_kernels.linear(x, weight, None, s, lora_B, y, 0.7)
+    exact = x.double() @ weight.double().T + 0.7 * s.double() @ lora_B.double().T
+    assert (y - exact).norm() < 4e-4 * exact.norm()
+    assert len(descriptors) == 1
+
+
+def test_dora_by_tensor_descriptors(descriptors):
+    assert_dora(dora_inputs(40, 64, 56, 20, torch.bfloat16))
+    assert len(descriptors) == 2
+
+
+@pytest.mark.parametrize("shape", [(40, 33, 56, 8), (40, 32, 55, 8)])
+def test_what_tensor_descriptors_do_not_take_goes_by_pointers(descriptors, shape):
+    assert_error_rule(lora, plain_lora, lora_inputs(*shape, torch.bfloat16))
+    inputs = lora_inputs(40, 64, 48, 8, torch.bfloat16)
+    inputs["x"] = random(40, 73, dtype=torch.bfloat16)[:, 1:65].detach()
+    assert_error_rule(lora, plain_lora, inputs)
+    assert_error_rule(lora, plain_lora, lora_inputs(40, 64, 48, 8, torch.bfloat16, torch.float32))
+    assert not descriptors
+
+
+# --- one launch ---
+
+
+@halves
+@pytest.mark.parametrize("shape", [(20, 40, 56, 40, 2), (9, 2100, 70, 17, 3), (1, 1, 1, 1, 1)])
+def test_multi_lora_in_one_launch(monkeypatch, dtype, shape):
+    """What two launches give; counters are zero again, so that a second call does the same."""
+    tokens, k, n, rank, num_adapters = shape
+    x, lora_A, lora_B, y = (
+        random(*size, dtype=dtype, grad=False)
+        for size in ((tokens, k), (num_adapters, rank, k), (num_adapters, n, rank), (tokens, n))
+    )
+    ranks = torch.randint(0, rank + 1, (num_adapters,))
+    slots = torch.randint(-1, num_adapters, (tokens,))
+    slots[0], ranks[0] = 0, rank
+    order, segments = ops.route(slots, num_adapters)
+    counters = multi_lora_kernels.counters_for(tokens, num_adapters, "cpu")
+    results = []
+    for given in (None, counters, counters):
+        out, s = y.clone(), torch.full((tokens, rank), float("nan"))
+        multi_lora_kernels.multi_lora_forward(
+            x, lora_A, lora_B, torch.linspace(-1, 2, num_adapters), ranks, order, segments, out, s, given
+        )
+        used = (slots[:, None] >= 0) & (torch.arange(rank) < ranks[slots][:, None])
+        results.append((out, s[used]))
+        assert not counters.any()
+        monkeypatch.setattr(multi_lora_kernels, "_shrink", None)  # the first of two
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=2e-3 if dtype == torch.float16 else 1e-2, atol=1e-2)
+    assert all(map(torch.equal, *results[1:]))
+
+
+def test_one_launch_says_what_counters_it_needs():
+    x, y, s = (torch.zeros(*shape, dtype=torch.float16) for shape in ((20, 8), (20, 8), (20, 4)))
+    lora_A, lora_B = torch.zeros(3, 4, 8, dtype=torch.float16), torch.zeros(3, 8, 4, dtype=torch.float16)
+    routing = ops.route([0] * 20, 3)
+    with pytest.raises(ValueError, match="counters has 6 elements; 7 are needed"):
+        multi_lora_kernels.multi_lora_forward(
+            x, lora_A, lora_B, torch.ones(3), None, *routing, y, s, torch.zeros(6, dtype=torch.int32)
+        )
 
 
 # --- dropout ---
@@ -202,6 +316,25 @@ def test_two_runs_are_bit_identical_where_sums_are_split():
         torch.manual_seed(3)
         runs.append(run())
     assert all(torch.equal(one, other) for one, other in zip(*runs))
+
+
+# --- tuning ---
+
+
+def test_candidates_are_timed_when_they_are_right(capsys):
+    """tune's own timing on the interpreter: an entry that cannot run is left out."""
+    good, bad = blocks.entry(16, 16, 16, 4, 1), blocks.entry(16, 17, 16, 4, 1)
+    table = {}
+
+    def use(entry):
+        table["linear"] = {"single": [[None, None, entry]]}
+
+    with tune.chosen(table):
+        case = tune.case_of("linear", 5, 32, "fp32", mode="")
+        seconds = tune.median_seconds(case, "fp32", "linear", [bad, good], use, "cpu", measure.EFFORT["tiny"])
+    assert seconds[0] == math.inf
+    assert 0 < seconds[1] < math.inf
+    assert "'BLOCK_N': 17" in capsys.readouterr().err
 
 
 # --- registration ---

@@ -313,6 +313,25 @@ def test_embeddings_and_tied_weights(make, tmp_path):
     assert model.config.tie_word_embeddings == tied
 
 
+@pytest.mark.parametrize("target", [".*", ["wte.weight"]])
+def test_tied_parameters_that_are_chosen(target, tmp_path):
+    model = gpt2().eval()
+    given, before, size = inputs(model), snapshot(model), count_parameters(model)[1]
+    adapt(model, SelectiveConfig(target_parameters=target))
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    both, table_size = target == ".*", table.weight.numel()
+    assert (table.weight is head.weight) == both
+    assert count_parameters(model) == ((size, 2 * size) if both else (table_size, size + table_size))
+    randomise(model)
+    changed = output(model, given)
+    twin = unload(copy.deepcopy(model), merge=True)
+    assert (twin.get_input_embeddings().weight is twin.get_output_embeddings().weight) == both
+    assert twin.config.tie_word_embeddings == both
+    assert torch.equal(output(twin, given), changed)
+    unload(model)
+    assert_same(snapshot(model), before)
+
+
 class Doubling(nn.Linear):
     """As a quantised layer: it computes something else than its weight's product, and keeps the result for backward."""
 
@@ -535,6 +554,20 @@ def test_adapters_that_replace_one_parameter():
         set_adapter(model, "default", "other")
     assert model.pyfastpeft.active == ("other",)
     assert torch.equal(output(model, given), changed)
+
+
+def test_a_state_dict_belongs_to_the_adapter_that_ran():
+    """What replaces a parameter has its name; read into a model in which another adapter runs it would be exchanged."""
+    model, given = adapted("gpt2", "bitfit", "bitfit")
+    changed, state = output(model, given), copy.deepcopy(model.state_dict())
+    other, _ = adapted("gpt2", "bitfit", "bitfit")
+    for names in ((), ("default",)):
+        set_adapter(other, *names)
+        with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*original_bias"):
+            other.load_state_dict(state)
+    set_adapter(other, "other")
+    other.load_state_dict(state)
+    assert torch.equal(output(other, given), changed)
 
 
 def test_a_failed_injection_leaves_the_model_as_it_was():
@@ -856,7 +889,8 @@ def test_bad_configs(make, message):
     [
         (LoraConfig(target_modules=["q_porj"]), ValueError, r"holding 'q_porj', .*close to it are \['.*q_proj'"),
         (LoraConfig(target_modules=["xyzzy"]), ValueError, r"among \['down_proj', 'embed_tokens', .*'q_proj'"),
-        (LoraConfig(target_modules="q_proj"), ValueError, "'q_proj', which means nothing.*close to it are"),
+        (LoraConfig(target_modules="q_proj"), ValueError, r"means nothing.*a list, as \['q_proj'\], if it is a name"),
+        (LoraConfig(target_modules="q_porj"), ValueError, "'q_porj', which means nothing.*close to it are"),
         (LoraConfig(target_modules="(q_proj"), ValueError, r"'\(q_proj' \(missing .* a regular expression"),
         (LoraConfig(target_modules=["norm"]), TypeError, r"\['norm'\], which means 'model.norm', a LlamaRMSNorm"),
         (
@@ -886,6 +920,7 @@ def test_bad_configs(make, message):
         (DyLoraConfig(target_modules=["embed_tokens"]), TypeError, "meaning 'model.embed_tokens'; .*of linear layers"),
         (AdaLoraConfig(target_modules=["embed_tokens"]), TypeError, "meaning 'model.embed_tokens'; .*of linear layers"),
         (SelectiveConfig(target_parameters=["q_proj.wieght"]), ValueError, "close to it are .*q_proj.weight"),
+        (SelectiveConfig(target_parameters=["q_proj.bias"]), ValueError, "holding 'q_proj.bias', which means nothing"),
         (BitFitConfig(target_modules=["q_porj"], add_missing=True), ValueError, "'q_porj'.*close to it are"),
         ({"r": 8}, TypeError, "adapt: config is .*; it must be one of LoraConfig"),
         (None, TypeError, "adapt: config is None"),
@@ -923,8 +958,36 @@ def test_bad_calls():
     holder = nn.Module()
     holder.up = Block()
     holder.up.up.adapters = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="attach: module is one with 'adapters' of its own"):
+    with pytest.raises(ValueError, match=r"attach: module is a Linear with \['adapters'\] of its own"):
         adapt(holder, LoraConfig(target_modules=["up.up"]))
+
+
+class Gated(nn.Linear):
+    """What it calls as adapters do would be taken for theirs."""
+
+    active = merged = True
+
+    def merge(self, x):
+        return 2 * x
+
+    def forward(self, x):
+        return super().forward(self.merge(x) if self.active else x)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (LoraConfig(target_modules=["0"]), r"\['active', 'merge', 'merged'\]"),
+        (BitFitConfig(), r"\['active'\]"),
+        (BottleneckConfig(target_modules=["0"]), r"\['active', 'merge', 'merged'\]"),
+    ],
+)
+def test_names_that_adapters_need_are_free(config, names):
+    model = nn.Sequential(Gated(3, 3))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"attach: module is a Gated with {names} of its own; it must be without"):
+        adapt(model, config)
+    assert_same(snapshot(model), before)
 
 
 def test_merged_rounding():

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import machine, measure, providers, report, shapes
+from benchmarks import choose, machine, measure, providers, report, shapes
 from benchmarks.figures import Figure
 from benchmarks.providers import Call, Provider
+from pyfastpeft.ops import choice, dispatch, use_backend
 
 ROOT = Path(__file__).parent.parent
 TINY = measure.EFFORT["tiny"]
@@ -36,9 +37,10 @@ providers.providers = lambda case, device: [*everybody(case, device), wrong]
 
 
 def run(*arguments, path=()):
-    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}  # xdist's
+    env = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_suite_end_to_end(tmp_path):
@@ -195,3 +197,54 @@ def test_tables_go_between_their_markers():
     assert report.insert(text, "new") == f"before\n{report.START}\n\nnew\n\n{report.END}\nafter"
     with pytest.raises(ValueError, match="benchmark table start"):
         report.insert("no markers", "new")
+
+
+def test_the_table_of_choices_comes_from_results_on_a_gpu(tmp_path, capsys):
+    forward, training = (
+        shapes.Lora(M=8, K=64, N=48, dtype="bf16", mode="graph"),
+        shapes.IA3(M=3, K=5, N=4, feedforward=True),
+    )
+
+    def entry(case, provider, adapters, median, mode="graph"):
+        info = {"provider": f"{provider}-{adapters}", "seconds": {"median": median}, "mode": mode}
+        return {"extra_info": info | ({"operands": choose.operands(case, adapters)} if provider != "peft" else {})}
+
+    results = {
+        "machine_info": {"architecture": "sm_90"},
+        "benchmarks": [
+            entry(forward, "peft", "16bit", 1.0),
+            entry(forward, "triton", "16bit", 3.0),
+            entry(forward, choose.ROW, "16bit", 2.0),
+            entry(forward, "triton", "fp32", 2.0),
+            entry(training, "reference", "fp32", 2.0, mode="eager"),
+        ],
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(results))
+    (tmp_path / "cpu.json").write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
+    table = tmp_path / "choices.json"
+    table.write_text(json.dumps({"sm_80": [], "sm_90": [{"old": 1}]}))
+    choose.main([str(tmp_path / "gpu.json"), "--into", str(table)])
+    sizes = [8, 64, 48, 16, 1]
+    assert json.loads(table.read_text()) == {
+        "sm_80": [],
+        "sm_90": [
+            {"op": "lora_forward", "kind": f"bfloat16, adapters {adapters}", "sizes": sizes, "backends": backends}
+            for adapters, backends in (("bfloat16", ["addmm", "triton"]), ("float32", ["triton"]))
+        ],
+    }
+    with pytest.raises(SystemExit):
+        choose.main([str(tmp_path / "cpu.json"), "--into", str(table)])
+    assert "does not come from a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", [c for op in shapes.CASES for c in shapes.cases(op, "tiny", "cpu")], ids=str)
+def test_the_suite_knows_operands_as_the_ops_do(case, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dispatch, "run", lambda op, *args, **rest: seen.append((op, *choice.described(op, args))))
+    problem = providers.problem(case, "cpu")
+    with use_backend("reference"):
+        out = providers.build_ours(problem, "fp32").forward()
+        if case.backward:
+            out.sum().backward()
+    op, kind, sizes = seen[-1]
+    assert choose.operands(case, "fp32") == {"op": op, "kind": kind, "sizes": list(sizes)}

@@ -365,6 +365,19 @@ def test_several_adapters_are_kept_apart(tmp_path):
     assert_same_tensors(load_file(tmp_path / "inactive" / TENSORS), load_file(tmp_path / "ia3" / TENSORS))
 
 
+def test_what_is_stored_while_others_are_merged(tmp_path):
+    """A parameter that one adapter replaced and another is merged into."""
+    model = pyfastpeft.adapt(gpt2(), methods.SelectiveConfig(target_parameters=["c_attn.weight", "c_attn.bias"]), "own")
+    randomise(model)
+    for name, config in {"low": methods.LoraConfig(), "scale": methods.IA3Config()}.items():
+        randomise(pyfastpeft.adapt(model, config, name))
+    pyfastpeft.set_adapter(model, "own", "low", "scale")
+    pyfastpeft.save_adapter(model, tmp_path / "before", "own")
+    pyfastpeft.merge_adapter(model)
+    pyfastpeft.save_adapter(model, tmp_path / "after", "own")
+    assert_same_tensors(load_file(tmp_path / "after" / TENSORS), load_file(tmp_path / "before" / TENSORS))
+
+
 def test_a_combination_of_adapters_is_read_by_peft(tmp_path):
     model = of_ours("lora-all-linear")
     pyfastpeft.adapt(model, methods.LoraConfig(r=3, target_modules=["c_attn"]), "other")
@@ -637,6 +650,14 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         pyfastpeft.save_adapter(of_ours("lora"), tmp_path / "new")
     assert contents(tmp_path / "new") == {}
+
+
+def test_a_model_without_memory_is_refused(saved):
+    with torch.device("meta"):
+        model = llama()
+    with pytest.raises(ValueError, match=r"model is without memory for base_model.* on the meta device; it must be"):
+        pyfastpeft.load_adapter(model, saved)
+    assert not hasattr(model, "pyfastpeft")
 
 
 def test_what_cannot_be_saved_is_named(tmp_path):

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -241,6 +243,15 @@ def test_merge_writes_a_plain_model(stored, tmp_path, adapter):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not list(tmp_path.glob(".merging*"))
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "model").stat().st_mode
+
+
+def test_merge_refuses_what_the_models_class_would_not_read_again(tmp_path, capsys):
+    base = LlamaForCausalLM(LlamaConfig(**SMALL))
+    base.save_pretrained(tmp_path / "model")
+    methods.save_adapter(trained(base, methods.BitFitConfig(add_missing=True)), tmp_path / "bitfit")
+    assert merge(tmp_path, "bitfit") == 2
+    assert "merge: adapter is one that adds ['lm_head.bias', " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_rounds_once(stored, tmp_path):

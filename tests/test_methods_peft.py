@@ -16,7 +16,7 @@ import peft
 from peft_harness import rows_replaced
 from tiny_models import VOCABULARY, gpt2, llama, randomise
 
-from pyfastpeft import adapt, adapter_parameters, add_weighted_adapter, merge_adapter, unload
+from pyfastpeft import LoraConfig, accelerate, adapt, adapter_parameters, add_weighted_adapter, merge_adapter, unload
 from pyfastpeft.layers.adapted import carriers
 from pyfastpeft.layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part
 
@@ -230,6 +230,7 @@ def test_weighted_sums(kind, ranks, weights):
     [
         (lambda: peft.LoraConfig(layer_replication=[[0, 1], [0, 2]]), ValueError, "'layer_replication': "),
         (lambda: peft.LoraConfig(lora_bias=True), ValueError, "'lora_bias': True"),
+        (lambda: peft.LoraConfig(ensure_weight_tying=True), ValueError, "'ensure_weight_tying': True"),
         (lambda: peft.LoraConfig(trainable_token_indices=[1]), ValueError, r"'trainable_token_indices': \[1\]"),
         (lambda: peft.LoraConfig(target_parameters=["w"]), ValueError, r"'target_parameters': \['w'\]"),
         (lambda: peft.LoraConfig(init_lora_weights="pissa"), ValueError, "init_lora_weights is 'pissa'"),
@@ -241,6 +242,21 @@ def test_configs_that_only_peft_has(config, error, message):
     with pytest.raises(error, match=message):
         adapt(model, config())
     assert not carriers(model)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_model_that_peft_adapted_is_refused(accelerated):
+    """The layers that PEFT has wrapped are no targets any more, and its own lora_A is a linear layer."""
+    model = llama()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    trained = [path for path, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    if accelerated:
+        accelerate(wrapped)
+    for each in (wrapped, model):
+        for targets in (None, "all-linear"):
+            with pytest.raises(ValueError, match=r"adapt: model is one with .* modules of PEFT's.*accelerate is for"):
+                adapt(each, LoraConfig(target_modules=targets))
+    assert trained == [path for path, parameter in wrapped.named_parameters() if parameter.requires_grad]
 
 
 def test_two_processes(tmp_path):

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parent.parent
 SITE = sysconfig.get_path("purelib")
 PACKAGE = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyfastpeft/**/*.py")}
 KERNELS = {f"pyfastpeft/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
+# What benchmarks.choose and benchmarks.tune leave, the latter for a GPU that there is not.
+MEASURED = {"pyfastpeft/ops/choices.json", "pyfastpeft/kernels/tuning/sm_0.json"}
+DATA = {f"pyfastpeft/kernels/tuning/{path.name}" for path in ROOT.glob("kernels/tuning/*.json")} | MEASURED
 
 
 def run(*command, **environment):
@@ -44,7 +47,11 @@ def tree(tmp_path):
 def distributions(tmp_path_factory):
     """(sdist, wheel), the wheel built from the sdist."""
     out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy_of_tree(out))
+    sources = copy_of_tree(out)
+    for measured in MEASURED:
+        (sources / measured).parent.mkdir(exist_ok=True)
+        (sources / measured).write_text("{}")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, sources)
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
 
@@ -72,6 +79,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     names = zipfile.ZipFile(distributions[1]).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"pyfastpeft"}
     assert {name for name in names if name.endswith(".py")} == PACKAGE | KERNELS
+    assert {name for name in names if name.endswith(".json")} == DATA
     libraries = sorted(name for name in names if name.endswith(".so"))
     assert libraries == [f"pyfastpeft/_host{sysconfig.get_config_var('EXT_SUFFIX')}", "pyfastpeft/_ops.so"]
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -81,7 +89,7 @@ def test_the_sdist_holds_all_sources(distributions):
     with tarfile.open(distributions[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*") if path.is_file()}
-    assert sources | PACKAGE | KERNELS | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert sources | PACKAGE | KERNELS | DATA | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "demo", "build")) or ".so" in name]
 
 

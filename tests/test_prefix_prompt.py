@@ -19,7 +19,9 @@ from pyfastpeft.methods import (
     adapter_parameters,
     delete_adapter,
     disable_adapter,
+    load_adapter,
     merge_adapter,
+    save_adapter,
     set_adapter,
 )
 from pyfastpeft.methods.prompt import nearest_words
@@ -247,6 +249,12 @@ def test_prompt_starts_from_words_as_pefts(tmp_path, init, virtual):
     torch.manual_seed(1)
     ours = adapt(decoder("llama"), PromptTuningConfig(**given))
     assert torch.equal(part_of(ours).weight, peft.get_peft_model_state_dict(theirs)["prompt_embeddings"])
+    save_adapter(ours, tmp_path / "stored")
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    again = load_adapter(decoder("llama"), tmp_path / "stored", is_trainable=True)
+    assert torch.equal(part_of(again).weight, part_of(ours).weight)
+    assert part_of(again).weight.requires_grad
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ def test_static_cache():
     inputs = batch(padding=5)
     options = {**GENERATION, "cache_implementation": "static", "disable_compile": True}
     assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **GENERATION))
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"past_key_values is StaticCache.*a cache that grows"):
         adapted(lambda: decoder("llama"), "prompt").generate(**inputs, **options)
 
 
@@ -506,6 +514,14 @@ def test_pickle_and_other_methods(make, kind):
     delete_adapter(model, "virtual")
     set_adapter(model, "last")
     torch.testing.assert_close(model(**inputs).logits, logits["last",])
+
+
+def test_pickles_are_read_where_nothing_was_adapted(monkeypatch):
+    model, inputs = adapted(t5, "prefix"), {**batch(), "labels": batch()["input_ids"]}
+    logits, pickled = model(**inputs).logits, pickle.dumps(model)
+    del model
+    monkeypatch.delitem(transformers.AttentionInterface._global_mapping, "pyfastpeft_prefix")
+    assert torch.equal(pickle.loads(pickled)(**inputs).logits, logits)
 
 
 def test_models_that_share_a_config_do_not_share_a_prefix():

@@ -134,6 +134,10 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str | None = None) -> in
     need(kind not in UNMERGEABLE, "merge", "adapter", f"of {kind}, which cannot be merged", needed)
     merged = adapted_model(model, adapter, torch.float32 if dtype else "auto")
     methods.unload(merged, merge=True)
+    with torch.device("meta"):
+        added = merged.state_dict().keys() - type(merged)(merged.config).state_dict().keys()
+    given, needed = f"one that adds {sorted(added)[:3]}", f"one without, since a {type(merged).__name__} has none"
+    need(not added, "merge", "adapter", given, needed)
     if dtype:
         merged.to(getattr(torch, dtype))
     ends = [embedding() for embedding in (merged.get_input_embeddings, merged.get_output_embeddings)]

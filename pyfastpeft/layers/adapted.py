@@ -200,6 +200,12 @@ def carrier_class(kind: type[nn.Module]) -> type[nn.Module]:
     return adapted_class(kind) or type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
 
 
+def _brought(kind: type[Adapted]) -> set[str]:
+    """The names that a carrier's class has for purposes of its own."""
+    names = {name for c in kind.__mro__ if issubclass(c, Adapted) for name in vars(c)}
+    return {name for name in names - {"forward"} if not name.startswith("_")}
+
+
 def _plain_class(kind: type[Adapted]) -> type[nn.Module]:
     return next(c for c in kind.__mro__ if not issubclass(c, Adapted))
 
@@ -217,28 +223,41 @@ class Parts(nn.ModuleDict):
 class Replacement(nn.Module):
     """Parameters that take the place of a module's own while the adapter runs.
 
-    Whichever of the two is not in use is kept here, so that every tensor has one place and moves with the model.
+    Whichever of the two is not in use is kept here, so that every tensor has one place and moves with the model. The
+    module's own is called `original_<name>` here, so that a state dict is not loaded while another adapter runs.
     """
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None = None):
-        """Copies of the parameters of `module` with these names; a missing bias (None) is replaced by zeros."""
+    def __init__(
+        self, module: nn.Module, names: tuple[str, ...], copies: dict[nn.Parameter, nn.Parameter] | None = None
+    ):
+        """Copies of the parameters of `module` with these names; a missing bias (None) is replaced by zeros. copies:
+        original -> copy, of those made before, so that tied parameters stay tied; new ones are added."""
         super().__init__()
         self.names, self.installed = names, False
+        copies = {} if copies is None else copies
         for name in names:
             original = module._parameters[name]
-            copy = module.weight.new_zeros(module.out_features) if original is None else original.detach().clone()
-            self.register_parameter(name, nn.Parameter(copy.to(dtype)))
+            if original is None:
+                copy = nn.Parameter(module.weight.new_zeros(module.out_features))
+            elif original not in copies:
+                copy = copies[original] = nn.Parameter(original.detach().clone())
+            else:
+                copy = copies[original]
+            self.register_parameter(name, copy)
 
     def swap(self, module: nn.Module) -> None:
         """Exchange the module's parameters for those kept here."""
+        before, after = ("original_{}", "{}") if self.installed else ("{}", "original_{}")
         for name in self.names:
-            module._parameters[name], self._parameters[name] = self._parameters[name], module._parameters[name]
+            self._parameters[after.format(name)] = module._parameters[name]
+            module._parameters[name] = self._parameters.pop(before.format(name))
         self.installed = not self.installed
 
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The adapter's own parameters, wherever they are."""
-        held = module if self.installed else self
-        return {name: held._parameters[name] for name in self.names}
+        """The adapter's own parameters, wherever they are; while something is merged into one, it is among buffers."""
+        if not self.installed:
+            return {name: self._parameters[name] for name in self.names}
+        return {name: module._buffers.get(f"unmerged_{name}", module._parameters[name]) for name in self.names}
 
 
 def carriers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -253,9 +272,12 @@ def _parts(module) -> dict[str, Parts]:
 def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     """Give `module` a part of adapter `name`, which does not run yet; its class is swapped where a `Part` needs it."""
     kind = "replaced" if isinstance(part, Replacement) else "adapters"
-    if kind not in _parts(module):
-        checks.need(not hasattr(module, kind), "attach", "module", f"one with {kind!r} of its own", "without")
-    if isinstance(part, Part) and not isinstance(module, Adapted):
+    swaps = isinstance(part, Part) and not isinstance(module, Adapted)
+    names = {kind, "active"} if not _parts(module) else {kind} - _parts(module).keys()
+    names |= _brought(carrier_class(type(module))) if swaps else set()
+    own = sorted(each for each in names if hasattr(module, each))
+    checks.need(not own, "attach", "module", f"a {type(module).__name__} with {own} of its own", "without")
+    if swaps:
         _set_class(module, carrier_class(type(module)))
     if kind not in _parts(module):
         setattr(module, kind, Parts())

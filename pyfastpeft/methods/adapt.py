@@ -44,6 +44,9 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     known = adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
     _need_new(known, op, name)
     _need_unmerged(model, op)
+    theirs = [type(m) for m in model.modules() if any(c.__module__.startswith("peft.") for c in type(m).__mro__)]
+    needed = "a plain one, as PEFT's unload() leaves it; accelerate is for models that PEFT adapted"
+    need(not theirs, op, "model", f"one with {len(theirs)} modules of PEFT's, {theirs[:2]} …", needed)
     strange = [path for path, module in carriers(model) if not set(_names(module)) <= set(known.configs)]
     need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
     if config.base_model_name_or_path is None:
@@ -131,16 +134,14 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Returns the model. Raises as `merge_adapter` does.
     """
     known = adaptation(model)
-    kept = {}
+    kept, made = {}, {}
     if merge:
         if not merged_adapters(model):
             merge_adapter(model)
         for path, module in carriers(model):
             changed = ["weight", "bias"] if isinstance(module, Adapted) and module.merged else []
             changed += [n for part in getattr(module, "replaced", {}).values() if part.installed for n in part.names]
-            kept |= {
-                (path, n): module._parameters[n].detach() for n in changed if module._parameters.get(n) is not None
-            }
+            kept |= {(path, n): module._parameters[n] for n in changed if module._parameters.get(n) is not None}
     unmerge_adapter(model)
     for name in list(known.configs):
         delete_adapter(model, name)
@@ -148,7 +149,9 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     for (path, name), value in kept.items():
         # A new parameter: the old one may be tied to another layer's, which nothing was merged into.
         owner = model.get_submodule(path)._parameters
-        owner[name] = nn.Parameter(value, requires_grad=owner[name] is None or owner[name].requires_grad)
+        if value not in made:
+            made[value] = nn.Parameter(value.detach(), owner[name] is None or owner[name].requires_grad)
+        owner[name] = made[value]
     if tied and not _is_tied(model):
         model.config.tie_word_embeddings = False  # or what is saved is tied again when it is loaded
     return model

@@ -19,8 +19,7 @@ from .configs import (
     Config,
     IA3Config,
     LoraConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
+    VirtualTokensConfig,
     from_fields,
 )
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
@@ -83,7 +82,7 @@ def load_adapter(
     naming the file and the key or field, for what does not fit; the model is then as it was.
     """
     config = load_config(directory)
-    config.inference_mode = not is_trainable
+    config.inference_mode = True  # nothing is drawn, and no text read, that the file has
     ours, theirs = getattr(getattr(model, "config", None), "_name_or_path", None), config.base_model_name_or_path
     same = not (check_base_model and ours and theirs) or os.path.normpath(ours) == os.path.normpath(theirs)
     needed = f"{theirs!r}, for which the adapter was made, or check_base_model=False"
@@ -102,6 +101,9 @@ def load_adapter(
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
+    if is_trainable:
+        model.pyfastpeft.configs[name].inference_mode = False
+        set_adapter(model, name)
     return model
 
 
@@ -154,7 +156,7 @@ def _slots(model: nn.Module, config: Config, name: str) -> list[Slot]:
 
 def _base(config):
     """What PEFT's keys start with: its wrappers' names."""
-    return "base_model." if isinstance(config, (PrefixTuningConfig, PromptTuningConfig)) else "base_model.model."
+    return "base_model." if isinstance(config, VirtualTokensConfig) else "base_model.model."
 
 
 def _prompt_slot(part) -> Slot:
@@ -194,6 +196,9 @@ def _fill(model, config, name, file, path, strict) -> None:
         need(not stray, "load_adapter", CONFIG_FILE, told, "with one for layers that have the adapter")
     slots = {slot.key: slot for slot in _slots(model, config, name)}
     given = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    empty = [key for key, slot in slots.items() if slot.read().is_meta]
+    needed = "one whose adapted layers have values, or they would be lost"
+    need(not empty, "load_adapter", "model", f"without memory for {_some(empty)}, on the meta device", needed)
     missing = slots.keys() - given.keys()
     needed = f"a file with all tensors of the {config.peft_type} adapter that {CONFIG_FILE} tells of"
     need(not missing, "load_adapter", str(path), f"without {_some(missing)}", needed)

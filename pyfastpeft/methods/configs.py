@@ -271,19 +271,10 @@ class BottleneckConfig(TargetedConfig):
 
 
 @dataclass(kw_only=True)
-class PrefixTuningConfig(Config):
-    """Prefix tuning (Li & Liang 2021): trainable keys and values before those of every layer.
+class VirtualTokensConfig(Config):
+    """What prefix and prompt tuning share. num_virtual_tokens: V. The other fields follow from the model, as PEFT's."""
 
-    num_virtual_tokens: V. prefix_projection: whether an MLP over a smaller matrix makes them during training;
-    encoder_hidden_size: its width (default: the keys'). init_weights: "zero" starts from rows of zeros, None from
-    random ones. The other fields follow from the model, as in PEFT.
-    """
-
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
     num_virtual_tokens: int = 20
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = None
-    init_weights: Literal["zero"] | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
@@ -292,33 +283,45 @@ class PrefixTuningConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         self.need_count("num_virtual_tokens")
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(VirtualTokensConfig):
+    """Prefix tuning (Li & Liang 2021): trainable keys and values before those of every layer.
+
+    prefix_projection: whether an MLP over a smaller matrix makes them during training; encoder_hidden_size: its width
+    (default: the keys'). init_weights: "zero" starts from rows of zeros, None from random ones.
+    """
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    init_weights: Literal["zero"] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.need_flags("prefix_projection")
         if self.encoder_hidden_size is not None:
             self.need_count("encoder_hidden_size")
         self.need(self.init_weights in (None, "zero"), "init_weights", 'None or "zero"')
 
 
 @dataclass(kw_only=True)
-class PromptTuningConfig(Config):
+class PromptTuningConfig(VirtualTokensConfig):
     """Prompt tuning (Lester et al. 2021): trainable embeddings before the input.
 
-    num_virtual_tokens: V. prompt_tuning_init: "RANDOM", "TEXT" (of prompt_tuning_init_text, cut into tokens by the
-    tokenizer of tokenizer_name_or_path) or "SAMPLE_VOCAB". The other fields follow from the model, as in PEFT.
+    prompt_tuning_init: "RANDOM", "TEXT" (of prompt_tuning_init_text, cut into tokens by the tokenizer of
+    tokenizer_name_or_path) or "SAMPLE_VOCAB".
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    num_virtual_tokens: int = 20
     prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self.need_count("num_virtual_tokens")
         self.prompt_tuning_init = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
         kinds = ("RANDOM", "TEXT", "SAMPLE_VOCAB")
         self.need(self.prompt_tuning_init in kinds, "prompt_tuning_init", f"one of {', '.join(kinds)}")
@@ -333,8 +336,8 @@ class BitFitConfig(Config):
 
     target_modules, exclude_modules: of which modules; default: all of the model that have a bias.
     train_layer_norm: whether the gains of normalisation layers train, too.
-    add_missing: whether linear layers without a bias get one, zero at the start. Without it, a model that has no bias
-        is an error.
+    add_missing: whether linear layers without a bias get one, zero at the start; the model's class may not read it
+        again from a stored merged model. Without it, a model that has no bias is an error.
     """
 
     peft_type: ClassVar[str] = "BITFIT"
@@ -407,7 +410,6 @@ def _peft_defaults(config) -> dict:
 # Of PEFT's fields, those that say nothing about what is computed.
 _IGNORED = {
     "peft_type", "auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying",
 }  # fmt: skip
 
 

@@ -254,13 +254,14 @@ def is_norm(module):
 def _selective(model: nn.Module, config: SelectiveConfig, name: str, wide: bool) -> None:
     saved = saved_modules(model, config)
     modules = {path: module for path, module in own_modules(model).items() if path not in saved}
-    paths = [f"{path}.{n}".removeprefix(".") for path, module in modules.items() for n in module._parameters]
+    owned = [(path, n) for path, module in modules.items() for n, p in module._parameters.items() if p is not None]
+    paths = [".".join(each).removeprefix(".") for each in owned]
     target = ".*" if config.target_parameters is None else config.target_parameters
     options = None, config.layers_to_transform, config.layers_pattern
-    _replace(model, name, targets.select("SelectiveConfig", "target_parameters", paths, target, *options))
+    _replace(model, name, targets.select("SelectiveConfig", "target_parameters", paths, target, *options), {})
 
 
-def _replace(model, name, paths):
+def _replace(model, name, paths, copies=None):
     chosen = {}
     for path in paths:
         owner, _, parameter = path.rpartition(".")
@@ -268,7 +269,7 @@ def _replace(model, name, paths):
             chosen.setdefault(owner, []).append(parameter)
     for owner, names in chosen.items():
         module = model.get_submodule(owner)
-        attach(module, name, Replacement(module, tuple(names)))
+        attach(module, name, Replacement(module, tuple(names), copies))
 
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

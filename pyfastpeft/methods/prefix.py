@@ -110,6 +110,10 @@ class PrefixedConfig:
             raise AttributeError(name)
         return getattr(self.config, name)
 
+    def __setstate__(self, state):  # which another process may read
+        _register()
+        self.__dict__.update(state)
+
 
 class OwnConfig:
     """An attention module with its own config, as the attention functions know it."""
@@ -180,10 +184,14 @@ def prefixed_mask(module, query, key, mask, virtual, implementation, kwargs):
     return torch.cat([seen.expand(batch, mask.shape[1], -1, -1), mask.expand(batch, -1, tokens, -1)], -1)
 
 
-def _attach(model, attentions):
+def _register():
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, prefixed_attention)
+
+
+def _attach(model, attentions):
+    _register()
     prefixes = Prefixes(model)
     decoder_only = not model.config.is_encoder_decoder
     for index, module in enumerate(attentions):

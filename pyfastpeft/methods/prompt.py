@@ -72,12 +72,12 @@ class Prompts:
         kwargs = {**kwargs, **dict(zip(self.names, args))}
         virtual = len(prompt)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        grows = not getattr(cache, "is_compileable", False)
+        checks.need(grows, "prompt tuning", "past_key_values", type(cache).__name__, "a cache that grows, or none")
         if mask is not None:
             plain = isinstance(mask, Tensor) and mask.dim() == 2
             checks.need(plain, "prompt tuning", "attention_mask", mask, "a tensor of shape [B, T]")
             kwargs["attention_mask"] = F.pad(mask, (virtual, 0), value=1)
-        grows = not getattr(cache, "is_compileable", False)
-        checks.need(grows, "prompt tuning", "past_key_values", type(cache).__name__, "a cache that grows, or none")
         kwargs.pop("cache_position", None)  # the model counts for itself
         positions = kwargs.get("position_ids")
         if cache is not None and cache.get_seq_length() > 0:

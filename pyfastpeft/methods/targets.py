@@ -113,7 +113,9 @@ def select(
         given = (
             f"{target!r} without {exclude!r}, which leaves nothing" if exclude else f"{target!r}, which means nothing"
         )
-        need(False, op, argument, given, _known(name, candidates))
+        whole = isinstance(target, str) and any_of(candidates, target)
+        needed = f"a list, as [{target!r}], if it is a name, or a regular expression for whole paths"
+        need(False, op, argument, given, needed if whole else _known(name, candidates))
     if layers is None:
         return found
     return _in_layers(op, found, candidates, [layers] if isinstance(layers, int) else list(layers), layers_pattern)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import group_tokens  # noqa: F401 - a sort, which torch has
 
 GATHERED = 2**27  # elements of adapters that are copied for one product; beyond, adapters come one after the other
 

@@ -47,12 +47,11 @@ def forced_backend() -> str | None:
     return _forced
 
 
-def run(op: str, *args, backend: str | None = None) -> str:
+def run(op: str, *args, backend: str | None = None) -> str | None:
     """Run `op` on its raw arguments, the first of which tells device and dtype, by the first row that takes them; by
-    that of `backend`, where it is given and does. Returns the backend."""
-    row = select(op, args, backend)
-    row.function(*args)
-    return row.backend
+    that of `backend`, where it is given and does. Returns the forced backend: a backward pass is to run there too."""
+    select(op, args, backend).function(*args)
+    return _forced
 
 
 def select(op: str, args: tuple, backend: str | None = None) -> Row:
@@ -92,7 +91,7 @@ def _reasons(op, args):
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend ("cuda", "cpu", "triton", "addmm" or "reference") in this process, inside a `with` block.
 
-    It decides the forward pass; a backward pass runs on the backend that its forward pass ran on, if it can.
+    It decides the forward pass; a backward pass runs on the backend that was forced in its forward pass, if it can.
     Raises ValueError for an unknown name; an op that the backend cannot serve raises RuntimeError with the reasons.
     """
     global _forced

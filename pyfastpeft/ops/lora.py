@@ -1,5 +1,7 @@
 """LoRA on a linear layer: y = x W^T + b + scaling * drop(x) A^T B^T (Hu et al. 2021, equation 3)."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -35,10 +37,16 @@ def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 class _LoRA(Function):
     @staticmethod
-    def forward(ctx, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    def forward(ctx, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, unchecked=False):
         if weight is None:
             ctx.mark_dirty(y)
-        y, s, backend = _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        if unchecked:
+            y, s = inference.lora_training(x, weight, bias, lora_A, lora_B, scaling)
+            backend = dispatch.forced_backend()
+            if y is None:
+                raise inference.Declined
+        else:
+            y, s, backend = _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _, _, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A or need_weight else None, weight, lora_A, lora_B, s if need_B else None, seed)
         ctx.options = backend, scaling, dropout_p, x.shape
@@ -64,7 +72,7 @@ class _LoRA(Function):
             dispatch.run("lora_backward", *arguments, backend=backend)
         dweight = dy_rows.T @ x_rows if need_weight else None
         dbias = dy_rows.sum(0) if need_bias else None
-        return (dy if need_y else None), shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, None, None, None
+        return (dy if need_y else None), shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, None, None, None, None
 
 
 def lora_linear(
@@ -95,10 +103,13 @@ def lora_linear(
     if (
         type(scaling) is type(dropout_p) is float
         and dropout_p == 0.0
-        and inference.possible(x, weight, bias, lora_A, lora_B)
-        and (y := inference.lora(x, weight, bias, lora_A, lora_B, scaling)) is not None
+        and (call := inference.call(x, weight, bias, lora_A, lora_B))
     ):
-        return y
+        if call == "training":
+            with suppress(inference.Declined):
+                return _LoRA.apply(None, x, weight, bias, lora_A, lora_B, scaling, 0.0, None, True)
+        elif (y := inference.lora(x, weight, bias, lora_A, lora_B, scaling)) is not None:
+            return y
     op = "lora_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
@@ -126,7 +137,7 @@ def lora_delta_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     if (
         type(scaling) is type(dropout_p) is float
         and dropout_p == 0.0
-        and inference.possible(y, x, lora_A, lora_B)
+        and inference.call(y, x, lora_A, lora_B) == "inference"
         and inference.writable(y)
         and inference.lora_(y, x, lora_A, lora_B, scaling)
     ):

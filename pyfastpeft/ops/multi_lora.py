@@ -136,7 +136,7 @@ def multi_lora(
     scalings, number = (None, scaling) if type(scaling) is float else (scaling, 0.0)
     if (
         scaling is not None
-        and inference.possible(y, x, lora_A, lora_B, order, segments, scalings, ranks)
+        and inference.call(y, x, lora_A, lora_B, order, segments, scalings, ranks) == "inference"
         and inference.writable(y)
         and inference.multi_lora_(y, x, lora_A, lora_B, order, segments, scalings, number, ranks)
     ):

@@ -1,7 +1,9 @@
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <memory>
+#include <tuple>
 
 #include "ops/cpu/base.h"
 #include "ops/cpu/lowrank.h"
@@ -89,7 +91,7 @@ void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTens
   run(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B);
 }
 
-// Whether an inference call is an ordinary one.  x: [..., K];  lora_A: [r, K];  lora_B: [N, r]
+// Whether a call is an ordinary one.  x: [..., K];  lora_A: [r, K];  lora_B: [N, r]
 template <class C>
 bool ordinary(const Tensor& x, const Rows& in, const Tensor& lora_A, const Tensor& lora_B, int64_t n) {
   if (!in || lora_A.dim() != 2 || lora_A.numel() == 0 || !summed_in<C>(in.dtype, lora_A, lora_B)) return false;
@@ -97,9 +99,10 @@ bool ordinary(const Tensor& x, const Rows& in, const Tensor& lora_A, const Tenso
   return shaped(lora_A, {rank, x.size(-1)}) && shaped(lora_B, {n, rank});
 }
 
+// y [..., N], or none.  s: where given, made [M, r] for the backward pass.
 template <class C>
-OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                     const Tensor& lora_B, double scaling) {
+OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                    const Tensor& lora_B, double scaling, OptionalTensor* s) {
   Rows in = separate_rows(x);
   if (weight.dim() != 2 || weight.numel() == 0 || float_dtype(weight) != in.dtype) return {};
   int64_t n = weight.size(0), k = weight.size(1);
@@ -107,8 +110,10 @@ OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor
   if (bias && !(on_cpu(*bias) && float_dtype(*bias) == in.dtype && shaped(*bias, {n}))) return {};
   int64_t m = x.numel() / k, rank = lora_A.size(0);
   Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);
-  std::unique_ptr<C[]> shrunk(new C[m * rank]);
-  forward(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scaling, 0, {}, out, shrunk.get());
+  std::unique_ptr<C[]> own(s ? nullptr : new C[m * rank]);
+  if (s) *s = torch::stable::new_empty(x, {m, rank}, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
+  C* shrunk = s ? sums<C>(**s, {m, rank}, "s") : own.get();
+  forward(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scaling, 0, {}, out, shrunk);
   return y;
 }
 
@@ -128,11 +133,23 @@ bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, cons
   return true;
 }
 
-OptionalTensor lora_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                          const Tensor& lora_B, double scaling) {
+OptionalTensor lora_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                         const Tensor& lora_B, double scaling, OptionalTensor* s) {
   if (!on_cpu(x) || !on_cpu(weight) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
-  auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
-  return run(x, weight, bias, lora_A, lora_B, scaling);
+  auto run = x.scalar_type() == ScalarType::Double ? call<double> : call<float>;
+  return run(x, weight, bias, lora_A, lora_B, scaling, s);
+}
+
+OptionalTensor lora_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                              const Tensor& lora_B, double scaling) {
+  return lora_call(x, weight, bias, lora_A, lora_B, scaling, nullptr);
+}
+
+std::tuple<OptionalTensor, OptionalTensor> lora_training(const Tensor& x, const Tensor& weight,
+                                                         const OptionalTensor& bias, const Tensor& lora_A,
+                                                         const Tensor& lora_B, double scaling) {
+  OptionalTensor s, y = lora_call(x, weight, bias, lora_A, lora_B, scaling, &s);
+  return {y, s};
 }
 
 bool lora_inference_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
@@ -151,6 +168,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
   m.impl("lora_inference", TORCH_BOX(&lora_inference));
+  m.impl("lora_training", TORCH_BOX(&lora_training));
   m.impl("lora_inference_", TORCH_BOX(&lora_inference_in_place));
 }
 
