@@ -39,6 +39,20 @@ def _cuda():
         yield
 
 
+def test_the_emulator_tells_faults(tmp_path):
+    faults = emulated_cuda.EMULATOR / "faults/faults.cpp"
+    program, fibers = tmp_path / "faults", emulated_cuda.EMULATOR / "fibers.cpp"
+    emulated_cuda.run(["g++", "-std=c++20", f"-I{emulated_cuda.EMULATOR}", faults, fibers, "-o", program])
+    environment = os.environ | {"PYFASTPEFT_EMULATED_SMS": "3"}
+    said = subprocess.run([program], capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    waiting = "the threads of a kernel wait for each other: "
+    assert said[0].startswith(f"{waiting}thread (0, 0, 0) of block (0, 0, 0) (spins)")
+    assert said[1].endswith("is not in the mask of its own warp operation")
+    assert said[2].startswith(waiting)
+    assert said[3].startswith(waiting)
+    assert said[4:] == ["ended"]
+
+
 # --- IA3 ---
 
 
