@@ -52,7 +52,7 @@ struct Run {
       } else {
         memcpy(words, of, 16);
       }
-      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+      store16(to, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 };

@@ -101,6 +101,13 @@ __device__ __forceinline__ int load_acquire(const int* count) {
   return value;
 }
 
+// 16 bytes at once, which a plain assignment does not always become.
+__device__ __forceinline__ void store16(void* global, uint4 words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+
 // Two elements as they lie in memory, the first in the low half, rounded to nearest even.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

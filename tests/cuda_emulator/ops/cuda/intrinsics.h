@@ -124,6 +124,8 @@ void wait_async() {
   emulator::make_copies(pending);
 }
 
+inline void store16(void* global, uint4 words) { *static_cast<uint4*>(global) = words; }
+
 inline int add_release(int* count, int value) { return __atomic_fetch_add(count, value, __ATOMIC_ACQ_REL); }
 inline int load_acquire(const int* count) {
   emulator::spin();
