@@ -30,15 +30,24 @@ def fused_layer() -> None:
     )
 
 
+def lora(rank: int, dtype: torch.dtype) -> None:
+    x, weight = random(130, 264, dtype=torch.bfloat16), random(136, 264, dtype=torch.bfloat16, grad=False)
+    lora_A, lora_B = random(rank, 264, dtype=dtype), random(136, rank, dtype=dtype)
+    ops.lora_linear(x, weight, None, lora_A, lora_B, 0.5, 0.1).float().square().sum().backward()
+
+
 if __name__ == "__main__":
     emulated_cuda.load()
     cuda._tensor_cores = lambda device: ""
+    cuda._device = lambda device: ""
     torch.manual_seed(0)
     with ops.use_backend("cuda"):
         multi_lora(9)
         multi_lora(140)
         ia3(False)
         ia3(True)
+        lora(5, torch.bfloat16)
+        lora(80, torch.float32)
         with torch.no_grad():
             fused_layer()
     print("all ran")
