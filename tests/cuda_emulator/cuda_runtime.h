@@ -1,8 +1,8 @@
 // Runs the __global__ functions of csrc/ops/cuda on the CPU, for tests: g++ compiles the .cu sources with this folder
 // first among its includes, and the ops are registered for CPU tensors in a namespace of their own (emulated_cuda.py).
 //
-// What it emulates: launches by cudaLaunchKernelEx, with as many blocks at once as PYFASTPEFT_EMULATED_SMS tells, so that
-// blocks may wait for blocks that are resident; __syncthreads; warps whose lanes run apart until a warp operation
+// What it emulates: launches by cudaLaunchKernelEx, with as many blocks at once as PYFASTPEFT_EMULATED_SMS tells, so
+// that blocks may wait for blocks that are resident; __syncthreads; warps whose lanes run apart until a warp operation
 // brings them together (__syncwarp, shuffles, votes, our mma and ldmatrix); integer atomics; asynchronous copies, made
 // as late as a wait allows; dynamic shared memory, which holds NaN at first. Blocks, and threads in them, take turns in
 // another order every round. intrinsics.h and device.h in ops/cuda stand for ours of these names. Threads that wait for

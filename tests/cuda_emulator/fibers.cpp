@@ -1,5 +1,5 @@
-// Compiled without sanitizers: under -fsanitize=thread every fiber is a thread, and only barriers, exchanges and atomics
-// put them in order, so that the sanitizer finds races of a kernel.
+// Compiled without sanitizers: under -fsanitize=thread every fiber is a thread, and only barriers, exchanges and
+// atomics put them in order, so that the sanitizer finds races of a kernel.
 #include "fibers.h"
 
 #include <sys/mman.h>

@@ -63,9 +63,9 @@ __device__ __forceinline__ int swizzled(int row, int run) { return row * kDepth 
 //
 // Blocks take items from a counter: first those of the shrink, then kColumns columns of y by one part of the features.
 // An item of y streams its part of weight through a ring of shared memory, and behind it, in the same ring, slices of
-// lora_B; before the first of these meets s it waits until the shrink is done. The last part of the same columns adds up
-// all parts in their order. An item waits only for items that were taken before it, so that no block has to be resident
-// for another to end. Positions, not tokens, are rows: those of one adapter lie next to each other.
+// lora_B; before the first of these meets s it waits until the shrink is done. The last part of the same columns adds
+// up all parts in their order. An item waits only for items that were taken before it, so that no block has to be
+// resident for another to end. Positions, not tokens, are rows: those of one adapter lie next to each other.
 template <class T, int token_tiles, int count>
 __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* counters, int most_tiles) {
   constexpr int rows = kTile * token_tiles;
@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
   for (int i = threadIdx.x; i < rows; i += kThreads)
     tokens[i] = i < routing.tokens ? static_cast<int>(routing.token(i)) : -1;
   int tile_count = for_adapters(routing, kTile, false, numbers, [&](int tile, int adapter, int first, int end) {
-    for (; first < end; first += kTile) tiles[tile++] = {adapter, first, min(kTile, end - first), routing.rank_of(adapter)};
+    for (; first < end; first += kTile)
+      tiles[tile++] = {adapter, first, min(kTile, end - first), routing.rank_of(adapter)};
   });
   __syncthreads();
   int slice_count = 0;
@@ -205,7 +206,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
             int position = of.first + j / of.rank;
             int64_t at = int64_t(tokens[position]) * rank + j % of.rank;
             float sum = 0;
-            for (int h = 0; h < shrinks.parts; ++h) sum += __ldcg(a.shrink_planes + int64_t(h) * routing.tokens * rank + at);
+            for (int h = 0; h < shrinks.parts; ++h)
+              sum += __ldcg(a.shrink_planes + int64_t(h) * routing.tokens * rank + at);
             shrunk[position * stride + j % of.rank] = T(scaling * sum);
           }
         }
@@ -225,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
     // What a lane has: rows g and g + 8 of its tile, columns 2t and the next of every eight.
     int64_t plane_stride = int64_t(column_items) * kColumns;
     auto plane = [&](int h, int q, int half) {
-      return a.base_planes + (int64_t(h) * rows + row_tile + g + 8 * half) * plane_stride + column + column_tile + 8 * q + 2 * t;
+      return a.base_planes + (int64_t(h) * rows + row_tile + g + 8 * half) * plane_stride + column + column_tile +
+             8 * q + 2 * t;
     };
     if (part < a.parts - 1) {
 #pragma unroll
@@ -272,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
         for (int j = lane; j < of.count * of.rank; j += 32) {
           int64_t at = int64_t(tokens[of.first + j / of.rank]) * rank + j % of.rank;
           float sum = 0;
-          for (int h = 0; h < shrinks.parts; ++h) sum += __ldcg(a.shrink_planes + int64_t(h) * routing.tokens * rank + at);
+          for (int h = 0; h < shrinks.parts; ++h)
+            sum += __ldcg(a.shrink_planes + int64_t(h) * routing.tokens * rank + at);
           a.s[at] = sum;
         }
       }
@@ -329,7 +333,8 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                    static_cast<int>(parts)};
     size_t shared = FusedShared(routing.rank, tiles, token_tiles, count).total;
     auto kernel = fused_kernel<T, token_tiles, count>;
-    int64_t blocks = std::min(tiles * shrinks.of_tile() + column_items * parts, resident_blocks(kernel, kThreads, shared));
+    int64_t blocks =
+        std::min(tiles * shrinks.of_tile() + column_items * parts, resident_blocks(kernel, kThreads, shared));
     launch(kernel, dim3(blocks), dim3(kThreads), shared, stream, layer, zeros, tiles);
   };
   auto chosen = [&]<int token_tiles>() {

@@ -8,8 +8,8 @@
 
 namespace pyfastpeft {
 
-// The first `valid` of eight elements at `from`, zeros for the rest; `vector`: all or none are valid, at a multiple of 16
-// bytes.
+// The first `valid` of eight elements at `from`, zeros for the rest; `vector`: all or none are valid, at a multiple of
+// 16 bytes.
 template <class T, bool vector>
 __device__ __forceinline__ uint4 load8(const T* from, int valid) {
   if constexpr (vector) {
@@ -46,7 +46,8 @@ __device__ __forceinline__ uint2 load4(const T* from, int valid) {
 
 // d[q] += left right[q]^T over 32 terms, of which this lane holds those from 8t on: left rows g and g + 8, right row g.
 template <class T, int count>
-__device__ __forceinline__ void multiply32(float (&d)[count][4], uint4 upper, uint4 lower, const uint4 (&right)[count]) {
+__device__ __forceinline__ void multiply32(float (&d)[count][4], uint4 upper, uint4 lower,
+                                           const uint4 (&right)[count]) {
   uint32_t first[] = {upper.x, lower.x, upper.y, lower.y}, second[] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
   for (int q = 0; q < count; ++q) {
@@ -62,7 +63,8 @@ __device__ __forceinline__ void multiply32(float (&d)[count][4], uint4 upper, ui
 
 // The same over 16 terms, of which this lane holds those from 4t on.
 template <class T, int count>
-__device__ __forceinline__ void multiply16(float (&d)[count][4], uint2 upper, uint2 lower, const uint2 (&right)[count]) {
+__device__ __forceinline__ void multiply16(float (&d)[count][4], uint2 upper, uint2 lower,
+                                           const uint2 (&right)[count]) {
   uint32_t left[] = {upper.x, lower.x, upper.y, lower.y};
 #pragma unroll
   for (int q = 0; q < count; ++q) {
@@ -71,9 +73,9 @@ __device__ __forceinline__ void multiply16(float (&d)[count][4], uint2 upper, ui
   }
 }
 
-// Which of 32 consecutive rows this lane brings as row g of right[q], q < 4, so that in d[0 .. 4] it gets of every row of
-// the left the eight consecutive columns from 8t on: columns 8t + 2q and the next are d[q][0], d[q][1] (row g), d[q][2],
-// d[q][3] (row g + 8).
+// Which of 32 consecutive rows this lane brings as row g of right[q], q < 4, so that in d[0 .. 4] it gets of every row
+// of the left the eight consecutive columns from 8t on: columns 8t + 2q and the next are d[q][0], d[q][1] (row g),
+// d[q][2], d[q][3] (row g + 8).
 __device__ __forceinline__ int dealt_row(int g, int q) { return g / 2 * 8 + q * 2 + g % 2; }
 
 }  // namespace pyfastpeft

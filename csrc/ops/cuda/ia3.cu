@@ -126,8 +126,9 @@ void scale(const Rows& in, AnyFloats l, const Rows& out, int64_t rows, int64_t c
   with_type(in.dtype, [&]<class T>(T) {
     auto run = [&]<bool vector>(std::bool_constant<vector>) {
       Deal deal(rows, columns, Run<T, vector>::size);
-      launch(scale_kernel<T, vector>, deal.grid(), dim3(kLanes, kGroups), 0, stream, reinterpret_cast<const T*>(in.data),
-             in.stride, l, reinterpret_cast<T*>(out.data), out.stride, rows, columns, deal.part);
+      launch(scale_kernel<T, vector>, deal.grid(), dim3(kLanes, kGroups), 0, stream,
+             reinterpret_cast<const T*>(in.data), in.stride, l, reinterpret_cast<T*>(out.data), out.stride, rows,
+             columns, deal.part);
     };
     in_runs(in, columns) && in_runs(out, columns) ? run(std::true_type{}) : run(std::false_type{});
   });
@@ -149,7 +150,8 @@ void scale_and_sum(const Tensor& like, const Rows& a, const Rows& b, AnyFloats l
       launch(add_parts_kernel<C>, dim3((columns + kLanes - 1) / kLanes), dim3(kLanes, kGroups),
              kGroups * kLanes * sizeof(C), stream, planes, total, deal.parts, columns);
     };
-    in_runs(a, columns) && in_runs(b, columns) && in_runs(out, columns) ? run(std::true_type{}) : run(std::false_type{});
+    in_runs(a, columns) && in_runs(b, columns) && in_runs(out, columns) ? run(std::true_type{})
+                                                                        : run(std::false_type{});
   });
 }
 

@@ -17,7 +17,8 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(memory);
 }
 
-// d += a b, on tensor cores. a [16, 16], b [16, 8] of T, d [16, 8], spread over a warp: with g = lane / 4, t = lane % 4,
+// d += a b, on tensor cores. a [16, 16], b [16, 8] of T, d [16, 8], spread over a warp. With g = lane / 4 and
+// t = lane % 4:
 //   a[0] = a(g, 2t ..), a[1] = a(g + 8, 2t ..), a[2] = a(g, 2t + 8 ..), a[3] = a(g + 8, 2t + 8 ..), two columns each;
 //   b[0] = b(2t .., g), b[1] = b(2t + 8 .., g), two rows each;
 //   d[0], d[1] = d(g, 2t ..), d[2], d[3] = d(g + 8, 2t ..).
@@ -37,7 +38,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 }
 
 // The same with a [16, 8], b [8, 8] of float32 numbers that tf32 holds (all 16-bit ones, and what tf32() makes):
-//   a[0] = a(g, t), a[1] = a(g + 8, t), a[2] = a(g, t + 4), a[3] = a(g + 8, t + 4);  b[0] = b(t, g), b[1] = b(t + 4, g).
+//   a[0] = a(g, t), a[1] = a(g + 8, t), a[2] = a(g, t + 4), a[3] = a(g + 8, t + 4);
+//   b[0] = b(t, g), b[1] = b(t + 4, g).
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -56,8 +58,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Four matrices [8, 8] of 16-bit elements from shared memory: lane i brings the address of row i % 8 of matrix i / 8, 16
-// bytes, and gets in r[m] of matrix m the elements (i / 4, 2 (i % 4) ..), two columns; transposed: (2 (i % 4) .., i / 4).
+// Four matrices [8, 8] of 16-bit elements from shared memory: lane i brings the address of row i % 8 of matrix i / 8,
+// 16 bytes, and gets in r[m] of matrix m the elements (i / 4, 2 (i % 4) ..), two columns; transposed:
+// (2 (i % 4) .., i / 4).
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -79,7 +82,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 }
 // The same with one word of 4 bytes, zero unless valid.
 __device__ __forceinline__ void copy_async_word(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 4 : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
                : "memory");
 }
 __device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,5 +1,5 @@
-// Grids follow from shapes alone, so that a launch may be captured in a graph and replayed with other slots. How sums are
-// cut follows from shapes, too, and they are added up in order.
+// Grids follow from shapes alone, so that a launch may be captured in a graph and replayed with other slots. How sums
+// are cut follows from shapes, too, and they are added up in order.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -22,7 +22,8 @@ constexpr int kBlocks = 1024;  // that a launch aims at where it may choose, wha
 
 // row[column ..] (+)= scale * the lane's eight columns of row g (+ 8 where `half`) in d, as dealt_row deals them.
 template <class T, bool vector, bool add>
-__device__ __forceinline__ void put_row(const float (&d)[4][4], int half, float scale, T* row, int column, int columns) {
+__device__ __forceinline__ void put_row(const float (&d)[4][4], int half, float scale, T* row, int column,
+                                        int columns) {
   if constexpr (vector) {
     if (column >= columns) return;
     Run<T, true> run;
@@ -39,7 +40,8 @@ __device__ __forceinline__ void put_row(const float (&d)[4][4], int half, float 
   }
 }
 
-// rows[c][q] = the lane's part of factor's rows `column` to column + 31, ranks first_rank + 16c to + 15.  factor: [F, R]
+// rows[c][q] = the lane's part of factor's rows `column` to column + 31, ranks first_rank + 16c to + 15.
+// factor: [F, R]
 template <class T, bool vector>
 __device__ __forceinline__ void load_factor(uint2 (&rows)[kRanks / 16][4], const T* factor, int column, int columns,
                                             int first_rank, int ranks, int stride) {
@@ -83,8 +85,8 @@ struct DecodeShared {
 // On adapter a's tokens t:  s[t, j] = x[t] . lora_A[a, j] for j < ranks[a];  y[t] += scaling[a] * s[t] lora_B[a]^T.
 //
 // Blocks take shrink items, tile by rank block by part of the features, from a counter until none is left, and put down
-// one plane for a part; then each expands its share of the tiles' columns, after all shrink items are done. Nobody waits
-// while an item is not yet taken, so that no block has to be resident for another to end.
+// one plane for a part; then each expands its share of the tiles' columns, after all shrink items are done. Nobody
+// waits while an item is not yet taken, so that no block has to be resident for another to end.
 template <class T, bool vector, int count>
 __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* counters, int most_tiles) {
   auto* memory = shared_memory<char>();
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
   const Routing& routing = b.routing;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, rank = routing.rank;
   int tile_count = for_adapters(routing, kTile, false, numbers, [&](int tile, int adapter, int first, int end) {
-    for (; first < end; first += kTile) tiles[tile++] = {adapter, first, min(kTile, end - first), routing.rank_of(adapter)};
+    for (; first < end; first += kTile)
+      tiles[tile++] = {adapter, first, min(kTile, end - first), routing.rank_of(adapter)};
   });
   ShrinkItems shrinks(rank, b.x.columns, count);
   int items = tile_count * shrinks.of_tile();
@@ -115,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
 
   int column_blocks = (b.y.columns + kColumns - 1) / kColumns;
   int64_t expands = int64_t(tile_count) * column_blocks;
-  int begin = static_cast<int>(expands * blockIdx.x / gridDim.x), end = static_cast<int>(expands * (blockIdx.x + 1) / gridDim.x);
+  int begin = static_cast<int>(expands * blockIdx.x / gridDim.x),
+      end = static_cast<int>(expands * (blockIdx.x + 1) / gridDim.x);
   int at_hand = -1;  // the tile whose s is in shared memory
   int stride = DecodeShared::padded(rank);
   for (int item = begin; item < end; ++item) {
@@ -171,15 +175,16 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
 
 // --- any number of tokens: shrink and expand by themselves ---
 
-// planes[h, t, j] = scaling[a] * the sum over the features k of part h of x[t, k] factor[a, j, k], for adapter a's tokens
-// t and j < ranks[a].  x: [T, K];  factor: [L, R, K];  scaling: [L] or null: 1;  planes: [parts, T, R]
+// planes[h, t, j] = scaling[a] * the sum over the features k of part h of x[t, k] factor[a, j, k], for adapter a's
+// tokens t and j < ranks[a].  x: [T, K];  factor: [L, R, K];  scaling: [L] or null: 1;  planes: [parts, T, R]
 template <class T, bool vector, int count>
 __global__ void __launch_bounds__(kThreads, 2)
-    multi_shrink_kernel(Matrix<const T> x, const T* factor, const float* scaling, Routing routing, float* planes, int tokens,
-                  int part) {
+    multi_shrink_kernel(Matrix<const T> x, const T* factor, const float* scaling, Routing routing, float* planes,
+                        int tokens, int part) {
   auto* scan = shared_memory<int>();
   int rank_blocks = (routing.rank + 8 * count - 1) / (8 * count), first_rank = blockIdx.x % rank_blocks * 8 * count;
-  Tile tile = find_tile(routing, kLongTile, false, blockIdx.x / rank_blocks, scan, reinterpret_cast<Tile*>(scan + kWarps));
+  Tile tile =
+      find_tile(routing, kLongTile, false, blockIdx.x / rank_blocks, scan, reinterpret_cast<Tile*>(scan + kWarps));
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, begin = threadIdx.x / 32 * kTile;
   int ranks = min(tile.rank - first_rank, 8 * count);
   if (begin >= tile.count || ranks <= 0) return;
@@ -207,7 +212,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // sum[i] = sum over h of planes[h, i], in the order of h.  planes: [parts, size];  sum: [size]
-__global__ void __launch_bounds__(kThreads) add_planes_kernel(const float* planes, float* sum, int64_t size, int parts) {
+__global__ void __launch_bounds__(kThreads)
+    add_planes_kernel(const float* planes, float* sum, int64_t size, int parts) {
   int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= size) return;
   float total = 0;
@@ -268,7 +274,8 @@ __global__ void __launch_bounds__(kThreads)
     transpose_kernel(const T* in, T* out, const int64_t* segments, int rows, int columns) {
   if (segments[blockIdx.y] == segments[blockIdx.y + 1]) return;
   auto* shared = shared_memory<T>();  // [32, 33]
-  int column_blocks = (columns + 31) / 32, row = blockIdx.x / column_blocks * 32, column = blockIdx.x % column_blocks * 32;
+  int column_blocks = (columns + 31) / 32, row = blockIdx.x / column_blocks * 32,
+      column = blockIdx.x % column_blocks * 32;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t first = int64_t(blockIdx.y) * rows * columns;
   for (int i = warp; i < 32; i += kWarps)
@@ -304,8 +311,10 @@ struct Gradient {
 // A block has 32 ranks and 64 columns; its warps take turns at the tokens, 16 at a time, as do the parts.
 template <class T, bool vector>
 __global__ void __launch_bounds__(kThreads)
-    multi_gradient_kernel(Matrix<const T> v, const float* s, const float* scaling, Routing routing, Gradient<T> gradient) {
-  int adapter = blockIdx.y, rank = routing.rank_of(adapter), rank_blocks = (routing.rank + kGradientRanks - 1) / kGradientRanks;
+    multi_gradient_kernel(Matrix<const T> v, const float* s, const float* scaling, Routing routing,
+                          Gradient<T> gradient) {
+  int adapter = blockIdx.y, rank = routing.rank_of(adapter),
+      rank_blocks = (routing.rank + kGradientRanks - 1) / kGradientRanks;
   int first_rank = blockIdx.x % rank_blocks * kGradientRanks, column = blockIdx.x / rank_blocks * kGradientColumns;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   int position = routing.begin(adapter), end = routing.end(adapter);
@@ -338,7 +347,8 @@ __global__ void __launch_bounds__(kThreads)
       // Column q of the lane's eight, of tokens 4t, 4t + 1 and 4t + 2, 4t + 3.
       auto word = [&](const uint4& row) { return q < 2 ? row.x : q < 4 ? row.y : q < 6 ? row.z : row.w; };
       uint32_t which = q % 2 ? 0x7632 : 0x5410;
-      uint32_t right[] = {__byte_perm(word(rows[0]), word(rows[1]), which), __byte_perm(word(rows[2]), word(rows[3]), which)};
+      uint32_t right[] = {__byte_perm(word(rows[0]), word(rows[1]), which),
+                          __byte_perm(word(rows[2]), word(rows[3]), which)};
 #pragma unroll
       for (int block = 0; block < kGradientRanks / 16; ++block) mma<T>(own[block][q], left[block], right);
     }
@@ -433,8 +443,11 @@ class Call {
     a = reinterpret_cast<const T*>(contiguous(lora_A, {adapters, rank, k}, "lora_A"));
     b = reinterpret_cast<const T*>(contiguous(lora_B, {adapters, n, rank}, "lora_B"));
     scales = sums<float>(scaling, {adapters}, "scaling");
-    routing = {integers(order, tokens, "order"), integers(segments, adapters + 1, "segments"),
-               ranks ? integers(*ranks, adapters, "ranks") : nullptr, static_cast<int>(adapters), static_cast<int>(rank),
+    routing = {integers(order, tokens, "order"),
+               integers(segments, adapters + 1, "segments"),
+               ranks ? integers(*ranks, adapters, "ranks") : nullptr,
+               static_cast<int>(adapters),
+               static_cast<int>(rank),
                static_cast<int>(tokens)};
     in = k;
     out = n;
@@ -465,11 +478,14 @@ class Call {
     int tiles = static_cast<int>(most_tiles(kTile));
     auto run = [&]<bool vector, int count>() {
       size_t shared = DecodeShared(tiles, routing.rank, count).total;
-      int64_t items = tiles * std::max<int64_t>(ShrinkItems(routing.rank, in, count).of_tile(), (out + kColumns - 1) / kColumns);
+      int64_t items =
+          tiles * std::max<int64_t>(ShrinkItems(routing.rank, in, count).of_tile(), (out + kColumns - 1) / kColumns);
       int64_t blocks = std::min(items, resident_blocks(decode_kernel<T, vector, count>, kThreads, shared));
-      launch(decode_kernel<T, vector, count>, dim3(blocks), dim3(kThreads), shared, device_.stream(), branch, zeros, tiles);
+      launch(decode_kernel<T, vector, count>, dim3(blocks), dim3(kThreads), shared, device_.stream(), branch, zeros,
+             tiles);
     };
-    with_count(in_runs(x, in) && aligned(a, 16) && in % 8 == 0 && in_runs(y, out) && aligned(b, 8) && rank % 4 == 0, run);
+    with_count(in_runs(x, in) && aligned(a, 16) && in % 8 == 0 && in_runs(y, out) && aligned(b, 8) && rank % 4 == 0,
+               run);
   }
 
   // s[t, j] = scaling[a] * x[t] . factor[a, j];  factor: [L, R, features];  s: [T, R]
@@ -483,13 +499,13 @@ class Call {
     float* to = planes ? static_cast<float*>(planes->mutable_data_ptr()) : s;
     auto run = [&]<bool vector, int count>() {
       int64_t rank_blocks = (routing.rank + 8 * count - 1) / (8 * count);
-      launch(multi_shrink_kernel<T, vector, count>, dim3(most_tiles(kLongTile) * rank_blocks, parts), dim3(kThreads), kScan,
-             device_.stream(), constant(matrix(x, features)), factor, scaling, routing, to, tokens, part);
+      launch(multi_shrink_kernel<T, vector, count>, dim3(most_tiles(kLongTile) * rank_blocks, parts), dim3(kThreads),
+             kScan, device_.stream(), constant(matrix(x, features)), factor, scaling, routing, to, tokens, part);
     };
     with_count(in_runs(x, features) && aligned(factor, 16) && features % 8 == 0, run);
     if (planes)
-      launch(add_planes_kernel, dim3((size + kThreads - 1) / kThreads), dim3(kThreads), 0, device_.stream(), to, s, size,
-             parts);
+      launch(add_planes_kernel, dim3((size + kThreads - 1) / kThreads), dim3(kThreads), 0, device_.stream(), to, s,
+             size, parts);
   }
 
   // y[t] (+)= scaling[a] * s[t] factor[a]^T;  factor: [L, features, R];  y: [T, features]
@@ -507,7 +523,8 @@ class Call {
   void gradient(const Rows& v, int64_t columns, const float* s, const float* scaling, T* out, bool transposed) const {
     int64_t rank_blocks = (routing.rank + kGradientRanks - 1) / kGradientRanks;
     int64_t blocks = (columns + kGradientColumns - 1) / kGradientColumns * rank_blocks;
-    int64_t active = std::min<int64_t>(routing.adapters, tokens), steps = (tokens + kWarps * kTile - 1) / (kWarps * kTile);
+    int64_t active = std::min<int64_t>(routing.adapters, tokens),
+            steps = (tokens + kWarps * kTile - 1) / (kWarps * kTile);
     int64_t parts = std::clamp<int64_t>(kBlocks / 2 / (blocks * active), 1, std::min<int64_t>(steps, 8));
     int64_t of_adapter = routing.rank * columns, size = of_adapter * routing.adapters;
     OptionalTensor planes;
@@ -545,7 +562,9 @@ class Call {
   static constexpr size_t kScan = kWarps * sizeof(int) + sizeof(Tile);
 
   static Matrix<const T> constant(const Matrix<T>& m) { return {m.data, m.stride, m.columns}; }
-  static bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+  static bool aligned(const void* pointer, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+  }
 
   // Calls run with how many times eight ranks a warp has at once.
   template <class F>
@@ -613,7 +632,8 @@ void with_short_type(const Tensor& t, F f) {
 }
 
 void multi_lora_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
-                        const OptionalTensor& ranks, const Tensor& order, const Tensor& segments, Tensor& y, Tensor& s) {
+                        const OptionalTensor& ranks, const Tensor& order, const Tensor& segments, Tensor& y,
+                        Tensor& s) {
   with_short_type(x, [&]<class T>(T) { forward<T>(x, lora_A, lora_B, scaling, ranks, order, segments, y, s); });
 }
 
@@ -631,7 +651,8 @@ void group_tokens(const Tensor& slots, Tensor& order, Tensor& segments) {
   int64_t tokens = slots.numel(), bounds = segments.numel();
   const int64_t* from = integers(slots, tokens, "slots");
   launch(group_kernel, dim3((tokens + bounds + kThreads - 1) / kThreads), dim3(kThreads), kThreads * sizeof(int64_t),
-         device.stream(), from, integers(order, tokens, "order"), integers(segments, bounds, "segments"), tokens, bounds);
+         device.stream(), from, integers(order, tokens, "order"), integers(segments, bounds, "segments"), tokens,
+         bounds);
 }
 
 }  // namespace

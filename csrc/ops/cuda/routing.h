@@ -85,8 +85,8 @@ __device__ inline Tile find_tile(const Routing& routing, int size, bool empty, i
   return *shared;
 }
 
-// sums[q] += rows of x for positions g and g + 8 of 16 times factor's rows 8q + g, over the features begin .. end. Rows of
-// x that are null, and ranks beyond `ranks`, are zero. x: [T, K];  factor: [ranks, K]
+// sums[q] += rows of x for positions g and g + 8 of 16 times factor's rows 8q + g, over the features begin .. end. Rows
+// of x that are null, and ranks beyond `ranks`, are zero. x: [T, K];  factor: [ranks, K]
 template <class T, bool vector, int count>
 __device__ __forceinline__ void shrink16(float (&sums)[count][4], const T* upper, const T* lower, const T* factor,
                                          int ranks, int features, int begin, int end) {
@@ -112,8 +112,8 @@ struct ShrinkItems {
   __host__ __device__ int of_tile() const { return rank_blocks * parts; }
 };
 
-// planes[h, t, j] = the sum over the features of part h of x[t] . lora_A[a, j], for item's tile of tokens t and its ranks j.
-// x: [T, K];  lora_A: [L, R, K];  planes: [parts, T, R];  sums: shared, [kWarps, kTile, 8 * count]
+// planes[h, t, j] = the sum over the features of part h of x[t] . lora_A[a, j], for item's tile of tokens t and its
+// ranks j. x: [T, K];  lora_A: [L, R, K];  planes: [parts, T, R];  sums: shared, [kWarps, kTile, 8 * count]
 template <class T, bool vector, int count>
 __device__ void shrink_item(int item, const Tile* tiles, ShrinkItems items, Matrix<const T> x, const T* lora_A,
                             const Routing& routing, float* planes, float* sums) {
