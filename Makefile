@@ -18,10 +18,11 @@ lint: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
-# On a machine with a GPU, without network or pip: everything with the Python that it has.
+# On a machine with a GPU, without network or pip: everything with the Python that it has. A CUDA library that was
+# built elsewhere is used as it is.
 gpu: export PYFASTPEFT_REQUIRE_NATIVE = 0
 gpu:
-	-$(PYTHON) setup.py -q build_ext --inplace
+	-$(if $(wildcard pyfastpeft/_ops_cuda.so),PYFASTPEFT_CUDA=0) $(PYTHON) setup.py -q build_ext --inplace
 	status=0; $(PYTHON) -m pytest -m gpu tests $(ARGS) || status=$$?; \
 	$(PYTHON) -m benchmarks --json $${OUT:-benchmarks/results}/gpu.json && exit $$status
 

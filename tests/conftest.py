@@ -16,7 +16,14 @@ settings.load_profile("repeatable")
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # other workers have the other cores
 torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count()))
 # Modules whose tests share what takes long to make, and so a worker; those that take longest come first.
-SHARING = ("test_triton_interpreter", "test_packaging", "test_demo", "test_quality", "test_triton_aot")
+SHARING = (
+    "test_triton_interpreter",
+    "test_packaging",
+    "test_demo",
+    "test_quality",
+    "test_triton_aot",
+    "test_cuda_emulator",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the mark

@@ -1,2 +1,86 @@
 """What the CUDA C++ kernels of csrc/ops/cuda take: one function for every op that has one, with the raw op's arguments,
 which returns what it lacks, "" where it takes them. Nothing here looks at a value on a device."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+SHORT = (torch.bfloat16, torch.float16)
+MAX_RANK = 256
+SHARED = 112 * 1024  # bytes of shared memory that a block takes
+
+
+def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> str:
+    return _low_rank(x, lora_A, lora_B) or _rows(x=x, y=y, weight=weight)
+
+
+def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> str:
+    read = {"x": x if dlora_A is not None else None, "weight": weight if dx is not None else None}
+    return _low_rank(dy, lora_A, lora_B) or _rows(dy=dy, dx=dx, **read)
+
+
+def ia3_forward(*args) -> str:
+    return ""
+
+
+def ia3_backward(*args) -> str:
+    return ""
+
+
+def multi_lora_forward(x, lora_A, *rest) -> str:
+    """Tensor cores multiply the activations with adapters of their own 16-bit dtype, any shape of them."""
+    if x.dtype not in SHORT or lora_A.dtype != x.dtype:
+        return "takes bfloat16 and float16, with adapters of the same dtype"
+    if len(lora_A) > 65535:
+        return f"takes up to 65535 adapters, not {len(lora_A)}"
+    return _tensor_cores(x.device)
+
+
+def multi_lora_backward(dy, x, lora_A, *rest) -> str:
+    return multi_lora_forward(dy, lora_A)
+
+
+def group_tokens(slots, order, segments) -> str:
+    """Every token is compared with every other."""
+    return "" if len(slots) + len(segments) <= 2**14 else "takes up to 16384 tokens and adapters"
+
+
+def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
+    if x.dtype not in SHORT:
+        return "takes bfloat16 and float16 activations"
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        return f"takes adapters of {x.dtype} or float32"
+    (rank, features), outputs = lora_A.shape, lora_B.shape[0]
+    if features % 8 or outputs % 8 or rank > MAX_RANK:
+        needed = f"K and N that are multiples of 8 and ranks up to {MAX_RANK}"
+        return f"takes {needed}, not K={features}, N={outputs}, r={rank}"
+    return _device(x.device) or _rows(lora_A=lora_A)
+
+
+def _rows(**tensors: Tensor | None) -> str:
+    """Their rows are read 16 bytes at a time."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        # A compiled graph knows no addresses; torch's own memory begins at multiples of 16 bytes.
+        compiling = torch.compiler.is_compiling()
+        offset = tensor.storage_offset() * tensor.itemsize if compiling else tensor.data_ptr()
+        if offset % 16 or tensor.stride(-1) != 1 or tensor.stride(0) * tensor.itemsize % 16:
+            return f"takes rows that begin at multiples of 16 bytes, not those of {name}"
+    return ""
+
+
+@functools.cache
+def _tensor_cores(device: torch.device) -> str:
+    if torch.cuda.get_device_capability(device)[0] >= 8:
+        return ""
+    return f"runs on sm_80 and newer, not on {torch.cuda.get_device_name(device)}"
+
+
+@functools.cache
+def _device(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major >= 8 and properties.shared_memory_per_block_optin >= SHARED:
+        return ""
+    return f"runs on sm_80 and newer with {SHARED} bytes of shared memory for a block, not on {properties.name}"

@@ -11,7 +11,8 @@ namespace pyfastpeft {
 // All matrices are of one 16-bit dtype, sums are float32 and rounded once. Rows of left, tail_left and out are contiguous
 // at the given strides (in elements); right and tail_right are contiguous along k and j (as weight [N, K] and lora_B
 // [N, r] are in a forward pass) or, where `backward`, along n (as weight [K, N] and lora_A [r, N] are in a backward
-// pass). Every stride is a multiple of 8, every pointer of 16 bytes: what TMA asks for.
+// pass). Every stride is a multiple of 8, every pointer of 16 bytes: what TMA asks for. The sizes may be any; what lies
+// between the end of a row and the next is not read. Needs no scratch memory.
 struct Gemm {
   bool bfloat16 = true;  // else float16
   bool backward = false;
@@ -27,10 +28,11 @@ struct Gemm {
 // Whether this library holds the product and the current device can run it (sm_90).
 bool gemm_available();
 
-// Bytes of scratch memory that `gemm` wants.
-size_t gemm_workspace(const Gemm&);
-
 // Null, or what went wrong.
-const char* gemm(const Gemm&, void* workspace, cudaStream_t);
+const char* gemm(const Gemm&, cudaStream_t);
+
+// The product in one dtype and one order of operands: of gemm_sm90.h.
+template <bool kBfloat16, bool kBackward>
+const char* hopper_gemm(const Gemm&, cudaStream_t);
 
 }  // namespace pyfastpeft

@@ -1,13 +1,10 @@
-// What every op on CUDA tensors needs of the CUDA runtime: the device, its stream, scratch memory, launches.
+// What every op on CUDA tensors needs of the CUDA runtime: scratch memory and launches.
 #pragma once
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "ops/checks.h"
-
-// Weak, so that the library loads where torch is one for the CPU.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "ops/cuda/device.h"
 
 namespace pyfastpeft {
 
@@ -15,39 +12,41 @@ inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// While it lives, the device of t is the current one.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(t.is_cuda(), "this kernel takes CUDA tensors");
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch is not one for CUDA");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-};
-
 // An uninitialised tensor beside t, from torch's caching allocator: safe to drop while the stream still uses it.
 inline Tensor scratch(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(t, shape, dtype);
+}
+
+// Lets a kernel have so many bytes of dynamic shared memory.
+template <class... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t shared) {
+  if (shared <= 48 * 1024) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "shared memory");
 }
 
 // Runs a kernel on the stream; `shared` is its dynamic shared memory in bytes.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             Arguments&&... arguments) {
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "shared memory");
-  }
-  kernel<<<grid, block, shared, stream>>>(static_cast<Parameters>(arguments)...);
-  check(cudaGetLastError(), "launch");
+  allow_shared(kernel, shared);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
+}
+
+// How many blocks of a kernel run at once on the current device.
+template <class... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared) {
+  int device = 0, multiprocessors = 0, blocks = 0;
+  allow_shared(kernel, shared);
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "occupancy");
+  return int64_t(multiprocessors) * std::max(blocks, 1);
 }
 
 }  // namespace pyfastpeft

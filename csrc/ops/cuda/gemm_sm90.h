@@ -1,0 +1,135 @@
+// The product of gemm.h on CUTLASS's Hopper collectives. Each file gemm_*_sm90.cu compiles one of the four kernels.
+#pragma once
+#include <cutlass/cutlass.h>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "ops/cuda/gemm.h"
+
+namespace pyfastpeft {
+
+// A collective whose sum runs over the depth of a first product, then over the rank of a second one of the same shape:
+// the producer turns to the second one's operands when the first one's tiles are loaded, and the consumers do not notice.
+template <class Single>
+struct WithTail : Single {
+  struct Arguments {
+    typename Single::Arguments base, tail;
+    int depth, rank;
+  };
+
+  struct Params : Single::Params {
+    typename Single::Params tail;
+    int base_tiles;
+  };
+
+  static constexpr int kDepth = cute::size<2>(typename Single::TileShape{});
+
+  static int tiles(int depth) { return (depth + kDepth - 1) / kDepth; }
+
+  template <class Shape>
+  static Params to_underlying_arguments(const Shape& shape, const Arguments& it, void* workspace) {
+    auto [rows, columns, unused, batch] = shape;
+    auto described = [&](int depth, const typename Single::Arguments& operands) {
+      return Single::to_underlying_arguments(cute::make_shape(rows, columns, depth, batch), operands, workspace);
+    };
+    typename Single::Params base = described(it.depth, it.base);
+    return {base, it.rank ? described(it.rank, it.tail) : base, tiles(it.depth)};
+  }
+
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
+    Single::prefetch_tma_descriptors(params);
+    Single::prefetch_tma_descriptors(params.tail);
+  }
+
+  template <class Shape>
+  CUTLASS_DEVICE auto load_init(const Shape& shape, const Params& params) const {
+    auto base = Single::load_init(shape, params), tail = Single::load_init(shape, params.tail);
+    return cute::make_tuple(cute::get<0>(base), cute::get<1>(base), cute::get<0>(tail), cute::get<1>(tail));
+  }
+
+  // The scheduler hands out whole tiles of the output: `tile` begins at 0.
+  template <class Inputs, class Coordinates, class Iterator>
+  CUTLASS_DEVICE void load(const Params& params, typename Single::MainloopPipeline pipeline,
+                           typename Single::PipelineState state, const Inputs& inputs, const Coordinates& block,
+                           Iterator tile, int tiles, int thread, uint32_t rank_in_cluster,
+                           typename Single::TensorStorage& shared) {
+    auto base = cute::make_tuple(cute::get<0>(inputs), cute::get<1>(inputs));
+    auto tail = cute::make_tuple(cute::get<2>(inputs), cute::get<3>(inputs));
+    Single::load(params, pipeline, state, base, block, tile, params.base_tiles, thread, rank_in_cluster, shared);
+    state.advance(params.base_tiles);
+    Single::load(params.tail, pipeline, state, tail, block, tile, tiles - params.base_tiles, thread, rank_in_cluster,
+                 shared);
+  }
+};
+
+// The types of one kernel: tiles of 128 x 256 in clusters of two, which share what they read of `right`.
+template <class Element, bool kBackward>
+struct HopperGemm {
+  using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using RowMajor = cutlass::layout::RowMajor;
+  using Right = cute::conditional_t<kBackward, RowMajor, cutlass::layout::ColumnMajor>;
+
+  // scale[n] * sum + bias[n], rounded once
+  template <class Vector>
+  using PerColumn = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, Vector, float>;
+  using ScaleAndShift =
+      cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float,
+                                             cutlass::FloatRoundStyle::round_to_nearest>;
+  using Finish = cutlass::epilogue::fusion::Sm90EVT<ScaleAndShift, PerColumn<float>,
+                                                    cutlass::epilogue::fusion::Sm90AccFetch, PerColumn<Element>>;
+
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, Element, RowMajor, 8,
+      cutlass::epilogue::TmaWarpSpecializedCooperative, Finish>::CollectiveOp;
+  using Single = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, Right, 8, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, WithTail<Single>, Epilogue>;
+  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  // A matrix of one batch whose unit stride is where its type says.
+  template <class Stride>
+  static Stride strides(int64_t distance) {
+    Stride stride{};
+    cute::get<cute::is_constant<1, decltype(cute::get<0>(Stride{}))>::value ? 1 : 0>(stride) = distance;
+    return stride;
+  }
+
+  static typename Device::Arguments arguments(const Gemm& gemm) {
+    auto operands = [](const void* left, int64_t left_stride, const void* right, int64_t right_stride) {
+      return typename Single::Arguments{
+          static_cast<const Element*>(left), strides<typename Single::StrideA>(left_stride),
+          static_cast<const Element*>(right), strides<typename Single::StrideB>(right_stride)};
+    };
+    int depth = static_cast<int>(gemm.depth), rank = static_cast<int>(gemm.rank);
+    int whole = (WithTail<Single>::tiles(depth) + WithTail<Single>::tiles(rank)) * WithTail<Single>::kDepth;
+    typename Device::Arguments it{};
+    it.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+    it.problem_shape = {static_cast<int>(gemm.rows), static_cast<int>(gemm.columns), whole, 1};
+    it.mainloop = {operands(gemm.left, gemm.left_stride, gemm.right, gemm.right_stride),
+                   operands(gemm.tail_left, gemm.tail_left_stride, gemm.tail_right, gemm.tail_right_stride), depth, rank};
+    it.epilogue.thread = {{gemm.scale, 1.0f}, {}, {static_cast<const Element*>(gemm.bias), Element(0.0f)}, {}};
+    it.epilogue.ptr_D = static_cast<Element*>(gemm.out);
+    it.epilogue.dD = strides<typename Kernel::StrideD>(gemm.out_stride);
+    it.scheduler.max_swizzle_size = 8;  // neighbours in time share rows and columns, which then stay in L2
+    return it;
+  }
+};
+
+template <bool kBfloat16, bool kBackward>
+const char* hopper_gemm(const Gemm& gemm, cudaStream_t stream) {
+  using Types = HopperGemm<cute::conditional_t<kBfloat16, cutlass::bfloat16_t, cutlass::half_t>, kBackward>;
+  typename Types::Device device;
+  cutlass::Status status = device.initialize(Types::arguments(gemm), nullptr, stream);
+  if (status == cutlass::Status::kSuccess) status = device.run(stream);
+  return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
+}
+
+}  // namespace pyfastpeft

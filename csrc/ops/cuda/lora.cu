@@ -1,0 +1,807 @@
+// LoRA on 16-bit CUDA tensors (reference.py has the formulas): two kernels that read an activation once, which is what
+// they take their time for, small ones that finish, and the product of gemm.h, which takes the branch along as a tail;
+// without it torch's, to which a kernel adds the branch. Few tokens are left to decode.h.
+//
+// Where adapters are 16-bit, the tensor cores multiply 16-bit operands. Where they are float32, results of theirs have
+// to be as good as float32's: activations are exact in tf32, the other operand is the sum of two tf32 numbers, and what
+// the tensor cores sum, which they truncate, is added to a sum outside of them every 64 terms.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/cuda/base.h"
+#include "ops/cuda/decode.h"
+#include "ops/cuda/dropout.h"
+#include "ops/cuda/gemm.h"
+#include "ops/cuda/intrinsics.h"
+#include "ops/cuda/runtime.h"
+
+namespace pyfastpeft {
+
+namespace {
+
+constexpr int kThreads = 128;  // four warps
+constexpr int kRows = 64;      // of a tile of an activation, 16 for every warp
+constexpr int kPad = 16;       // elements after a row of a tile: four rows, 8 bytes for each of four lanes, in 32 banks
+constexpr int kBlocks = 256;   // that a kernel aims at, whatever the device: results depend on shapes alone
+
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// An activation [rows, columns] of 16-bit elements, columns a multiple of 8 and rows 16-byte aligned.
+struct Activation16 {
+  const void* data;
+  int64_t stride, rows;
+  int columns;
+};
+
+// --- tiles in shared memory ---
+
+// Eight 16-bit or four 32-bit elements at a time, by asynchronous copies: tile[i, c] = matrix[row + i, column + c], 0
+// outside of it.  tile: [tile_rows, C + kPad];  matrix: [rows, columns]
+template <int C, class T>
+__device__ void load_tile(T* tile, int tile_rows, const T* matrix, int64_t stride, int64_t row, int64_t rows, int column,
+                          int columns) {
+  constexpr int kChunk = 16 / sizeof(T), kChunks = C / kChunk;
+  for (int i = threadIdx.x; i < tile_rows * kChunks; i += kThreads) {
+    int r = i / kChunks, c = i % kChunks * kChunk;
+    bool inside = row + r < rows && column + c < columns;
+    copy_async(tile + r * (C + kPad) + c, inside ? matrix + (row + r) * stride + column + c : matrix, inside ? 16 : 0);
+  }
+}
+
+// Zeroes what dropout drops of the eights that this thread itself has loaded with load_tile.
+template <int C, class T>
+__device__ void drop_tile(T* tile, const Dropout& dropout, uint64_t seed, int64_t row, int column) {
+  constexpr int kChunks = C / 8;
+  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+    int r = i / kChunks, c = i % kChunks * 8;
+    auto* at = reinterpret_cast<uint4*>(tile + r * (C + kPad) + c);
+    uint32_t kept = kept_of_eight(dropout, seed, row + r, column + c);
+    uint4 it = *at;
+    *at = make_uint4(keep_of_two(it.x, kept), keep_of_two(it.y, kept >> 2), keep_of_two(it.z, kept >> 4),
+                     keep_of_two(it.w, kept >> 6));
+  }
+}
+
+// --- products of tiles. The order of the terms of a sum is free: a thread takes four neighbours where the tensor cores
+// --- want two and two.
+
+// d += a b with b (or, for `swapped`, a) given in float32.
+__device__ __forceinline__ void mma_exact(float (&d)[4], const float (&a)[4], const float (&b)[2], bool swapped) {
+  uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    high_a[i] = swapped ? tf32(a[i]) : __float_as_uint(a[i]);
+    low_a[i] = swapped ? tf32(a[i] - __uint_as_float(high_a[i])) : high_a[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    high_b[i] = swapped ? __float_as_uint(b[i]) : tf32(b[i]);
+    low_b[i] = swapped ? high_b[i] : tf32(b[i] - __uint_as_float(high_b[i]));
+  }
+  mma_tf32(d, low_a, low_b);
+  mma_tf32(d, high_a, high_b);
+}
+
+// s[n] += activation[row, :] . factor[8 n + .., :] over the C columns of the two tiles, for the warp's 16 rows: lane
+// 4 g + t holds rows g (s[n][0], s[n][1]) and g + 8, ranks 8 n + 2 t and the next.
+template <int R, int C, class T, class Factor>
+__device__ __forceinline__ void shrink_tile(float (&s)[R / 8][4], const T* activation, const Factor* factor) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const T* top = activation + (threadIdx.x / 32 * 16 + g) * (C + kPad) + 4 * t;
+  const T* bottom = top + 8 * (C + kPad);
+  factor += g * (C + kPad) + 4 * t;
+  if constexpr (std::is_same_v<T, Factor>) {
+#pragma unroll
+    for (int k = 0; k < C; k += 16) {
+      uint2 upper = *reinterpret_cast<const uint2*>(top + k), lower = *reinterpret_cast<const uint2*>(bottom + k);
+      uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
+#pragma unroll
+      for (int n = 0; n < R / 8; ++n) {
+        uint2 four = *reinterpret_cast<const uint2*>(factor + 8 * n * (C + kPad) + k);
+        uint32_t b[2] = {four.x, four.y};
+        mma<T>(s[n], a, b);
+      }
+    }
+  } else {
+    for (int k64 = 0; k64 < C; k64 += 64) {
+      float sum[R / 8][4] = {};
+#pragma unroll
+      for (int k = k64; k < k64 + 64; k += 16) {
+        uint2 upper = *reinterpret_cast<const uint2*>(top + k), lower = *reinterpret_cast<const uint2*>(bottom + k);
+        float2 upper01 = unpack<T>(upper.x), upper23 = unpack<T>(upper.y);
+        float2 lower01 = unpack<T>(lower.x), lower23 = unpack<T>(lower.y);
+        float first[4] = {upper01.x, lower01.x, upper01.y, lower01.y};
+        float second[4] = {upper23.x, lower23.x, upper23.y, lower23.y};
+#pragma unroll
+        for (int n = 0; n < R / 8; ++n) {
+          float4 four = *reinterpret_cast<const float4*>(factor + 8 * n * (C + kPad) + k);
+          mma_exact(sum[n], first, {four.x, four.y}, false);
+          mma_exact(sum[n], second, {four.z, four.w}, false);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < R / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] += sum[n][i];
+    }
+  }
+}
+
+// gradient[j][i] += factor[:, 16 j + ..]^T activation[:, 4 .. + i] over the 64 rows of the two tiles, for 32 columns of
+// the activation from `activation` on: lane 4 g + t holds ranks g (gradient[j][i][0], [1]) and g + 8 of columns 8 t + i
+// and 8 t + 4 + i.  activation: [64, C + kPad];  factor: [64, R + 8] float32
+template <bool exact, int R, int C, class T>
+__device__ __forceinline__ void gradient_tile(float (&gradient)[R / 16][4][4], const T* activation, const float* factor) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  activation += t * (C + kPad) + 4 * g;
+  factor += t * (R + 8) + g;
+#pragma unroll
+  for (int j = 0; j < R / 16; ++j) {
+    float sum[4][4] = {};
+#pragma unroll
+    for (int m = 0; m < kRows; m += 16) {
+      uint2 rows[4];  // m + t, m + t + 4, .. of the activation, four columns each
+      float left[4][2];  // the same rows of the factor, two ranks each
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        rows[q] = *reinterpret_cast<const uint2*>(activation + (m + 4 * q) * (C + kPad));
+        left[q][0] = factor[(m + 4 * q) * (R + 8) + 16 * j];
+        left[q][1] = factor[(m + 4 * q) * (R + 8) + 16 * j + 8];
+      }
+      if constexpr (exact) {
+#pragma unroll
+        for (int q = 0; q < 4; q += 2) {
+          float a[4] = {left[q][0], left[q][1], left[q + 1][0], left[q + 1][1]};
+          float2 near01 = unpack<T>(rows[q].x), near23 = unpack<T>(rows[q].y);
+          float2 far01 = unpack<T>(rows[q + 1].x), far23 = unpack<T>(rows[q + 1].y);
+          mma_exact(sum[0], a, {near01.x, far01.x}, true);
+          mma_exact(sum[1], a, {near01.y, far01.y}, true);
+          mma_exact(sum[2], a, {near23.x, far23.x}, true);
+          mma_exact(sum[3], a, {near23.y, far23.y}, true);
+        }
+      } else {
+        uint32_t a[4] = {pack<T>(left[0][0], left[1][0]), pack<T>(left[0][1], left[1][1]),
+                         pack<T>(left[2][0], left[3][0]), pack<T>(left[2][1], left[3][1])};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t pair[4];
+#pragma unroll
+          for (int q = 0; q < 4; ++q) pair[q] = i < 2 ? rows[q].x : rows[q].y;
+          uint32_t b[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            uint32_t near = pair[2 * h], far = pair[2 * h + 1];
+            b[h] = i % 2 ? near >> 16 | (far & 0xffff0000u) : (near & 0xffffu) | far << 16;
+          }
+          mma<T>(sum[i], a, b);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int q = 0; q < 4; ++q) gradient[j][i][q] += sum[i][q];
+  }
+}
+
+// What becomes of sums over a part of the columns: s[part, m, j] = scale * sum and, unless null,
+// rounded[m, j] = T(rounded_scale * s[part, m, j]), with zeros from rank on.
+struct Shrunk {
+  float* s = nullptr;       // [parts, rows, rank]
+  void* rounded = nullptr;  // [rows, rounded_stride]
+  int rank = 0, rounded_stride = 0;  // rounded_stride: rank, rounded up to a multiple of 8
+  float scale = 1.0f, rounded_scale = 1.0f;
+};
+
+// The warp's 16 rows of a tile: s of shrink_tile, ranks from first_rank on.
+template <int R, class T>
+__device__ __forceinline__ void store_shrunk(const float (&s)[R / 8][4], const Shrunk& out, int64_t part, int64_t row,
+                                             int64_t rows, int first_rank) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  row += threadIdx.x / 32 * 16 + g;
+#pragma unroll
+  for (int half = 0; half < 2; ++half, row += 8) {
+    if (row >= rows) continue;
+#pragma unroll
+    for (int n = 0; n < R / 8; ++n) {
+      int rank = first_rank + 8 * n + 2 * t;
+      float x = s[n][2 * half] * out.scale, y = s[n][2 * half + 1] * out.scale;
+      float* to = out.s + (part * rows + row) * out.rank + rank;
+      if (rank < out.rank) to[0] = x;
+      if (rank + 1 < out.rank) to[1] = y;
+      if (out.rounded && rank < out.rounded_stride) {
+        auto* rounded = static_cast<T*>(out.rounded) + row * out.rounded_stride + rank;
+        *reinterpret_cast<uint32_t*>(rounded) = pack<T>(x * out.rounded_scale, y * out.rounded_scale);
+      }
+    }
+  }
+}
+
+// --- kernels over an activation ---
+
+template <int R, class T, class Factor>
+struct ShrinkShape {
+  static constexpr int kColumns = 128, kStage = (kRows * sizeof(T) + R * sizeof(Factor)) * (kColumns + kPad);
+  static constexpr int kStages = std::min<int>(4, 112 * 1024 / kStage), kShared = kStages * kStage;
+};
+
+// s[part, m, j] = sum over the columns k of a part of drop(x)[m, k] factor[j, k].
+// Grid: tiles of 64 rows, parts of the columns, chunks of R ranks.  factor: [rank, columns] without gaps
+template <int R, class T, class Factor>
+__global__ void __launch_bounds__(kThreads) shrink_kernel(Activation16 x, const Factor* factor, Dropout dropout,
+                                                          Shrunk out, int tiles_per_part) {
+  using Shape = ShrinkShape<R, T, Factor>;
+  constexpr int C = Shape::kColumns;
+  auto* memory = shared_memory<unsigned char>();
+  auto* data = static_cast<const T*>(x.data);
+  int64_t row = int64_t(blockIdx.x) * kRows;
+  int first_rank = blockIdx.z * R, ranks = min(R, out.rank - first_rank);
+  int begin = blockIdx.y * tiles_per_part;
+  int tiles = min(tiles_per_part, static_cast<int>(div_up(x.columns, C)) - begin);
+  uint64_t seed = dropout.seed ? *dropout.seed : 0;
+  auto activation = [&](int tile) { return reinterpret_cast<T*>(memory + tile % Shape::kStages * Shape::kStage); };
+  auto load = [&](int tile) {
+    if (tile < tiles) {
+      int column = (begin + tile) * C;
+      T* at = activation(tile);
+      load_tile<C>(at, kRows, data, x.stride, row, x.rows, column, x.columns);
+      load_tile<C>(reinterpret_cast<Factor*>(at + kRows * (C + kPad)), R, factor + int64_t(first_rank) * x.columns,
+                   x.columns, 0, ranks, column, x.columns);
+    }
+    commit_async();
+  };
+  for (int tile = 0; tile < Shape::kStages - 1; ++tile) load(tile);
+  float s[R / 8][4] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    T* at = activation(tile);
+    wait_async<Shape::kStages - 2>();
+    if (dropout.seed) drop_tile<C>(at, dropout, seed, row, (begin + tile) * C);
+    __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next takes
+    load(tile + Shape::kStages - 1);
+    shrink_tile<R, C>(s, at, reinterpret_cast<const Factor*>(at + kRows * (C + kPad)));
+  }
+  store_shrunk<R, T>(s, out, blockIdx.y, row, x.rows, first_rank);
+}
+
+template <int R, class T, class Factor>
+struct GradientShape {
+  static constexpr int kColumns = R > 16 ? 128 : 256;
+  static constexpr int kActivation = kRows * (kColumns + kPad) * sizeof(T), kStage = kActivation + kRows * (R + 8) * 4;
+  static constexpr int kStages = 2, kFactor = R * (kColumns + kPad) * sizeof(Factor);
+  static constexpr int kShared = kStages * kStage + kFactor;
+};
+
+// gradient[part, j, c] = sum over the rows m of a part of left[m, j] drop(x)[m, c]; and, where factor is given,
+// s[block, m, j] = sum over the columns c of a block of drop(x)[m, c] factor[c, j].
+// Grid: blocks of kColumns columns, parts of the rows, chunks of R ranks.
+// left: [rows, rank] without gaps;  factor: [columns, rank] without gaps;  gradient: [parts, rank, columns] without gaps
+template <int R, class T, class Factor>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, const float* left, const Factor* factor,
+                                                            Dropout dropout, Shrunk out, float* gradient,
+                                                            int tiles_per_part) {
+  using Shape = GradientShape<R, T, Factor>;
+  constexpr int C = Shape::kColumns, kGroups = C / 128;
+  auto* memory = shared_memory<unsigned char>();
+  auto* data = static_cast<const T*>(x.data);
+  int column = blockIdx.x * C, first_rank = blockIdx.z * R, ranks = min(R, out.rank - first_rank);
+  int64_t begin = int64_t(blockIdx.y) * tiles_per_part;
+  int tiles = static_cast<int>(min(int64_t(tiles_per_part), div_up(x.rows, kRows) - begin));
+  uint64_t seed = dropout.seed ? *dropout.seed : 0;
+  auto activation = [&](int tile) { return reinterpret_cast<T*>(memory + tile % Shape::kStages * Shape::kStage); };
+  auto load = [&](int tile) {
+    if (tile < tiles) {
+      int64_t row = (begin + tile) * kRows;
+      T* at = activation(tile);
+      load_tile<C>(at, kRows, data, x.stride, row, x.rows, column, x.columns);
+      auto* to = reinterpret_cast<float*>(at + kRows * (C + kPad));
+      for (int i = threadIdx.x; i < kRows * R; i += kThreads) {
+        int m = i / R, j = i % R;
+        bool inside = row + m < x.rows && j < ranks;
+        copy_async_word(to + m * (R + 8) + j, inside ? left + (row + m) * out.rank + first_rank + j : left, inside);
+      }
+    }
+    commit_async();
+  };
+  for (int tile = 0; tile < Shape::kStages - 1; ++tile) load(tile);
+  auto* factor_tile = reinterpret_cast<Factor*>(memory + Shape::kStages * Shape::kStage);  // [R, C + kPad]
+  if (factor) {
+    for (int i = threadIdx.x; i < R * C; i += kThreads) {
+      int j = i % R, c = i / R;
+      bool inside = j < ranks && column + c < x.columns;
+      factor_tile[j * (C + kPad) + c] = inside ? factor[int64_t(column + c) * out.rank + first_rank + j] : Factor(0.0f);
+    }
+  }
+  int own = threadIdx.x / 32 * 32 * kGroups;  // the columns of this warp
+  float sums[kGroups][R / 16][4][4] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    int64_t row = (begin + tile) * kRows;
+    T* at = activation(tile);
+    wait_async<Shape::kStages - 2>();
+    if (dropout.seed) drop_tile<C>(at, dropout, seed, row, column);
+    __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next takes
+    load(tile + Shape::kStages - 1);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      gradient_tile<!std::is_same_v<T, Factor>, R, C>(sums[group], at + own + 32 * group,
+                                                      reinterpret_cast<const float*>(at + kRows * (C + kPad)));
+    }
+    if (factor) {
+      float s[R / 8][4] = {};
+      shrink_tile<R, C>(s, at, factor_tile);
+      store_shrunk<R, T>(s, out, blockIdx.x, row, x.rows, first_rank);
+    }
+  }
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    int c = column + own + 32 * group + 8 * t;
+    if (c >= x.columns) continue;
+#pragma unroll
+    for (int j = 0; j < R / 16; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int rank = 16 * j + 8 * half + g;
+        if (rank >= ranks) continue;
+        auto& d = sums[group][j];
+        auto* to = reinterpret_cast<float4*>(
+            gradient + (int64_t(blockIdx.y) * out.rank + first_rank + rank) * x.columns + c);
+        to[0] = make_float4(d[0][2 * half], d[1][2 * half], d[2][2 * half], d[3][2 * half]);
+        to[1] = make_float4(d[0][2 * half + 1], d[1][2 * half + 1], d[2][2 * half + 1], d[3][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// y[m, c] (+)= drop(sum over j of left[m, j] factor(j, c)), left and factor rounded to T: the branch alone.
+// Grid: blocks of 128 columns, rows dealt out by tiles.  left: [rows, left_stride], 0 from rank on;
+// factor: element (j, c) at j * by_rank + c * by_column, one of the two 1;  y: columns a multiple of 8
+constexpr int kExpandColumns = 128;
+
+template <class T, class Factor>
+__global__ void __launch_bounds__(kThreads) expand_kernel(T* y, int64_t y_stride, int64_t rows, int columns, const T* left,
+                                                          int left_stride, const Factor* factor, int64_t by_rank,
+                                                          int64_t by_column, int rank, Dropout dropout, bool add) {
+  constexpr int C = kExpandColumns;
+  auto* tile = shared_memory<T>();  // [C, pitch]: an odd number of words apart
+  int depth = static_cast<int>(div_up(rank, 16)) * 16, pitch = depth + 10, column = blockIdx.x * C;
+  for (int i = threadIdx.x; i < C * depth; i += kThreads) {
+    int j = by_rank == 1 ? i % depth : i / C, c = by_rank == 1 ? i / depth : i % C;
+    bool inside = j < rank && column + c < columns;
+    tile[c * pitch + j] = inside ? T(float(factor[j * by_rank + (column + c) * by_column])) : T(0.0f);
+  }
+  __syncthreads();
+  uint64_t seed = dropout.seed ? *dropout.seed : 0;
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  // Lane 4 g + t is to hold the columns 8 t .. of every 32, as they lie in memory.
+  const T* right = tile + ((g / 2) * 8 + g % 2) * pitch + 2 * t;
+  for (int64_t first = int64_t(blockIdx.y) * kRows; first < rows; first += int64_t(gridDim.y) * kRows) {
+    int64_t row = first + threadIdx.x / 32 * 16 + g;
+    float sums[C / 32][4][4] = {};
+    for (int j = 0; j < depth; j += 16) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int64_t m = row + i % 2 * 8;
+        int at = j + i / 2 * 8;
+        bool inside = m < rows && at < left_stride;
+        a[i] = inside ? *reinterpret_cast<const uint32_t*>(left + m * left_stride + at + 2 * t) : 0;
+      }
+#pragma unroll
+      for (int group = 0; group < C / 32; ++group) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const T* at = right + (32 * group + 2 * i) * pitch + j;
+          uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + 8)};
+          mma<T>(sums[group][i], a, b);
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int64_t m = row + 8 * half;
+#pragma unroll
+      for (int group = 0; group < C / 32; ++group) {
+        int c = column + 32 * group + 8 * t;
+        if (m >= rows || c >= columns) continue;
+        uint32_t kept = dropout.seed ? kept_of_eight(dropout, seed, m, c) : 0xffu;
+        auto* at = reinterpret_cast<uint4*>(y + m * y_stride + c);
+        uint4 before = add ? *at : make_uint4(0, 0, 0, 0);
+        uint32_t words[4] = {before.x, before.y, before.z, before.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float2 old = unpack<T>(words[i]);
+          float x0 = kept >> (2 * i) & 1 ? sums[group][i][2 * half] * dropout.keep : 0.0f;
+          float x1 = kept >> (2 * i + 1) & 1 ? sums[group][i][2 * half + 1] * dropout.keep : 0.0f;
+          words[i] = pack<T>(old.x + x0, old.y + x1);
+        }
+        *at = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+}
+
+// --- kernels that finish ---
+
+constexpr int kFinishThreads = 256;
+
+// out.s[m, j] = scale * sum over the parts of sums[part, m, j];  rounded[m, j] = T(rounded_scale * out.s[m, j]), with
+// zeros from rank on.  One thread an element of rounded.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads) sum_shrunk_kernel(const float* sums, int parts, int64_t rows,
+                                                                    Shrunk out) {
+  int64_t i = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x, m = i / out.rounded_stride;
+  int j = static_cast<int>(i % out.rounded_stride);
+  if (m >= rows) return;
+  float sum = 0.0f;
+  if (j < out.rank) {
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part) sum += sums[(part * rows + m) * out.rank + j];
+    sum *= out.scale;
+    out.s[m * out.rank + j] = sum;
+  }
+  static_cast<T*>(out.rounded)[i] = T(sum * out.rounded_scale);
+}
+
+// A gradient of a factor [rank, columns] from its parts.
+struct FactorGradient {
+  const float* sums = nullptr;  // [parts, rank, columns]
+  int parts = 0, rank = 0, columns = 0;
+  float scale = 1.0f;
+  void* out = nullptr;  // [rank, columns], or [columns, rank] if transposed, without gaps
+  bool transposed = false;
+};
+
+// out[j, c] = scale * sum over parts of sums[part, j, c], for one factor in every blockIdx.y. A thread takes four columns.
+template <class Factor>
+__global__ void __launch_bounds__(kFinishThreads) sum_gradient_kernel(FactorGradient first, FactorGradient second) {
+  FactorGradient it = first;
+  if (blockIdx.y) it = second;
+  int64_t size = int64_t(it.rank) * it.columns, i = (int64_t(blockIdx.x) * kFinishThreads + threadIdx.x) * 4;
+  if (i >= size) return;
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+  for (int part = 0; part < it.parts; ++part) {
+    float4 some = *reinterpret_cast<const float4*>(it.sums + part * size + i);
+    sum = make_float4(sum.x + some.x, sum.y + some.y, sum.z + some.z, sum.w + some.w);
+  }
+  auto* out = static_cast<Factor*>(it.out) + (it.transposed ? i % it.columns * it.rank + i / it.columns : i);
+  int64_t step = it.transposed ? it.rank : 1;
+  out[0] = Factor(sum.x * it.scale);
+  out[step] = Factor(sum.y * it.scale);
+  out[2 * step] = Factor(sum.z * it.scale);
+  out[3 * step] = Factor(sum.w * it.scale);
+}
+
+// out[i, j] = in(i, j), element (i, j) at i * by_row + j * by_column.  One thread an element of out [rows, out_stride],
+// which holds zeros from `columns` on.
+template <class Out, class In>
+__global__ void __launch_bounds__(kFinishThreads) copy_kernel(const In* in, int64_t by_row, int64_t by_column,
+                                                              int64_t rows, int columns, Out* out, int out_stride) {
+  int64_t at = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x, i = at / out_stride;
+  int j = static_cast<int>(at % out_stride);
+  if (i < rows) out[at] = j < columns ? Out(float(in[i * by_row + j * by_column])) : Out(0.0f);
+}
+
+// --- on the host ---
+
+template <class T_, class Factor_>
+struct Types {
+  using T = T_;            // of the activations
+  using Factor = Factor_;  // of the adapters
+  static constexpr auto dtype = std::is_same_v<T, __half> ? ScalarType::Half : ScalarType::BFloat16;
+  static constexpr auto factor_dtype = std::is_same_v<T, Factor> ? dtype : ScalarType::Float;
+};
+
+// run(Types<..>) for the dtypes of an activation and of the adapters.
+template <class Run>
+void with_types(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, Run run) {
+  auto adapters = lora_A.scalar_type();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
+                  "activations must be bfloat16 or float16");
+  STD_TORCH_CHECK(lora_B.scalar_type() == adapters && (adapters == x.scalar_type() || adapters == ScalarType::Float),
+                  "adapters must be of the activations' dtype or float32");
+  bool exact = adapters == ScalarType::Float;
+  if (x.scalar_type() == ScalarType::Half) {
+    exact ? run(Types<__half, float>{}) : run(Types<__half, __half>{});
+  } else {
+    exact ? run(Types<__nv_bfloat16, float>{}) : run(Types<__nv_bfloat16, __nv_bfloat16>{});
+  }
+}
+
+// run(R): 16 or 64 ranks at a time.
+template <class Run>
+void with_ranks(int rank, Run run) {
+  rank <= 16 ? run(std::integral_constant<int, 16>{}) : run(std::integral_constant<int, 64>{});
+}
+
+template <class T>
+T* pointer(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+int round_up(int64_t rank) { return static_cast<int>(div_up(rank, 8)) * 8; }
+
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// t [rows, columns], whose rows may be read 16 bytes at a time.
+Rows aligned_rows(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  Rows it = rows_of(t, rows, columns, name);
+  STD_TORCH_CHECK(aligned(it.data) && it.stride % 8 == 0 && columns % 8 == 0, name,
+                  " must have rows that begin at multiples of 16 bytes and are a multiple of 8 long");
+  return it;
+}
+
+Activation16 activation(const Tensor& t, int64_t rows, int columns, const char* name) {
+  Rows it = aligned_rows(t, rows, columns, name);
+  return {it.data, it.stride, rows, columns};
+}
+
+Dropout dropout_of(const OptionalTensor& seed, double p) {
+  if (!seed) return {};
+  return {integers(*seed, 1, "seed"), static_cast<uint32_t>(p * 4294967296.0), static_cast<float>(1.0 / (1.0 - p))};
+}
+
+// An op's stream and where its scratch memory comes from.
+struct Place {
+  const Tensor& beside;
+  cudaStream_t stream;
+};
+
+template <class Out, class In>
+void copy(const Place& place, const In* in, int64_t by_row, int64_t by_column, int64_t rows, int columns, Out* out,
+          int out_stride) {
+  launch(copy_kernel<Out, In>, dim3(div_up(rows * out_stride, kFinishThreads)), dim3(kFinishThreads), 0, place.stream,
+         in, by_row, by_column, rows, columns, out, out_stride);
+}
+
+template <class T>
+void sum_shrunk(const Place& place, const Tensor& sums, const Shrunk& out) {
+  int64_t parts = sums.size(0), rows = sums.size(1);
+  launch(sum_shrunk_kernel<T>, dim3(div_up(rows * out.rounded_stride, kFinishThreads)), dim3(kFinishThreads), 0,
+         place.stream, pointer<float>(sums), parts, rows, out);
+}
+
+// out of drop(x) factor^T.  factor: [rank, columns of x] without gaps, 16-byte aligned
+template <class Type>
+void shrink(const Place& place, const Activation16& x, const typename Type::Factor* factor, const Dropout& dropout,
+            const Shrunk& out) {
+  using T = typename Type::T;
+  with_ranks(out.rank, [&](auto ranks) {
+    using Shape = ShrinkShape<ranks, T, typename Type::Factor>;
+    int64_t blocks = div_up(x.rows, kRows), chunks = div_up(out.rank, ranks), tiles = div_up(x.columns, Shape::kColumns);
+    // From 128 blocks on, parts would cost more than they spread.
+    int64_t wanted = blocks * chunks >= kBlocks / 2 ? 1 : div_up(kBlocks, blocks * chunks);
+    int64_t tiles_per_part = div_up(tiles, std::min(wanted, tiles)), parts = div_up(tiles, tiles_per_part);
+    Tensor sums = scratch(place.beside, {parts > 1 ? parts : 0, x.rows, out.rank}, ScalarType::Float);
+    Shrunk part = out;
+    if (parts > 1) part = {.s = pointer<float>(sums), .rank = out.rank};
+    launch(shrink_kernel<ranks, T, typename Type::Factor>, dim3(blocks, parts, chunks), dim3(kThreads), Shape::kShared,
+           place.stream, x, factor, dropout, part, tiles_per_part);
+    if (parts > 1) sum_shrunk<T>(place, sums, out);
+  });
+}
+
+// The parts of left^T drop(x) and, with factor, out of drop(x) factor, which reads x once for both.
+// left: [rows, rank];  factor: [columns of x, rank]; both without gaps.  Result: [parts, rank, columns]
+template <class Type>
+Tensor gradient(const Place& place, const Activation16& x, const float* left, const typename Type::Factor* factor,
+                const Dropout& dropout, const Shrunk& out) {
+  using T = typename Type::T;
+  Tensor result;
+  with_ranks(out.rank, [&](auto ranks) {
+    using Shape = GradientShape<ranks, T, typename Type::Factor>;
+    int64_t blocks = div_up(x.columns, Shape::kColumns), chunks = div_up(out.rank, ranks), tiles = div_up(x.rows, kRows);
+    int64_t tiles_per_part = div_up(tiles, std::min(div_up(kBlocks, blocks * chunks), tiles));
+    int64_t parts = div_up(tiles, tiles_per_part);
+    result = scratch(place.beside, {parts, out.rank, x.columns}, ScalarType::Float);
+    Tensor sums = scratch(place.beside, {factor ? blocks : 0, x.rows, out.rank}, ScalarType::Float);
+    launch(gradient_kernel<ranks, T, typename Type::Factor>, dim3(blocks, parts, chunks), dim3(kThreads), Shape::kShared,
+           place.stream, x, left, factor, dropout, Shrunk{.s = pointer<float>(sums), .rank = out.rank},
+           pointer<float>(result), tiles_per_part);
+    if (factor) sum_shrunk<T>(place, sums, out);
+  });
+  return result;
+}
+
+// Whether one pass over dy [M, N] for ds and dlora_B moves less than two: the parts of ds that it writes and reads, one
+// for every block of columns, weigh less than dy.
+template <class Type>
+bool worth_one_pass(int rank) {
+  bool worth = false;
+  with_ranks(rank, [&](auto ranks) {
+    int columns = GradientShape<ranks, typename Type::T, typename Type::Factor>::kColumns;
+    worth = 2 * rank * sizeof(float) <= columns * sizeof(typename Type::T);
+  });
+  return worth;
+}
+
+// y (+)= drop(left factor), in place.  left: [M, round_up(rank)] of T;  factor: of the strides of expand_kernel
+template <class Type>
+void expand(const Place& place, const Activation16& y, const Tensor& left, const typename Type::Factor* factor,
+            int64_t by_rank, int64_t by_column, int rank, const Dropout& dropout, bool add) {
+  using T = typename Type::T;
+  int64_t blocks = div_up(y.columns, kExpandColumns), tiles = div_up(y.rows, kRows);
+  int64_t parts = std::min<int64_t>(tiles, div_up(8 * kBlocks, blocks));
+  size_t shared = kExpandColumns * (div_up(rank, 16) * 16 + 10) * sizeof(T);
+  launch(expand_kernel<T, typename Type::Factor>, dim3(blocks, parts), dim3(kThreads), shared, place.stream,
+         static_cast<T*>(const_cast<void*>(y.data)), y.stride, y.rows, y.columns, pointer<T>(left), left.size(1), factor,
+         by_rank, by_column, rank, dropout, add);
+}
+
+// The factor of a tail in T: itself, where it lies as the product wants it, else a copy.  factor: [rows, columns]
+template <class Type>
+Tensor tail(const Place& place, const Tensor& factor, int64_t rows, int columns) {
+  bool fits = std::is_same_v<typename Type::T, typename Type::Factor> && columns % 8 == 0;
+  if (fits && aligned(factor.const_data_ptr())) return factor;
+  Tensor result = scratch(place.beside, {rows, round_up(columns)}, Type::dtype);
+  copy(place, pointer<typename Type::Factor>(factor), columns, 1, rows, columns, pointer<typename Type::T>(result),
+       result.size(1));
+  return result;
+}
+
+void multiply(const Place& place, const Gemm& it) {
+  const char* error = gemm(it, place.stream);
+  STD_TORCH_CHECK(!error, "product: ", error);
+}
+
+template <class Type>
+void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+             const Tensor& lora_B, double scaling, const Dropout& dropout, Tensor& y, Tensor& s) {
+  using Factor = typename Type::Factor;
+  int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
+  OnDevice device(x);
+  Place place{x, device.stream()};
+  Activation16 in = activation(x, m, k, "x"), out = activation(y, m, n, "y");
+  auto* A = reinterpret_cast<Factor*>(contiguous(lora_A, {rank, k}, "lora_A"));
+  auto* B = reinterpret_cast<Factor*>(contiguous(lora_B, {n, rank}, "lora_B"));
+  STD_TORCH_CHECK(aligned(A), "lora_A must begin at a multiple of 16 bytes");
+  Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
+  STD_TORCH_CHECK(!weight || w.dtype == dtype_of(x, "x"), "weight must be of the activations' dtype");
+  auto* shift = bias ? contiguous(*bias, {n}, "bias") : nullptr;
+  STD_TORCH_CHECK(!bias || dtype_of(*bias, "bias") == dtype_of(x, "x"), "bias must be of the activations' dtype");
+  float* shrunk = sums<float>(s, {m, rank}, "s");
+  if (weight && !dropout.seed && m <= kFusedTokens) {
+    FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, scaling, {}, {}, {}, {}, y, s};
+    if (takes(layer)) return fused_layer(layer, place.stream);
+  }
+  Tensor scaled = scratch(x, {m, round_up(rank)}, Type::dtype);  // scaling * s
+  shrink<Type>(place, in, A, dropout,
+               {.s = shrunk,
+                .rounded = scaled.mutable_data_ptr(),
+                .rank = static_cast<int>(rank),
+                .rounded_stride = round_up(rank),
+                .scale = dropout.keep,
+                .rounded_scale = static_cast<float>(scaling)});
+  if (!weight || !gemm_available()) {
+    if (weight) base_forward(x, *weight, bias, y);
+    return expand<Type>(place, out, scaled, B, 1, rank, rank, {}, true);
+  }
+  Tensor factor = tail<Type>(place, lora_B, n, rank);
+  multiply(place, {.bfloat16 = Type::dtype == ScalarType::BFloat16,
+                   .rows = m,
+                   .columns = n,
+                   .depth = k,
+                   .rank = rank,
+                   .left = in.data,
+                   .right = w.data,
+                   .tail_left = scaled.const_data_ptr(),
+                   .tail_right = factor.const_data_ptr(),
+                   .left_stride = in.stride,
+                   .right_stride = w.stride,
+                   .tail_left_stride = scaled.size(1),
+                   .tail_right_stride = factor.size(1),
+                   .bias = shift,
+                   .out = const_cast<void*>(out.data),
+                   .out_stride = out.stride});
+}
+
+// dx = dy weight + drop'(ds lora_A), without weight the second term alone.  ds: [M, round_up(rank)] of T
+template <class Type>
+void input_gradient(const Place& place, const Tensor& dy, const OptionalTensor& weight, const Tensor& lora_A,
+                    const Tensor& ds, const Dropout& dropout, Tensor dx) {
+  int64_t m = dy.size(0), n = dy.size(1), k = lora_A.size(1), rank = lora_A.size(0);
+  Activation16 in = activation(dy, m, n, "dy"), out = activation(dx, m, k, "dx");
+  bool fused = weight && gemm_available() && !dropout.seed;  // a mask has to meet the branch alone
+  Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
+  STD_TORCH_CHECK(!weight || w.dtype == dtype_of(dy, "dy"), "weight must be of the activations' dtype");
+  if (weight && gemm_available()) {
+    Tensor factor = fused ? tail<Type>(place, lora_A, rank, k) : lora_A;
+    multiply(place, {.bfloat16 = Type::dtype == ScalarType::BFloat16,
+                     .backward = true,
+                     .rows = m,
+                     .columns = k,
+                     .depth = n,
+                     .rank = fused ? rank : 0,
+                     .left = in.data,
+                     .right = w.data,
+                     .tail_left = ds.const_data_ptr(),
+                     .tail_right = factor.const_data_ptr(),
+                     .left_stride = in.stride,
+                     .right_stride = w.stride,
+                     .tail_left_stride = ds.size(1),
+                     .tail_right_stride = k,
+                     .out = const_cast<void*>(out.data),
+                     .out_stride = out.stride});
+  } else if (weight) {
+    base_backward(dy, *weight, dx);
+  }
+  if (!fused) {
+    expand<Type>(place, out, ds, pointer<typename Type::Factor>(lora_A), k, 1, rank, dropout, bool(weight));
+  }
+}
+
+template <class Type>
+void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+              const Tensor& lora_B, double scaling, const Dropout& dropout, const OptionalTensor& s,
+              const OptionalTensor& dx, const OptionalTensor& dlora_A, const OptionalTensor& dlora_B) {
+  using Factor = typename Type::Factor;
+  int64_t m = dy.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
+  STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
+  STD_TORCH_CHECK(!dlora_B || s, "dlora_B needs s");
+  OnDevice device(dy);
+  Place place{dy, device.stream()};
+  Activation16 gradient_in = activation(dy, m, n, "dy");
+  contiguous(lora_A, {rank, k}, "lora_A");
+  auto* B = reinterpret_cast<Factor*>(contiguous(lora_B, {n, rank}, "lora_B"));
+  Tensor ds = scratch(dy, {m, rank}, ScalarType::Float), rounded = scratch(dy, {m, round_up(rank)}, Type::dtype);
+  Shrunk shrunk{.s = pointer<float>(ds),
+                .rounded = rounded.mutable_data_ptr(),
+                .rank = static_cast<int>(rank),
+                .rounded_stride = round_up(rank),
+                .scale = static_cast<float>(scaling)};
+  bool wants_ds = dx || dlora_A, together = wants_ds && dlora_B && worth_one_pass<Type>(rank);
+  Tensor parts_A, parts_B;
+  if (dlora_B) {
+    auto* left = sums<float>(*s, {m, rank}, "s");
+    parts_B = gradient<Type>(place, gradient_in, left, together ? B : nullptr, {}, shrunk);
+  }
+  if (wants_ds && !together) {
+    Tensor transposed = scratch(dy, {rank, n}, Type::factor_dtype);
+    copy(place, B, 1, rank, rank, n, pointer<Factor>(transposed), n);
+    shrink<Type>(place, gradient_in, pointer<Factor>(transposed), {}, shrunk);
+  }
+  if (dx) input_gradient<Type>(place, dy, weight, lora_A, rounded, dropout, *dx);
+  FactorGradient jobs[2];
+  int count = 0;
+  if (dlora_A) {
+    parts_A = gradient<Type>(place, activation(*x, m, k, "x"), pointer<float>(ds), nullptr, dropout, shrunk);
+    jobs[count++] = {.sums = pointer<float>(parts_A), .parts = static_cast<int>(parts_A.size(0)), .columns = int(k),
+                     .scale = dropout.keep, .out = contiguous(*dlora_A, {rank, k}, "dlora_A")};
+  }
+  if (dlora_B) {
+    jobs[count++] = {.sums = pointer<float>(parts_B), .parts = static_cast<int>(parts_B.size(0)), .columns = int(n),
+                     .scale = static_cast<float>(scaling), .out = contiguous(*dlora_B, {n, rank}, "dlora_B"),
+                     .transposed = true};
+  }
+  for (auto& job : jobs) job.rank = static_cast<int>(rank);
+  if (count) {
+    int64_t most = rank * std::max(jobs[0].columns, jobs[1].columns);
+    launch(sum_gradient_kernel<Factor>, dim3(div_up(most / 4, kFinishThreads), count), dim3(kFinishThreads), 0,
+           place.stream, jobs[0], jobs[1]);
+  }
+}
+
+void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                  const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
+                  Tensor& s) {
+  with_types(x, lora_A, lora_B, [&](auto types) {
+    forward<decltype(types)>(x, weight, bias, lora_A, lora_B, scaling, dropout_of(seed, dropout_p), y, s);
+  });
+}
+
+void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+                   const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed,
+                   const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B) {
+  with_types(dy, lora_A, lora_B, [&](auto types) {
+    backward<decltype(types)>(dy, x, weight, lora_A, lora_B, scaling, dropout_of(seed, dropout_p), s, dx, dlora_A,
+                              dlora_B);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CUDA, m) {
+  m.impl("lora_forward", TORCH_BOX(&lora_forward));
+  m.impl("lora_backward", TORCH_BOX(&lora_backward));
+}
+
+}  // namespace pyfastpeft

@@ -1,0 +1,250 @@
+// Runs the __global__ functions of csrc/ops/cuda on the CPU, for tests: g++ compiles the .cu sources with this folder
+// first among its includes, and the ops are registered for CPU tensors in a namespace of their own (emulated_cuda.py).
+//
+// What it emulates: launches by cudaLaunchKernelEx, with as many blocks at once as PYFASTPEFT_EMULATED_SMS tells, so
+// that blocks may wait for blocks that are resident; __syncthreads; warps whose lanes run apart until a warp operation
+// brings them together (__syncwarp, shuffles, votes, our mma and ldmatrix); integer atomics; asynchronous copies, made
+// as late as a wait allows; dynamic shared memory, which holds NaN at first. Blocks, and threads in them, take turns in
+// another order every round. intrinsics.h and device.h in ops/cuda stand for ours of these names. Threads that wait for
+// each other, and a lane that is not in its own mask, raise RuntimeError. Built with -fsanitize=thread it finds races
+// (emulated_cuda.py tells how).
+//
+// What it cannot show: time; registers and spills; that addresses are aligned and coalesced; how tensor cores round
+// within a product; the memory model beyond races; TMA and wgmma. A __shared__ variable is one for all blocks here:
+// kernels take dynamic shared memory where blocks wait for blocks.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#include "fibers.h"
+
+// The ops are those of CPU tensors; nothing above is to see this name.
+#define CUDA CPU
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static const
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
+#define CUDART_VERSION 0
+
+constexpr int warpSize = 32;
+
+struct dim3 : emulator::Triple {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : Triple{x, y, z} {}
+};
+
+template <class, int>
+struct Vector;
+template <class T>
+struct alignas(2 * sizeof(T)) Vector<T, 2> {
+  T x, y;
+};
+template <class T>
+struct alignas(4 * sizeof(T)) Vector<T, 4> {
+  T x, y, z, w;
+};
+using int2 = Vector<int, 2>;
+using int4 = Vector<int, 4>;
+using uint2 = Vector<unsigned, 2>;
+using uint4 = Vector<unsigned, 4>;
+using float2 = Vector<float, 2>;
+using float4 = Vector<float, 4>;
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// --- the runtime ---
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrL2CacheSize
+};
+struct cudaDeviceProp {
+  int major, minor, multiProcessorCount;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no device"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorNoDevice; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? emulator::multiprocessors()
+           : attribute == cudaDevAttrComputeCapabilityMajor ? emulator::capability()
+           : attribute == cudaDevAttrL2CacheSize            ? 1 << 25
+                                                            : 0;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = emulator::kBlocksPerMultiprocessor, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
+  return std::memset(to, byte, bytes), cudaSuccess;
+}
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  return *address = &symbol, cudaSuccess;
+}
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+  std::pair<void (*)(P...), std::tuple<P...>> call{kernel, {std::forward<A>(arguments)...}};
+  auto body = [](void* given) {
+    auto [function, parameters] = *static_cast<decltype(call)*>(given);
+    std::apply(function, parameters);
+  };
+  emulator::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, body, &call);
+  return cudaSuccess;
+}
+
+// --- what kernels call ---
+
+inline void __syncthreads() { emulator::barrier(); }
+inline void __syncwarp(unsigned mask = ~0u) {
+  int nothing = 0;
+  emulator::exchange(mask, &nothing, sizeof nothing, [](void*) {});
+}
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { emulator::spin(); }
+
+namespace emulator {
+
+template <class T>
+struct Brought {
+  T value;
+  int lane;  // whose value is wanted
+};
+
+template <class T>
+T shuffle(unsigned mask, T value, int lane) {
+  Brought<T> mine{value, lane};
+  exchange(mask, &mine, sizeof mine, [](void* all) {
+    auto* values = static_cast<Brought<T>*>(all);
+    Brought<T> before[32];
+    std::copy_n(values, 32, before);
+    for (int i = 0; i < 32; ++i) values[i].value = before[before[i].lane & 31].value;
+  });
+  return mine.value;
+}
+
+inline int lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
+
+// The mask's lanes whose value is not zero.
+inline unsigned vote(unsigned mask, bool value) {
+  unsigned mine = unsigned(value) << lane();
+  unsigned all = 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) all |= shuffle(mask, mine, i);
+  return all;
+}
+
+}  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+  return emulator::shuffle(mask, value, (emulator::lane() & -width) + (lane & (width - 1)));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32) {
+  return emulator::shuffle(mask, value, emulator::lane() ^ bits);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int distance, int width = 32) {
+  int lane = emulator::lane(), inside = (lane & (width - 1)) + distance < width;
+  return emulator::shuffle(mask, value, inside ? lane + distance : lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int distance, int width = 32) {
+  int lane = emulator::lane(), inside = (lane & (width - 1)) >= distance;
+  return emulator::shuffle(mask, value, inside ? lane - distance : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, int value) { return emulator::vote(mask, value); }
+inline int __any_sync(unsigned mask, int value) { return emulator::vote(mask, value) != 0; }
+inline int __all_sync(unsigned mask, int value) { return emulator::vote(mask, value) == mask; }
+
+// Integers only: the order of floating-point atomics is not fixed.
+template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
+T atomicAdd(T* address, T value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
+T atomicExch(T* address, T value) {
+  return __atomic_exchange_n(address, value, __ATOMIC_ACQ_REL);
+}
+template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
+T atomicCAS(T* address, T compare, T value) {
+  __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  return compare;
+}
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+template <class A, class B>
+auto min(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  return C(a) < C(b) ? C(a) : C(b);
+}
+template <class A, class B>
+auto max(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  return C(a) < C(b) ? C(b) : C(a);
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+  uint64_t bytes = uint64_t(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return std::countl_zero(unsigned(bits)); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }

@@ -1,0 +1,44 @@
+// The threads of a launch as fibers: what a kernel needs of its surroundings, one after the other on one CPU thread.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace emulator {
+
+struct Triple {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// Runs body(argument) once for every thread of the grid. Raises std::runtime_error if the threads wait for each other.
+void launch(Triple grid, Triple block, size_t shared, void (*body)(void*), void* argument);
+
+// The block's dynamic shared memory.
+void* shared();
+
+// Waits for all threads of the block that have not ended.
+void barrier();
+
+// Lets others run; for loops that wait for memory to change.
+void spin();
+
+// Waits for the lanes of `mask`, the caller's among them. Each brings a value of `size` bytes and takes away what
+// resolve(values) makes of it, where values[i] is lane i's.
+void exchange(uint32_t mask, void* value, size_t size, void (*resolve)(void* values));
+
+// The copies that the running thread has asked for; they are made as late as they may be.
+void copy_later(void* to, const void* from, size_t bytes, size_t valid);
+void commit_copies();
+void make_copies(size_t but_latest);
+
+// How many blocks of a launch run at once: PYFASTPEFT_EMULATED_SMS (3) times 2.
+int multiprocessors();
+// The device's major compute capability: PYFASTPEFT_EMULATED_CAPABILITY (9).
+int capability();
+constexpr int kBlocksPerMultiprocessor = 2;
+
+constexpr size_t kValueBytes = 64;
+
+}  // namespace emulator
+
+// Where the running fiber stands.
+extern emulator::Triple threadIdx, blockIdx, blockDim, gridDim;

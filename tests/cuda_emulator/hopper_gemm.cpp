@@ -1,0 +1,52 @@
+// The products of csrc/ops/cuda/gemm.h by their formula.
+#include "ops/cuda/gemm.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <vector>
+
+namespace pyfastpeft {
+
+namespace {
+
+template <class T, bool kBackward>
+void product(const Gemm& g) {
+  auto add = [&](std::vector<float>& sums, const void* left, int64_t left_stride, const void* right,
+                 int64_t right_stride, int64_t depth, int64_t m) {
+    auto* rows = static_cast<const T*>(left) + m * left_stride;
+    auto* factor = static_cast<const T*>(right);
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t n = 0; n < g.columns; ++n)
+        sums[n] += float(rows[k]) * float(kBackward ? factor[k * right_stride + n] : factor[n * right_stride + k]);
+  };
+  for (int64_t m = 0; m < g.rows; ++m) {
+    std::vector<float> sums(g.columns);
+    add(sums, g.left, g.left_stride, g.right, g.right_stride, g.depth, m);
+    add(sums, g.tail_left, g.tail_left_stride, g.tail_right, g.tail_right_stride, g.rank, m);
+    for (int64_t n = 0; n < g.columns; ++n) {
+      float scaled = sums[n] * (g.scale ? g.scale[n] : 1.f);
+      static_cast<T*>(g.out)[m * g.out_stride + n] = T(scaled + (g.bias ? float(static_cast<const T*>(g.bias)[n]) : 0));
+    }
+  }
+}
+
+bool aligned(const void* pointer, int64_t stride) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0; }
+
+}  // namespace
+
+template <bool kBfloat16, bool kBackward>
+const char* hopper_gemm(const Gemm& g, cudaStream_t) {
+  if (!aligned(g.left, g.left_stride) || !aligned(g.right, g.right_stride) || !aligned(g.out, g.out_stride) ||
+      (g.rank && !(aligned(g.tail_left, g.tail_left_stride) && aligned(g.tail_right, g.tail_right_stride))))
+    return "TMA takes multiples of 16 bytes only";
+  product<std::conditional_t<kBfloat16, __nv_bfloat16, __half>, kBackward>(g);
+  return nullptr;
+}
+
+template const char* hopper_gemm<true, false>(const Gemm&, cudaStream_t);
+template const char* hopper_gemm<true, true>(const Gemm&, cudaStream_t);
+template const char* hopper_gemm<false, false>(const Gemm&, cudaStream_t);
+template const char* hopper_gemm<false, true>(const Gemm&, cudaStream_t);
+
+}  // namespace pyfastpeft

@@ -1,0 +1,53 @@
+"""Runs every CUDA kernel once on small shapes, in a process under ThreadSanitizer: test_cuda_emulator.py starts it."""
+
+import emulated_cuda
+import torch
+from error_rule import random
+
+from pyfastpeft import ops
+from pyfastpeft.ops import cuda
+
+
+def multi_lora(tokens: int) -> None:
+    y, x = random(tokens, 40, dtype=torch.bfloat16), random(tokens, 72, dtype=torch.bfloat16)
+    lora_A, lora_B = random(3, 8, 72, dtype=torch.bfloat16), random(3, 40, 8, dtype=torch.bfloat16)
+    out = ops.multi_lora(y * 1, x, lora_A, lora_B, torch.arange(tokens) % 4 - 1, 0.5)
+    out.float().square().sum().backward()
+
+
+def ia3(feedforward: bool) -> None:
+    x, weight, ia3_l = random(50, 24), random(16, 24, grad=False), random(24 if feedforward else 16)
+    ops.ia3_linear(x, weight, None, ia3_l, feedforward).square().sum().backward()
+
+
+def fused_layer() -> None:
+    x, weight = random(20, 1032, dtype=torch.bfloat16), random(72, 1032, dtype=torch.bfloat16)
+    lora_A, lora_B = random(2, 16, 1032, dtype=torch.bfloat16), random(2, 72, 16, dtype=torch.bfloat16)
+    routing = ops.route([t % 3 - 1 for t in range(20)], 2)
+    y, s = x.new_empty(20, 72), x.new_empty(20, 16, dtype=torch.float32)
+    torch.ops.pyfastpeft_emulated.fused_layer(
+        x, weight, None, None, lora_A, lora_B, 1.0, torch.ones(2), None, *routing, y, s
+    )
+
+
+def lora(rank: int, dtype: torch.dtype) -> None:
+    x, weight = random(130, 264, dtype=torch.bfloat16), random(136, 264, dtype=torch.bfloat16, grad=False)
+    lora_A, lora_B = random(rank, 264, dtype=dtype), random(136, rank, dtype=dtype)
+    ops.lora_linear(x, weight, None, lora_A, lora_B, 0.5, 0.1).float().square().sum().backward()
+
+
+if __name__ == "__main__":
+    emulated_cuda.load()
+    cuda._tensor_cores = lambda device: ""
+    cuda._device = lambda device: ""
+    torch.manual_seed(0)
+    with ops.use_backend("cuda"):
+        multi_lora(9)
+        multi_lora(140)
+        ia3(False)
+        ia3(True)
+        lora(5, torch.bfloat16)
+        lora(80, torch.float32)
+        with torch.no_grad():
+            fused_layer()
+    print("all ran")

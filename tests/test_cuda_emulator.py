@@ -1,0 +1,340 @@
+"""The CUDA C++ kernels on CPU tensors, in the emulator of cuda_emulator/: the error rule, edges, waiting, repeats."""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from error_rule import TOLERANCE, assert_error_rule, poisoned_memory, random, unfused_ia3, unfused_multi_lora
+
+from pyfastpeft import ops
+from pyfastpeft.ops import cuda, dispatch, native, reference
+
+if platform.machine() != "x86_64" or not shutil.which("g++") or not native.AVAILABLE:
+    pytest.skip("the emulator is for x86-64 and built with g++", allow_module_level=True)
+
+import emulated_cuda
+
+SHORT = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulator():
+    before = {op: list(rows) for op, rows in dispatch.TABLE.items()}
+    emulated_cuda.load()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_tensor_cores", lambda device: "")
+        yield
+    dispatch.TABLE.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _cuda():
+    with ops.use_backend("cuda"):
+        yield
+
+
+def test_the_emulator_tells_faults(tmp_path):
+    faults = emulated_cuda.EMULATOR / "faults/faults.cpp"
+    program, fibers = tmp_path / "faults", emulated_cuda.EMULATOR / "fibers.cpp"
+    emulated_cuda.run(["g++", "-std=c++20", f"-I{emulated_cuda.EMULATOR}", faults, fibers, "-o", program])
+    environment = os.environ | {"PYFASTPEFT_EMULATED_SMS": "3"}
+    said = subprocess.run([program], capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    waiting = "the threads of a kernel wait for each other: "
+    assert said[0].startswith(f"{waiting}thread (0, 0, 0) of block (0, 0, 0) (spins)")
+    assert said[1].endswith("is not in the mask of its own warp operation")
+    assert said[2].startswith(waiting)
+    assert said[3].startswith(waiting)
+    assert said[4:] == ["ended"]
+
+
+# --- IA3 ---
+
+
+@pytest.mark.parametrize("feedforward", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "l_dtype"),
+    [(torch.float64, None), (torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.float32)],
+)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (70, 264, 40), (37, 24, 530)])
+def test_ia3_linear(dtype, l_dtype, feedforward, shape):
+    m, k, n = shape
+    inputs = {
+        "x": random(m, k, dtype=dtype),
+        "weight": random(n, k, dtype=dtype, grad=False),
+        "bias": random(n, dtype=dtype, grad=False),
+        "ia3_l": random(k if feedforward else n, dtype=l_dtype or dtype),
+    }
+    ours, theirs = (functools.partial(f, feedforward=feedforward) for f in (ops.ia3_linear, unfused_ia3))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("feedforward", [False, True])
+@pytest.mark.parametrize("trains", ["x", "ia3_l"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ia3_one_gradient_alone_from_strided_rows(feedforward, trains, dtype):
+    inputs = {
+        "x": random(12, 40, dtype=dtype, grad=False)[:, 8:32],
+        "weight": random(24, 16, dtype=dtype, grad=False).T,
+        "ia3_l": random(24 if feedforward else 16, dtype=dtype, grad=False),
+    }
+    inputs[trains].requires_grad_()
+    ours, theirs = (functools.partial(f, bias=None, feedforward=feedforward) for f in (ops.ia3_linear, unfused_ia3))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("l_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
+    """Where the unscaled output is not kept, no pass of its own scales it."""
+    inputs = {
+        "x": random(12, 40, dtype=torch.float16),
+        "weight": random(24, 40, dtype=torch.float16, grad=False),
+        "ia3_l": random(24, dtype=l_dtype, grad=False),
+    }
+    fixed = {"feedforward": False}
+    if biased:
+        inputs["bias"] = random(24, dtype=torch.float16, grad=False)
+    else:
+        fixed["bias"] = None
+    ours, theirs = (functools.partial(f, **fixed) for f in (ops.ia3_linear, unfused_ia3))
+    assert_error_rule(ours, theirs, inputs)
+
+
+# --- multi-LoRA ---
+
+
+def multi_inputs(t, k, n, r, num_adapters, dtype):
+    return {
+        "y": random(t, n, dtype=dtype),
+        "x": random(t, k, dtype=dtype),
+        "lora_A": random(num_adapters, r, k, dtype=dtype),
+        "lora_B": random(num_adapters, n, r, dtype=dtype),
+    }
+
+
+def routed(slots, num_adapters):
+    return ops.route(slots.tolist(), num_adapters)
+
+
+def assert_multi_lora(inputs, slots, scaling, ranks=None, hidden=None):
+    """`hidden` holds adapters whose rank rows beyond the true ones are NaN."""
+    routing = routed(slots, len(inputs["lora_A"]))
+
+    def fused(y, x, lora_A, lora_B):
+        if hidden:
+            lora_A = torch.where(torch.isnan(hidden["lora_A"]), hidden["lora_A"], lora_A)
+            lora_B = torch.where(torch.isnan(hidden["lora_B"]), hidden["lora_B"], lora_B)
+        return ops.multi_lora(y.clone(), x, lora_A, lora_B, routing, scaling, ranks)
+
+    assert_error_rule(fused, functools.partial(unfused_multi_lora, slots=slots, scaling=scaling, ranks=ranks), inputs)
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1, 1), (9, 33, 20, 5, 3), (40, 1096, 264, 16, 7), (20, 72, 300, 72, 2), (150, 96, 130, 8, 3)],
+)
+def test_multi_lora(dtype, shape):
+    slots = torch.randint(-1, shape[-1], (shape[0],))
+    assert_multi_lora(multi_inputs(*shape, dtype), slots, torch.randn(shape[-1]))
+
+
+@pytest.mark.parametrize("shape", [(45, 64, 80, 16, 30), (300, 136, 72, 40, 4)])
+def test_multi_lora_true_ranks_and_idle_adapters(shape):
+    t, _, _, r, num_adapters = shape
+    ranks = torch.randint(0, r + 1, (num_adapters,))
+    ranks[0] = 0
+    used = torch.randint(0, num_adapters, (3,))
+    used[0] = 0
+    slots = torch.cat([used, torch.tensor([-1])])[torch.randint(0, 4, (t,))]
+    inputs = multi_inputs(*shape, torch.bfloat16)
+    beyond = torch.arange(r) >= ranks[:, None]
+    nan = torch.tensor(torch.nan, dtype=torch.bfloat16)
+    hidden = {
+        "lora_A": torch.where(beyond[:, :, None], nan, inputs["lora_A"].detach()),
+        "lora_B": torch.where(beyond[:, None, :], nan, inputs["lora_B"].detach()),
+    }
+    assert_multi_lora(inputs, slots, torch.randn(num_adapters), ranks, hidden)
+
+
+def test_decode_among_many_idle_adapters():
+    inputs = {n: t.detach() for n, t in multi_inputs(20, 24, 40, 4, 600, torch.bfloat16).items()}
+    slots = torch.tensor([0, 599, 300, 255, 256])[torch.randint(0, 5, (20,))]
+    assert_multi_lora(inputs | {"y": inputs["y"].requires_grad_()}, slots, torch.randn(600))
+
+
+def in_margins(tensor, fill=torch.nan):
+    """The tensor, as rows in a larger one that holds `fill` elsewhere, and the larger one."""
+    rows, columns = tensor.shape
+    larger = torch.full((rows + 2, columns + 16), fill, dtype=tensor.dtype)
+    inside = larger[1:-1, 8:-8]
+    return inside.copy_(tensor), larger
+
+
+@pytest.mark.parametrize("tokens", [20, 200])
+@pytest.mark.parametrize("columns", [72, 75])
+def test_nothing_is_read_or_written_beside_the_rows(tokens, columns):
+    inputs = {n: t.detach() for n, t in multi_inputs(tokens, columns, columns, 8, 3, torch.bfloat16).items()}
+    slots = torch.randint(-1, 3, (tokens,))
+    routing = routed(slots, 3)
+    x, _ = in_margins(inputs["x"])
+    y, around = in_margins(inputs["y"])
+    before = around.clone()
+    ops.multi_lora(y, x, inputs["lora_A"], inputs["lora_B"], routing, 0.5)
+    expected = ops.multi_lora(inputs["y"].clone(), inputs["x"], inputs["lora_A"], inputs["lora_B"], routing, 0.5)
+    assert torch.equal(y, expected)
+    y.copy_(inputs["y"])
+    assert torch.equal(around.view(torch.int16), before.view(torch.int16))
+
+
+def test_decode_is_the_same_whatever_the_order_of_blocks(monkeypatch):
+    inputs = {n: t.detach() for n, t in multi_inputs(24, 1100, 520, 20, 6, torch.float16).items()}
+    slots = torch.randint(-1, 6, (24,))
+
+    def run(chosen=slice(None)):
+        y, x = inputs["y"][chosen].clone(), inputs["x"][chosen]
+        return ops.multi_lora(y, x, inputs["lora_A"], inputs["lora_B"], routed(slots[chosen], 6), 0.7)
+
+    first = run()
+    for multiprocessors in (1, 2, 7, 1, 30):
+        monkeypatch.setenv("PYFASTPEFT_EMULATED_SMS", str(multiprocessors))
+        assert torch.equal(run(), first)
+    # A token's result does not depend on the others of its batch.
+    chosen = torch.tensor([17, 3, 8])
+    assert torch.equal(run(chosen), first[chosen])
+
+
+def test_tokens_of_unknown_adapters_are_left_alone():
+    inputs = {n: t.detach() for n, t in multi_inputs(30, 40, 48, 8, 2, torch.bfloat16).items()}
+    slots = torch.randint(-1, 4, (30,))
+    order, segments = torch.empty(30, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
+    reference.group_tokens(slots, order, segments)
+    y = ops.multi_lora(inputs["y"].clone(), *list(inputs.values())[1:], ops.Routing(order, segments), 0.5)
+    others = (slots < 0) | (slots >= 2)
+    assert torch.equal(y[others], inputs["y"][others])
+    known = torch.where(others, -1, slots)
+    torch.testing.assert_close(
+        y, ops.multi_lora(inputs["y"].clone(), *list(inputs.values())[1:], routed(known, 2), 0.5), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 7), (700, 600)])
+def test_group_tokens(shape):
+    tokens, num_adapters = shape
+    slots = torch.randint(-1, num_adapters + 1, (tokens,))
+    ours, theirs = ((torch.full((tokens,), -7), torch.full((num_adapters + 1,), -7)) for _ in range(2))
+    dispatch.run("group_tokens", slots, *ours)
+    reference.group_tokens(slots, *theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+# --- the fused layer ---
+
+
+def fused_layer(inputs, scaling=1.0, slots=None, ranks=None, scalings=None):
+    """(y, s) of csrc/ops/cuda/decode.h; fresh memory is NaN."""
+    x, lora_A = inputs["x"], inputs["lora_A"]
+    with poisoned_memory():
+        y = x.new_empty(len(x), len(inputs["weight"]))
+        s = x.new_empty(len(x), lora_A.shape[-2], dtype=torch.float32)
+        order, segments = (None, None) if slots is None else routed(slots, len(lora_A))
+        took = torch.ops.pyfastpeft_emulated.fused_layer(
+            x, inputs["weight"], inputs["bias"], inputs["scale"], lora_A, inputs["lora_B"], scaling, scalings, ranks,
+            order, segments, y, s,
+        )  # fmt: skip
+    return (y, s) if took else None
+
+
+def layer_inputs(t, k, n, r, dtype, lead=()):
+    return {
+        "x": random(t, k, dtype=dtype, grad=False),
+        "weight": random(n, k, dtype=dtype, grad=False),
+        "bias": random(n, dtype=dtype, grad=False),
+        "scale": random(n, grad=False) * n**0.5,
+        "lora_A": random(*lead, r, k, dtype=dtype, grad=False),
+        "lora_B": random(*lead, n, r, dtype=dtype, grad=False),
+    }
+
+
+def exact_layer(inputs, scaling, slots=None, ranks=None, scalings=None):
+    wide = {name: t if t is None else t.double() for name, t in inputs.items()}
+    product = wide["x"] @ wide["weight"].T
+    if slots is None:
+        product += scaling * wide["x"] @ wide["lora_A"].T @ wide["lora_B"].T
+    else:
+        branch = unfused_multi_lora(
+            torch.zeros_like(product), wide["x"], wide["lora_A"], wide["lora_B"], slots, scaling * scalings, ranks
+        )
+        product += branch
+    if wide["scale"] is not None:
+        product *= wide["scale"]
+    return product if wide["bias"] is None else product + wide["bias"]
+
+
+def assert_close(ours, exact):
+    # Of roundings there is that of s and that of y, where torch has one more of every product.
+    bound = 2 * TOLERANCE[ours.dtype] * torch.finfo(ours.dtype).eps * exact.norm()
+    assert (ours.double() - exact).norm() <= bound
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize("shape", [(1, 8, 8, 8), (13, 1032, 136, 16), (32, 640, 72, 24), (64, 200, 264, 136)])
+def test_fused_layer(dtype, shape):
+    inputs = layer_inputs(*shape, dtype)
+    y, s = fused_layer(inputs, 0.7)
+    assert_close(y, exact_layer(inputs, 0.7))
+    torch.testing.assert_close(s, (inputs["x"].double() @ inputs["lora_A"].double().T).float(), rtol=1e-4, atol=1e-4)
+    inputs |= {"bias": None, "scale": None}
+    assert_close(fused_layer(inputs, -1.3)[0], exact_layer(inputs, -1.3))
+
+
+@pytest.mark.parametrize("shape", [(5, 136, 72, 16, 3), (33, 576, 200, 24, 9), (64, 1100 // 4 * 4, 64, 32, 64)])
+def test_fused_layer_with_an_adapter_for_each_token(monkeypatch, shape):
+    t, k, n, r, num_adapters = shape
+    inputs = layer_inputs(t, k // 8 * 8, n, r, torch.bfloat16, (num_adapters,))
+    slots, ranks = torch.randint(-1, num_adapters, (t,)), torch.randint(0, r + 1, (num_adapters,))
+    options = {"slots": slots, "ranks": ranks, "scalings": torch.randn(num_adapters)}
+    for a in range(num_adapters):
+        inputs["lora_A"][a, ranks[a] :] = torch.nan
+        inputs["lora_B"][a, :, ranks[a] :] = torch.nan
+    y, _ = fused_layer(inputs, 0.7, **options)
+    assert_close(y, exact_layer(inputs, 0.7, **options))
+    for multiprocessors in (1, 5):
+        monkeypatch.setenv("PYFASTPEFT_EMULATED_SMS", str(multiprocessors))
+        assert torch.equal(fused_layer(inputs, 0.7, **options)[0], y)
+
+
+def test_fused_layer_without_a_branch_for_any_token():
+    inputs = layer_inputs(4, 64, 64, 8, torch.bfloat16, (2,))
+    slots = torch.full((4,), -1)
+    y, _ = fused_layer(inputs, slots=slots, scalings=torch.ones(2))
+    assert_close(y, exact_layer(inputs, 1.0, slots, scalings=torch.ones(2)))
+
+
+@pytest.mark.parametrize("shape", [(65, 64, 64, 8), (4, 60, 64, 8), (4, 64, 60, 8), (4, 64, 64, 4)])
+def test_fused_layer_declines_what_it_does_not_take(shape):
+    assert fused_layer(layer_inputs(*shape, torch.bfloat16)) is None
+
+
+def test_threads_do_not_race():
+    """No thread reads what another one writes but past a barrier, a warp operation or a counter that it acquires."""
+    found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip("there is no ThreadSanitizer here")
+    environment = os.environ | {
+        "LD_PRELOAD": os.path.realpath(found),
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+        "PYFASTPEFT_EMULATOR_RACES": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    script = Path(__file__).with_name("emulated_races.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert done.stdout == "all ran\n"
