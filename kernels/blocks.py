@@ -178,11 +178,11 @@ def finish(sums: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def launcher(function):
-    """Makes the device of the first argument current while kernels are launched."""
+    """Makes the device of the first argument, a tensor or a list of them, current while kernels are launched."""
 
     @functools.wraps(function)
     def launch(first, *rest):
-        with torch.cuda.device_of(first):
+        with torch.cuda.device_of(first[0] if isinstance(first, (list, tuple)) else first):
             function(first, *rest)
 
     return launch

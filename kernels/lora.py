@@ -58,7 +58,7 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["drop_below"])
 def linear_kernel(
-    x, weight, scale, bias, s, shift, lora_B, base, y, unscaled, seed, M, N, K, R, x_row, w_row, w_column, b_row,
+    x, weight, scale, bias, s, shift, lora_B, base, y, unscaled, seed, M, N, K, R, x_row, w_row, w_column, s_row, b_row,
     b_rank, base_row, y_row, scaling: tl.float64, drop_below: tl.int64, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def linear_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty)
     # The branch comes first, so that its mask and scale meet it alone in the accumulator.
     acc = product(
-        acc, lora_B + column_at * b_row, b_rank, column_inside, s + row_at * R, row_inside, 0, R,
+        acc, lora_B + column_at * b_row, b_rank, column_inside, s + row_at * s_row, row_inside, 0, R,
         DOT, PRECISION, BLOCK_R, STAGES=1, shift=shift, ACTIVATION=ACTIVATION,
     )  # fmt: skip
     acc *= tl.full((1, 1), scaling, acc.dtype)
@@ -149,14 +149,15 @@ def concat_linear_kernel(
 
 @triton.jit(do_not_specialize=["drop_below"])
 def factor_gradient_kernel(
-    t, s, shift, gradient, lora_B, ds, seed, M, F, R, part, t_row, g_rank, g_column, scaling: tl.float64,
+    t, s, shift, gradient, lora_B, ds, seed, M, F, R, part, t_row, s_row, g_rank, g_column, scaling: tl.float64,
     drop_below: tl.int64, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """gradient[h, j, f] = scaling * sum over the rows m of part h of phi(s + shift)[m, j] mask(t)[m, f]; and, where
     lora_B is given, ds[i, m, j] = scaling * sum over the columns f of block i of t[m, f] lora_B[f, j].
 
-    t [M, F], s [M, R], shift [R], gradient [parts, R, F] of any strides, lora_B [F, R], ds [F / BLOCK_N, M, R].
+    t [M, F], s [M, R] of any row stride, shift [R], gradient [parts, R, F] of any strides, lora_B [F, R],
+    ds [F / BLOCK_N, M, R].
     """
     rank_blocks = tl.cdiv(R, BLOCK_R)
     block = tl.program_id(0) // rank_blocks
@@ -182,7 +183,8 @@ def factor_gradient_kernel(
             tile = (tile.to(WIDE) * mask).to(tile.dtype)
         at = row_at[None, :] * R + ranks[:, None]
         s_inside = rank_inside[:, None] & row_inside[None, :]
-        shrunk = shifted(tl.load(s + at, mask=s_inside, other=0.0), shift, ranks, rank_inside)
+        own = tl.load(s + row_at[None, :] * s_row + ranks[:, None], mask=s_inside, other=0.0)
+        shrunk = shifted(own, shift, ranks, rank_inside)
         if ACTIVATION is not None:
             shrunk = tl.where(s_inside, activated(shrunk, ACTIVATION), 0.0)
         acc = tl.dot(shrunk.to(DOT), tile.to(DOT), acc, input_precision=PRECISION, out_dtype=WIDE)
@@ -265,8 +267,8 @@ def linear(
     strides = (0, 0) if weight is None else weight.stride()
     linear_kernel[(programs,)](
         x, weight, scale, bias, s, shift, factor, base, y, unscaled, seed, rows, columns, depth, rank, x.stride(0),
-        *strides, *factor.stride(), 0 if base is None else base.stride(0), y.stride(0), scaling, _drop_below(dropout_p),
-        ACTIVATION=activation, **dots(x.dtype, factor.dtype, rounded=True), **sizes,
+        *strides, s.stride(0), *factor.stride(), 0 if base is None else base.stride(0), y.stride(0), scaling,
+        _drop_below(dropout_p), ACTIVATION=activation, **dots(x.dtype, factor.dtype, rounded=True), **sizes,
     )  # fmt: skip
 
 
@@ -314,8 +316,8 @@ def factor_gradient(
     blocks_of_ds = None if ds is None else partial(ds, column_blocks, ds.dtype)
     factor_gradient_kernel[(programs, parts)](
         t, s, shift, sums, None if ds is None else lora_B, blocks_of_ds, seed, rows, columns, rank, part, t.stride(0),
-        sums.stride(1 + rank_axis), sums.stride(2 - rank_axis), scaling, _drop_below(dropout_p), ACTIVATION=activation,
-        **dots(t.dtype, gradient.dtype), **sizes,
+        s.stride(0), sums.stride(1 + rank_axis), sums.stride(2 - rank_axis), scaling, _drop_below(dropout_p),
+        ACTIVATION=activation, **dots(t.dtype, gradient.dtype), **sizes,
     )  # fmt: skip
     finish(sums, gradient)
     if ds is not None:

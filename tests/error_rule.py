@@ -90,6 +90,17 @@ def unfused_lora(x, weight, bias, lora_A, lora_B, scaling):
     return (base + unfused_delta(x, lora_A, lora_B, scaling)).to(base.dtype)
 
 
+def grouped(function, x, **members):
+    """function(x, weights, biases, lora_As, lora_Bs), its outputs side by side; members: weight0, bias0, …, lora_B1."""
+    count = sum(name.startswith("weight") for name in members)
+    kinds = ([members.get(f"{kind}{i}") for i in range(count)] for kind in ("weight", "bias", "lora_A", "lora_B"))
+    return torch.cat(function(x, *kinds), -1)
+
+
+def unfused_group(x, weights, biases, lora_As, lora_Bs, scalings):
+    return [unfused_lora(x, *layer) for layer in zip(weights, biases, lora_As, lora_Bs, scalings)]
+
+
 def unfused_dora(x, weight, bias, lora_A, lora_B, magnitude, scaling):
     """The norm from the whole of B A, and a constant."""
     with torch.no_grad():
@@ -154,6 +165,15 @@ def bottleneck_inputs(m, k, n, r, dtype, adapter_dtype=None, biases=True, device
             "down_bias": random(r, dtype=adapter_dtype, device=device),
             "up_bias": random(n, dtype=adapter_dtype, device=device),
         }
+    return inputs
+
+
+def group_inputs(m, k, layers, dtype, adapter_dtype=None, frozen=True, device="cpu") -> dict[str, Tensor]:
+    """For `grouped`; layers: (N, r) of every one, of which the second has no bias."""
+    inputs = {}
+    for i, (n, r) in enumerate(layers):
+        layer = lora_inputs(m, k, n, r, dtype, adapter_dtype, i != 1, frozen, device)
+        inputs |= {name if name == "x" else f"{name}{i}": tensor for name, tensor in layer.items()}
     return inputs
 
 

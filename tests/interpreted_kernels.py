@@ -6,14 +6,16 @@ import math
 
 import pytest
 import torch
-from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, lora_inputs, random
+from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, group_inputs, lora_inputs, random
 from test_ops import (
     assert_bottleneck,
     assert_dora,
     assert_multi_lora,
     dora_inputs,
+    group,
     lora,
     multi_inputs,
+    plain_group,
     plain_lora,
     raw_arguments,
 )
@@ -61,6 +63,12 @@ def test_many_tokens_through_a_wide_bottleneck(dtype, adapter_dtype):
     inputs = bottleneck_inputs(70, 75, 140, 40, dtype, adapter_dtype)
     inputs["residual"] = random(140, 70, dtype=dtype).T.detach().requires_grad_()
     assert_bottleneck(inputs, activation="gelu_tanh")
+
+
+@dtypes
+def test_many_tokens_through_a_group(dtype, adapter_dtype):
+    """s and ds are read by columns that begin at odd ranks."""
+    assert_error_rule(group, plain_group, group_inputs(70, 64, [(140, 20), (50, 33), (33, 3)], dtype, adapter_dtype))
 
 
 @dtypes
@@ -292,16 +300,28 @@ def test_every_choice_of_gradients(op, rank):
             (dy, x, lora_A, lora_B, torch.tensor([0.7, 2.0]), None, torch.arange(m), torch.tensor([2, 9, m]), s),
             [(m, k), (2, rank, k), (2, n, rank)],
         ),
+        "lora_group_backward": (
+            (
+                *([dy, dy[:, 3:]], x, [weight, weight[3:]], lora_A.flatten(0, 1), [lora_B[0], lora_B[1, 3:]]),
+                *([0.7, 2.0], 0.0, None, torch.cat([s, -s], 1)),
+            ),
+            [(m, k), (2 * rank, k), [(n, rank), (n - 3, rank)]],
+        ),
         "ia3_backward": ((dy, x, weight, random(k, grad=False), True, None), [(m, k), (k,)]),
     }[op]
-    expected = [torch.empty(shape) for shape in shapes]
+    expected = [poisoned(shape) for shape in shapes]
     getattr(reference, op)(*arguments, *expected)
     for wanted in itertools.product([False, True], repeat=len(shapes)):
-        outputs = [torch.full(shape, float("nan")) if want else None for shape, want in zip(shapes, wanted)]
+        nothing = ([] if isinstance(shape, list) else None for shape in shapes)
+        outputs = [poisoned(shape) if want else none for shape, want, none in zip(shapes, wanted, nothing)]
         getattr(triton_ops, op)(*arguments, *outputs)
         for output, exact in zip(outputs, expected):
-            if output is not None:
+            if output is not None and output != []:
                 torch.testing.assert_close(output, exact)
+
+
+def poisoned(shape):
+    return [poisoned(one) for one in shape] if isinstance(shape, list) else torch.full(shape, float("nan"))
 
 
 def test_two_runs_are_bit_identical_where_sums_are_split():

@@ -169,7 +169,16 @@ def assert_error_rule(got, stock, exact, tolerance: float) -> None:
         assert error <= allowed, f"{name}: error {error:.3g}, PEFT's and tolerance {allowed:.3g}, of {truth.norm():.3g}"
 
 
-def differential(stock, ran: dict[str, int], batch=(3, 5), autocast=None, train=False, **options):
+def by_layers(calls) -> dict[str, int]:
+    """How often every raw op ran, an op on a group of layers counted as the op on each of them."""
+    counted = Counter()
+    for op, args in calls:
+        group = op.startswith("lora_group")
+        counted[op.replace("lora_group", "lora")] += len(args[2 if op.endswith("backward") else 1]) if group else 1
+    return dict(counted)
+
+
+def differential(stock, ran: dict[str, int], batch=(3, 5), autocast=None, train=False, count=by_layers, **options):
     """Measure an accelerated copy of `stock`, `stock` itself and a float64 copy; raise AssertionError unless the error
     rule holds and exactly the raw ops of `ran` ran."""
     ours, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
@@ -179,7 +188,7 @@ def differential(stock, ran: dict[str, int], batch=(3, 5), autocast=None, train=
     inputs, cotangent = torch.randn(*batch, HIDDEN), torch.randn(*batch, 61)
     with recorded() as calls, poisoned_memory():
         got = measure(ours, inputs, cotangent, autocast, **options)
-    counted = dict(Counter(op for op, _ in calls))
+    counted = count(calls)
     assert counted == ran, f"fused path missed: raw ops {counted} ran instead of {ran}"
     if train:
         replay_dropout(stock, calls)

@@ -51,6 +51,19 @@ def adalora_arguments(**changed):
     return lora_arguments(lora_E=random(2)) | changed
 
 
+def group_arguments(**changed):
+    arguments = {
+        "x": random(4, 8),
+        "weights": [random(6, 8), random(5, 8)],
+        "biases": [random(6), None],
+        "lora_As": [random(2, 8), random(3, 8)],
+        "lora_Bs": [random(6, 2), random(5, 3)],
+        "scalings": [0.5, 2.0],
+        "dropout_p": 0.0,
+    }
+    return arguments | changed
+
+
 def multi_arguments(**changed):
     arguments = {
         "y": random(4, 6, grad=False),
@@ -163,6 +176,25 @@ BOTTLENECK = [
     ({"activation": "swish"}, ValueError, "activation is 'swish'; it must be one of relu, gelu, gelu_tanh, silu, tanh, identity"),
 ]
 
+GROUP = [
+    ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
+    ({"weights": random(2, 6, 8)}, TypeError, "weights is a Tensor; it must be a list or tuple of one entry for each layer"),
+    ({"weights": [], "biases": [], "lora_As": [], "lora_Bs": [], "scalings": []}, ValueError, "weights is of 0 entries; it must be of one entry for each of at least one layer"),
+    ({"biases": None}, TypeError, "biases is a NoneType; it must be a list or tuple"),
+    ({"biases": [None]}, ValueError, "biases is of 1 entries; it must be of 2, as weights is"),
+    ({"lora_As": [random(2, 8)] * 3}, ValueError, "lora_As is of 3 entries; it must be of 2, as weights is"),
+    ({"scalings": 0.5}, TypeError, "scalings is a float; it must be a list or tuple"),
+    ({"weights": [random(6, 8), random(5, 9)]}, ValueError, "weights[1] is a torch.float32 tensor of shape [5, 9] on cpu; it must be of shape [N, K] = [5, 8]"),
+    ({"weights": [random(6, 8), random(5, 8).half()]}, TypeError, "weights[1] is a torch.float16 tensor of shape [5, 8] on cpu; it must be of dtype torch.float32, as x is"),
+    ({"biases": [None, random(6)]}, ValueError, "biases[1] is a torch.float32 tensor of shape [6] on cpu; it must be of shape [N] = [5]"),
+    ({"lora_As": [META, random(3, 8)]}, ValueError, "lora_As[0] is a torch.float32 tensor of shape [2, 8] on meta; it must be on cpu, where x is"),
+    ({"lora_As": [random(2, 8), random(3, 7)]}, ValueError, "lora_As[1] is a torch.float32 tensor of shape [3, 7] on cpu; it must be of shape [r, K] = [3, 8]"),
+    ({"lora_As": [random(2, 8), random(3, 8).half()], "lora_Bs": [random(6, 2), random(5, 3).half()]}, TypeError, "lora_As[1] is a torch.float16 tensor of shape [3, 8] on cpu; it must be of dtype torch.float32, as lora_As[0] is"),
+    ({"lora_Bs": [random(6, 2), random(6, 3)]}, ValueError, "lora_Bs[1] is a torch.float32 tensor of shape [6, 3] on cpu; it must be of shape [N, r] = [5, 3]"),
+    ({"scalings": [0.5, "high"]}, TypeError, "scalings[1] is 'high' (str); it must be a number"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0 (float); it must be a probability with 0 <= p < 1"),
+]
+
 DORA = [
     ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
     ({"weight": random(6, 9)}, ValueError, "weight is a torch.float32 tensor of shape [6, 9] on cpu; it must be of shape"),
@@ -231,6 +263,11 @@ def test_lora_linear(changed, error, message):
     refused(ops.lora_linear, lora_arguments(**changed), error, message)
 
 
+@pytest.mark.parametrize(("changed", "error", "message"), GROUP)
+def test_lora_linear_group(changed, error, message):
+    refused(ops.lora_linear_group, group_arguments(**changed), error, message)
+
+
 @pytest.mark.parametrize(("changed", "error", "message"), IA3)
 def test_ia3_linear(changed, error, message):
     refused(ops.ia3_linear, ia3_arguments(**changed), error, message)
@@ -265,6 +302,7 @@ def test_multi_lora(changed, error, message):
 
 def test_what_the_tables_change_is_all_that_was_wrong():
     ops.lora_linear(**lora_arguments())
+    ops.lora_linear_group(**group_arguments())
     ops.ia3_linear(**ia3_arguments())
     ops.multi_lora(**multi_arguments())
     ops.bottleneck(**bottleneck_arguments())
@@ -339,3 +377,26 @@ def test_raw_ops_refuse_what_would_read_foreign_memory():
             arguments[position] = tensor
         with pytest.raises(RuntimeError, match=r"must be|wrong size"):
             raw(*arguments)
+
+
+def test_raw_ops_of_groups_refuse_what_would_read_foreign_memory():
+    x, weights, lora_A = torch.zeros(4, 8), [torch.zeros(6, 8), torch.zeros(5, 8)], torch.zeros(5, 8)
+    lora_Bs, ys, s = [torch.zeros(6, 2), torch.zeros(5, 3)], [torch.zeros(4, 6), torch.zeros(4, 5)], torch.zeros(4, 5)
+    forward = [x, weights, [None, None], lora_A, lora_Bs, [1.0, 1.0], 0.0, None, ys, s]
+    for position, argument in (
+        *((1, weights[:1]), (1, [weights[0], torch.zeros(5, 7)]), (2, [None, torch.zeros(4)]), (3, torch.zeros(4, 8))),
+        *((4, lora_Bs[::-1]), (4, lora_Bs[:1]), (5, [1.0]), (8, ys[:1]), (8, ys[::-1]), (9, torch.zeros(4, 2))),
+    ):
+        arguments = [*forward[:position], argument, *forward[position + 1 :]]
+        with pytest.raises(RuntimeError, match=r"must be|must hold|wrong size|needs|call failed"):
+            torch.ops.pyfastpeft.lora_group_forward(*arguments)
+    dx, dlora_A, dlora_Bs = torch.zeros(4, 8), torch.zeros(5, 8), [torch.zeros(6, 2), torch.zeros(5, 3)]
+    backward = [ys, x, weights, lora_A, lora_Bs, [1.0, 1.0], 0.0, None, s, dx, dlora_A, dlora_Bs]
+    for position, argument in (
+        *((0, ys[:1]), (0, ys[::-1]), (1, None), (1, torch.zeros(4, 7)), (3, torch.zeros(4, 8)), (8, None)),
+        *((8, torch.zeros(4, 2)), (9, torch.zeros(4, 7)), (10, torch.zeros(4, 8)), (11, dlora_Bs[:1])),
+        *((11, dlora_Bs[::-1]), (2, weights[::-1])),
+    ):
+        arguments = [*backward[:position], argument, *backward[position + 1 :]]
+        with pytest.raises(RuntimeError, match=r"must be|must hold|wrong size|needs"):
+            torch.ops.pyfastpeft.lora_group_backward(*arguments)

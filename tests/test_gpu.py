@@ -9,11 +9,14 @@ from error_rule import (
     DTYPES,
     MIXED,
     bottleneck_inputs,
+    group_inputs,
+    grouped,
     lora_inputs,
     random,
     unfused_bottleneck,
     unfused_delta,
     unfused_dora,
+    unfused_group,
     unfused_ia3,
     unfused_lora,
     unfused_multi_lora,
@@ -77,6 +80,16 @@ def plain_lora(x, weight, bias, lora_A, lora_B):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 255, 129, 5), ALIGNED, (300, 1000, 512, 64), (1, 64, 48, 200)])
 def test_lora_linear(dtype, adapter_dtype, shape):
     assert_error_rule(lora, plain_lora, gpu_lora_inputs(*shape, dtype, adapter_dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 33, [(17, 1), (9, 3)]), (300, 513, [(512, 16), (130, 5), (96, 64)])])
+def test_lora_linear_group(dtype, adapter_dtype, shape):
+    ours, theirs = (
+        functools.partial(grouped, functools.partial(f, scalings=[0.7, -1.3, 0.4][: len(shape[2])]))
+        for f in (ops.lora_linear_group, unfused_group)
+    )
+    assert_error_rule(ours, theirs, group_inputs(*shape, dtype, adapter_dtype, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

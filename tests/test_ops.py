@@ -15,6 +15,8 @@ from error_rule import (
     MIXED,
     assert_error_rule,
     bottleneck_inputs,
+    group_inputs,
+    grouped,
     lora_inputs,
     poisoned_memory,
     random,
@@ -22,6 +24,7 @@ from error_rule import (
     unfused_bottleneck,
     unfused_delta,
     unfused_dora,
+    unfused_group,
     unfused_ia3,
     unfused_lora,
     unfused_multi_lora,
@@ -107,6 +110,55 @@ def test_one_gradient_alone(backend, dtype, only):
     inputs = lora_inputs(6, 24, 40, 4, dtype)
     inputs = {name: t.detach().requires_grad_(name == only) for name, t in inputs.items()}
     assert_error_rule(lora, plain_lora, inputs)
+
+
+SCALINGS = [0.7, -1.3, 0.4]
+
+
+def group(dropout_p=0.0, **inputs):
+    count = sum(name.startswith("weight") for name in inputs)
+    return grouped(lambda *args: ops.lora_linear_group(*args, SCALINGS[:count], dropout_p), **inputs)
+
+
+def plain_group(**inputs):
+    return grouped(lambda *args: unfused_group(*args, SCALINGS), **inputs)
+
+
+LAYERS = [
+    (1, 5, [(3, 1)]),
+    (9, 33, [(17, 4), (20, 4)]),
+    (40, 130, [(65, 16), (33, 5), (33, 20)]),
+]
+
+
+@branch_backends
+@dtypes
+@pytest.mark.parametrize("shape", LAYERS)
+def test_lora_linear_group(backend, dtype, adapter_dtype, shape):
+    assert_error_rule(group, plain_group, group_inputs(*shape, dtype, adapter_dtype))
+
+
+@branch_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_a_group_train_their_weights_and_biases(backend, dtype):
+    assert_error_rule(group, plain_group, group_inputs((3, 5), 33, [(17, 4), (20, 6)], dtype, frozen=False))
+
+
+@branch_backends
+@pytest.mark.parametrize("only", ["x", "weight1", "bias0", "lora_A0", "lora_A1", "lora_B1"])
+def test_a_group_forms_one_gradient_alone(backend, only):
+    inputs = group_inputs(6, 24, [(40, 4), (17, 3)], torch.float32)
+    inputs = {name: t.detach().requires_grad_(name == only) for name, t in inputs.items()}
+    assert_error_rule(group, plain_group, inputs)
+
+
+@branch_backends
+def test_a_group_whose_outputs_are_not_all_used(backend):
+    def second(function, **inputs):
+        return function(**inputs)[..., 40:]
+
+    inputs = group_inputs(6, 24, [(40, 4), (17, 3)], torch.float32)
+    assert_error_rule(functools.partial(second, group), functools.partial(second, plain_group), inputs)
 
 
 @branch_backends
@@ -470,6 +522,28 @@ def test_multi_lora_takes_any_shape(backend, shape, dtypes, ranked, seed):
     assert_multi_lora(multi_inputs(*shape, *dtypes), slots, torch.randn(num_adapters), ranks)
 
 
+@branch_backends
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    depth=st.integers(8, 200),
+    layers=st.lists(st.tuples(st.integers(8, 200), st.integers(1, 20)), min_size=1, max_size=3),
+    layout=st.sampled_from(["contiguous", "columns", "transposed"]),
+    weight_transposed=st.booleans(),
+    dtypes=st.sampled_from(DTYPES + MIXED),
+)
+def test_a_group_takes_any_shape_and_strides(backend, rows, depth, layers, layout, weight_transposed, dtypes):
+    torch.manual_seed(0)
+    inputs = group_inputs(rows, depth, layers, *dtypes)
+    if layout == "columns":
+        inputs["x"] = random(rows, depth + 3, dtype=dtypes[0])[:, 1 : depth + 1].detach().requires_grad_()
+    if layout == "transposed":
+        inputs["x"] = random(depth, rows, dtype=dtypes[0]).T.detach().requires_grad_()
+    if weight_transposed:
+        inputs["weight0"] = random(depth, layers[0][0], dtype=dtypes[0]).T.detach()
+    assert_error_rule(group, plain_group, inputs)
+
+
 @backends
 @dtypes
 @pytest.mark.parametrize("shape", [(5, 12, 10), (60, 1, 30), (60, 12, 1)])
@@ -541,6 +615,11 @@ def test_empty_batches_give_empty_outputs_and_zero_gradients(backend):
         out.sum().backward()
         assert not inputs["lora_A"].grad.any()
         assert not inputs["lora_B"].grad.any()
+        inputs = group_inputs(lead, 8, [(6, 2), (5, 1)], torch.float32)
+        assert group(**inputs).shape == (*lead, 11)
+        group(**inputs).sum().backward()
+        assert not any(t.grad.any() for t in inputs.values() if t.requires_grad)
+        inputs = lora_inputs(lead, 8, 6, 2, torch.float32)
         x, ia3_l = random(*lead, 8), random(8)
         assert ops.ia3_linear(x, inputs["weight"], None, ia3_l, True).shape == (*lead, 6)
         inputs = dora_inputs(lead, 8, 6, 2, torch.float32)
@@ -572,6 +651,13 @@ def test_gradcheck(backend):
         return ops.lora_linear(*args, 0.7, 0.4)
 
     assert torch.autograd.gradcheck(dropped, (x, weight, bias, lora_A, lora_B))
+
+    def dropped_group(*args):
+        torch.manual_seed(7)
+        return ops.lora_linear_group(args[0], args[1:3], [args[3], None], args[4:6], args[6:], [0.7, -1.3], 0.4)
+
+    layers = weight, double(3, 5), bias, lora_A, double(1, 5), lora_B, double(3, 1)
+    assert torch.autograd.gradcheck(dropped_group, (x, *layers))
     y = double(2, 3, 4)
     assert torch.autograd.gradcheck(lambda y, *a: ops.lora_delta_(y.clone(), *a, 0.7), (y, x, lora_A, lora_B))
     for feedforward in (False, True):
@@ -613,6 +699,15 @@ def raw_arguments():
     return {
         "lora_forward": (x, weight, bias, lora_A, lora_B, 0.5, 0.1, seed, y, s),
         "lora_backward": (y, x, weight, lora_A, lora_B, 0.5, 0.1, seed, s, empty(x), empty(lora_A), None),
+        "lora_group_forward": (
+            *(x, [weight, weight[:4]], [bias, None], lora_A, [lora_B[:, :2].clone(), lora_B[:4, 2:].clone()]),
+            *([0.5, 2.0], 0.1, seed, [y, torch.zeros(6, 4)], s),
+        ),
+        "lora_group_backward": (
+            *([y, y[:, :4].clone()], x, [weight, weight[:4]], lora_A),
+            *([lora_B[:, :2].clone(), lora_B[:4, 2:].clone()], [0.5, 2.0], 0.1, seed, s),
+            *(empty(x), empty(lora_A), [torch.empty(5, 2), torch.empty(4, 1)]),
+        ),
         "ia3_forward": (x, weight, bias, bias, False, y, empty(y)),
         "ia3_backward": (y, None, weight, bias, False, y, empty(x), empty(bias)),
         "bottleneck_forward": (x, y, lora_A, lora_A[:, 0].clone(), lora_B, bias, 0.5, "gelu", empty(y), s),
@@ -638,17 +733,20 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.pyfastpeft, f"{op}_new").default, raw_arguments()[op])
 
 
+def tensors_of(arguments):
+    lists = [argument if isinstance(argument, list) else [argument] for argument in arguments]
+    return [argument for entries in lists for argument in entries if isinstance(argument, torch.Tensor)]
+
+
 @pytest.mark.parametrize("op", schemas.SCHEMAS)
 def test_what_compiled_graphs_run_returns_what_the_op_writes(op):
     arguments = raw_arguments()[op]
     untouched = copy.deepcopy(arguments)
     returned = getattr(torch.ops.pyfastpeft, f"{op}_new").default(*arguments)
-    for argument, before in zip(arguments, untouched):
-        if isinstance(argument, torch.Tensor):
-            torch.testing.assert_close(argument, before, rtol=0, atol=0, equal_nan=True)
+    for argument, before in zip(tensors_of(arguments), tensors_of(untouched)):
+        torch.testing.assert_close(argument, before, rtol=0, atol=0, equal_nan=True)
     getattr(torch.ops.pyfastpeft, op).default(*arguments)
-    written = arguments[-schemas.SCHEMAS[op].count("!)") :]
-    written = [argument for argument in written if argument is not None]
+    written = tensors_of(arguments[-schemas.SCHEMAS[op].count("!)") :])
     assert len(written) == len(returned)
     for value, argument in zip(returned, written):
         torch.testing.assert_close(value, argument, rtol=0, atol=0)
@@ -667,6 +765,9 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
 
     def model(x, weight, bias, lora_A, lora_B, ia3_l, many_A, many_B):
         h = ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7).relu()
+        layers = [weight, weight.T], [bias, None], [lora_A, lora_A[:1]], [lora_B, lora_B[:, :1]]
+        gate, up = ops.lora_linear_group(h, *layers, [0.7, -1.3])
+        h = h + gate.sigmoid() * up
         h = ops.ia3_linear(h, weight, bias, ia3_l, True)
         y = torch.nn.functional.linear(h, weight)
         y = ops.multi_lora(y, h, many_A, many_B, slots, 0.5)
@@ -770,6 +871,26 @@ def test_dropout_obeys_the_error_rule_with_its_mask(backend, dtype, adapter_dtyp
 
 
 @branch_backends
+@dtypes
+def test_layers_of_a_group_share_one_mask(backend, dtype, adapter_dtype):
+    torch.manual_seed(9)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+
+    def fused(**inputs):
+        torch.manual_seed(9)
+        return group(**inputs, dropout_p=0.25)
+
+    def unfused(x, weights, biases, lora_As, lora_Bs):
+        dropped = x.to(lora_As[0].dtype) * reference.dropout_factor(seed, 0.25, *x.shape, lora_As[0].dtype)
+        bases = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases)]
+        branches = (unfused_delta(dropped, *layer) for layer in zip(lora_As, lora_Bs, SCALINGS))
+        return [(base + branch).to(base.dtype) for base, branch in zip(bases, branches)]
+
+    inputs = group_inputs(19, 130, [(40, 4), (33, 7)], dtype, adapter_dtype)
+    assert_error_rule(fused, functools.partial(grouped, unfused), inputs)
+
+
+@branch_backends
 def test_dropout_follows_the_generator_and_keeps_its_share(backend):
     x, lora_A = torch.ones(50, 200), torch.eye(200)
     out = []
@@ -817,6 +938,18 @@ def test_autocast_of_dora_and_adalora(backend):
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in trained)
 
 
+@branch_backends
+def test_autocast_of_a_group(backend):
+    inputs = group_inputs(6, 16, [(12, 4), (9, 2)], torch.float32, frozen=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = group(**inputs)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), plain_group(**inputs), atol=0.03, rtol=0.03)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.float().square().sum().backward()
+    assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in inputs.values())
+
+
 @backends
 def test_autocast_keeps_the_dtype_of_a_residual(backend):
     inputs = bottleneck_inputs(6, 16, 12, 4, torch.float32)
@@ -851,6 +984,13 @@ def test_backward_keeps_x_s_and_a_seed_alone(backend):
     parameters = [inputs[n] for n in ("weight", "bias", "lora_A", "lora_B")]
     kept = saved_bytes(lambda: ops.lora_linear(**inputs, scaling=0.5, dropout_p=0.1), parameters)
     assert kept == 64 * 256 * 2 + 64 * 8 * 4 + 8
+
+
+@branch_backends
+def test_a_group_keeps_x_once(backend):
+    inputs = group_inputs(64, 256, [(128, 8), (96, 5)], torch.bfloat16, torch.float32)
+    kept = saved_bytes(lambda: group(**inputs, dropout_p=0.1), [t for name, t in inputs.items() if name != "x"])
+    assert kept == 64 * 256 * 2 + 64 * 13 * 4 + 8
 
 
 @backends
@@ -1367,6 +1507,22 @@ def measured(monkeypatch):
 def test_the_nearest_measured_shape_decides(measured):
     assert measured(lora_arguments(m=64)) == ("triton", "addmm", "reference")
     assert measured(lora_arguments(m=2048, n=14336)) == ("cuda", "addmm", "triton", "reference")
+
+
+def test_a_group_goes_where_one_of_its_layers_goes(measured):
+    x, _, _, lora_A, lora_B, *_ = lora_arguments(m=20)
+    weights = [torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")] * 3
+    args = x, weights, [None] * 3, torch.cat([lora_A] * 3), [lora_B] * 3, [1.0] * 3, 0.0, None, [x] * 3, x
+    assert choice.described("lora_group_forward", args) == ("bfloat16, adapters bfloat16", (20, 4096, 4096, 48, 1))
+    assert choice.ranking("lora_group_forward", args) == ("triton", "addmm", "reference")
+    backward = [x] * 3, x, weights, args[3], args[4], [1.0] * 3, 0.0, None, x, x, None, []
+    assert choice.described("lora_group_backward", backward) == choice.described("lora_group_forward", args)
+    with FakeTensorMode():
+        args = [torch.empty(8192, 4096, dtype=torch.bfloat16, device="cuda"), *args[1:]]
+        assert not dispatch.preferred("lora_group_forward", tuple(args))  # best by "cuda", which has no row
+        args[0] = args[0][:16]
+        assert dispatch.preferred("lora_group_forward", tuple(args))
+    assert dispatch.preferred("lora_group_forward", (torch.empty(2, 3),))
 
 
 def test_what_no_gpu_has_run_is_not_chosen(measured, monkeypatch):

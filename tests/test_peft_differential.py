@@ -229,9 +229,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("kernel", BROKEN)
 def test_a_broken_kernel_is_noticed(kernel):
-    model = adapted(llama, lora_config(llama))
+    model = adapted(llama, lora_config(llama, target_modules=["q_proj", "o_proj", "down_proj"]))  # of no one input
     with broken(*BROKEN[kernel]), pytest.raises(AssertionError, match=r"error .* PEFT's"):
-        differential(model, ran("lora", COUNT[llama]))
+        differential(model, ran("lora", 6))
 
 
 @pytest.mark.parametrize("argument", [9, 10, 11])

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import TARGETS, faults, kernels_of
 
-from pyfastpeft.kernels import bottleneck, dora, ia3, lora, multi_lora
+from pyfastpeft.kernels import bottleneck, dora, ia3, lora, lora_group, multi_lora
 from pyfastpeft.kernels.blocks import BLOCKS, RANK_BLOCKS, accumulation, tensor_descriptors
 from pyfastpeft.ops.reference import ACTIVATIONS
 
@@ -54,6 +54,17 @@ def launch_lora(tokens, rank, dtype, adapters, k=512, n=512):
     lora.lora_forward(x, None, None, *factors, 0.5, 0.1, seed, y, s)
     lora.lora_backward(y, x, weight, *factors, 0.5, 0.1, seed, s, x, *factors)
     lora.lora_backward(y, x, None, *factors, 0.5, 0.1, seed, None, None, factors[0], None)
+
+
+def launch_group(tokens, ranks, dtype, adapters, k=512, n=512):
+    wide, seed = accumulation(dtype), meta(1, dtype=torch.int64)
+    x, y, s = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype), meta(tokens, sum(ranks), dtype=wide)
+    weights, biases = [meta(n, k, dtype=dtype)] * len(ranks), [meta(n, dtype=dtype)] * len(ranks)
+    lora_A, lora_Bs = meta(sum(ranks), k, dtype=adapters), [meta(n, rank, dtype=adapters) for rank in ranks]
+    common, scalings = (lora_A, lora_Bs), [0.5] * len(ranks)
+    ys = [y] * len(ranks)
+    lora_group.lora_group_forward(x, weights, biases, *common, scalings, 0.1, seed, ys, s)
+    lora_group.lora_group_backward(ys, x, weights, *common, scalings, 0.1, seed, s, x, *common)
 
 
 def launch_concat(rank, dtype=half, tokens=1024, k=512, n=512):
@@ -123,6 +134,7 @@ def launch_all():
             if tokens == 128:
                 launch_bottleneck(tokens, 64, dtype, adapters, "gelu")
                 launch_dora(tokens, 64, dtype, adapters)
+                launch_group(tokens, (63, 17), dtype, adapters)  # columns of s that are not aligned
             if dtype == adapters:
                 launch_ia3(tokens, dtype)
     for rank in (16, 64):

@@ -11,6 +11,13 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       "lora_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
       " float dropout_p, Tensor? seed, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()");
   m.def(
+      "lora_group_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor lora_A, Tensor[] lora_Bs,"
+      " float[] scalings, float dropout_p, Tensor? seed, Tensor(a!)[] ys, Tensor(b!) s) -> ()");
+  m.def(
+      "lora_group_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor lora_A, Tensor[] lora_Bs,"
+      " float[] scalings, float dropout_p, Tensor? seed, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A,"
+      " Tensor(c!)[] dlora_Bs) -> ()");
+  m.def(
       "ia3_forward(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, bool feedforward,"
       " Tensor(a!) y, Tensor(b!)? base) -> ()");
   m.def(

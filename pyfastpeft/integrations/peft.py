@@ -3,15 +3,19 @@
 Only the forward pass is replaced, on the layers of one model. Parameters, configuration and every other method stay
 PEFT's. In a state that the kernels do not cover (disabled, merged, DoRA together with other adapters or with dropout,
 hooks on an inner module, tensor subclasses, …) a layer runs PEFT's own forward pass; that is decided anew at each call.
+Layers of one input compute their outputs together.
 """
 
+import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, reduce
+from inspect import signature
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -19,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import dispatch
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
-from ..ops.rows import autocasting
+from ..ops.rows import autocasting, needs_gradient
 
 try:
     from peft.tuners import ia3, lora
@@ -65,16 +70,15 @@ class FusedLoraLinear(lora.Linear):
     """PEFT's lora.Linear with a fused forward pass."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        stored = self.lora_A._modules
-        names = [name for name in self.active_adapters if name in stored]
-        if args or kwargs or not names or self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        covered = self._covered(x, names)
+        covered = None if args or kwargs else self._active(x)
         if covered is None:
-            return super().forward(x)
+            return super().forward(x, *args, **kwargs)
         base, (first, *others) = covered
         if first.magnitude is not None:
             return ops.dora_linear(x, *base, first.lora_A, first.lora_B, first.magnitude, first.scaling)
+        y = None if others or torch.compiler.is_compiling() else _shared(self, x, base, first)
+        if y is not None:
+            return y
         y = ops.lora_linear(x, *base, *first[:4])
         for adapter in others:
             y = ops.lora_delta_(y, x, *adapter[:4])
@@ -90,6 +94,12 @@ class FusedLoraLinear(lora.Linear):
         lora_A, lora_B, scaling, ranks = _stacked(self, covered[1], adapter_names, accumulation(x.dtype))
         slots = _slots(tuple(adapter_names), names, x.shape[1:-1].numel(), x.device)
         return ops.multi_lora(self.base_layer(x), x, lora_A, lora_B, slots, scaling, ranks)
+
+    def _active(self, x: Tensor) -> tuple[_Base, list[_Adapter]] | None:
+        """The base and the active adapters; None where PEFT's own forward pass has to run."""
+        stored = self.lora_A._modules
+        names = [name for name in self.active_adapters if name in stored]
+        return None if not names or self.disable_adapters or self.merged else self._covered(x, names)
 
     def _covered(self, x: Tensor, names: Sequence[str]) -> tuple[_Base, list[_Adapter]] | None:
         """The base and the adapters of these names; None where the kernels would not compute what PEFT computes."""
@@ -119,6 +129,137 @@ class FusedIA3Linear(ia3.Linear):
 
 _FUSED = {lora.Linear: FusedLoraLinear, ia3.Linear: FusedIA3Linear}
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
+
+
+# --- layers of one input ---------------------------------------------------------------------------------------------
+
+# Names of layers that a module calls one after the other with the very same tensor, in transformers' models.
+_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+)
+# Parameters of a forward pass which take what keys and values are made of where that is not what queries are made of.
+_OTHER_SOURCES = re.compile(r"(?!hidden_)\w+_states|key|value|memory|context")
+
+
+class _Group:
+    """Layers whose outputs the first one of them that is called computes, and the others take from `_pending`."""
+
+    def __init__(self, layers: Sequence[FusedLoraLinear]):
+        self.layers = [ref(layer) for layer in layers]
+        self.idle = False
+
+    def sources(self, x: Tensor) -> dict[FusedLoraLinear, tuple[_Base, _Adapter]] | None:
+        """What every layer would compute its output from; None where they cannot share x as they are now."""
+        found = {}
+        for layer in [reference() for reference in self.layers]:
+            if type(layer) is not FusedLoraLinear or _intercepted(layer):
+                return None
+            base, adapters = layer._active(x) or (None, ())
+            if len(adapters) != 1 or adapters[0].magnitude is not None or adapters[0].dropout_p:
+                return None  # PEFT draws a mask for each
+            tensors = base.weight, adapters[0].lora_A, adapters[0].lora_B
+            if any(t.device != x.device or t.is_inference() for t in tensors):
+                return None  # without versions
+            found[layer] = base, adapters[0]
+        first, *others = (adapter.lora_A.dtype for _, adapter in found.values())
+        return found if all(dtype == first for dtype in others) else None
+
+
+_GROUPS: WeakKeyDictionary[FusedLoraLinear, _Group] = WeakKeyDictionary()
+
+
+class _Pending:
+    """Outputs of a group for one x, computed ahead of the calls that will ask for them."""
+
+    def __init__(self, group, x, sources, outputs):
+        self.group = group
+        self.x = ref(x, lambda _: outputs.clear())
+        self.outputs = outputs
+        self.trains = torch.is_grad_enabled()
+        self.sources = sources  # so that no other tensor has the identity of one of these
+        self.states = {layer: _state(x, *sources[layer]) for layer in outputs}
+
+    def take(self, layer: FusedLoraLinear, x: Tensor, base: _Base, adapter: _Adapter) -> Tensor | None:
+        """The output of a layer, once; None unless it is what the layer would compute from these now."""
+        if self.x() is not x or layer not in self.outputs or self.states[layer] != _state(x, base, adapter):
+            return None
+        return self.outputs.pop(layer)
+
+
+class _Thread(threading.local):
+    """What one group of this thread has pending: until the next call of a layer, be it of that group or not."""
+
+    pending: _Pending | None = None
+
+
+_thread = _Thread()
+
+
+def _pays(x: Tensor, adapter: _Adapter) -> bool:
+    """Whether layers are faster together. On a CPU they are where gradients are formed; inference is one native call of
+    each layer there, which checks its arguments faster than Python does."""
+    return x.device.type == "cuda" or needs_gradient(x, adapter.lora_A, adapter.lora_B)
+
+
+def _shared(layer: FusedLoraLinear, x: Tensor, base: _Base, adapter: _Adapter) -> Tensor | None:
+    """The output of a layer that reads x together with others; None where it has to compute it by itself."""
+    pending, _thread.pending = _thread.pending, None
+    if pending is not None:
+        y = pending.take(layer, x, base, adapter)
+        if y is not None:
+            _thread.pending = pending if pending.outputs else None
+            return y
+        # Not while gradients are formed: a checkpoint computes again what it computed before.
+        pending.group.idle |= not (pending.trains or torch.is_grad_enabled())
+    group = None if adapter.dropout_p or x.is_inference() or not _pays(x, adapter) else _GROUPS.get(layer)
+    sources = None if group is None or group.idle else group.sources(x)
+    if sources is None:
+        return None
+    bases, adapters = zip(*sources.values())
+    (weights, biases), (lora_As, lora_Bs, scalings, *_) = zip(*bases), zip(*adapters)
+    rows = x.reshape(-1, x.shape[-1])
+    if not dispatch.preferred("lora_group_forward", (rows, weights, biases, lora_As[0], lora_Bs)):
+        return None
+    outputs = dict(zip(sources, ops.lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings)))
+    y = outputs.pop(layer)
+    _thread.pending = _Pending(group, x, sources, outputs)
+    return y
+
+
+def _state(x: Tensor, base: _Base, adapter: _Adapter) -> tuple:
+    """All that an output hangs on. Tensors count by identity, version and whether they ask for a gradient."""
+    device = x.device.type
+    under = torch.get_autocast_dtype(device) if autocasting(x) else None
+    tensors = [t for t in (x, *base, adapter.lora_A, adapter.lora_B) if t is not None]
+    return (
+        *(torch.is_grad_enabled(), under, dispatch.forced_backend(), adapter.scaling, adapter.dropout_p),
+        *((id(t), t._version, t.requires_grad) for t in tensors),
+    )
+
+
+def _groups(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+    """Enters the groups of a model into _GROUPS; (name of the module, names of its layers) of each."""
+    found = []
+    for path, parent in model.named_modules():
+        if not type(parent).__module__.startswith("transformers."):
+            continue
+        _, _, *parameters = signature(type(parent).forward).parameters
+        if any(map(_OTHER_SOURCES.fullmatch, parameters)):
+            continue
+        for siblings in _SIBLINGS:
+            layers = {name: parent._modules.get(name) for name in siblings}
+            layers = {name: layer for name, layer in layers.items() if type(layer) is FusedLoraLinear}
+            bases = [layer.base_layer for layer in layers.values()]
+            alike = all(type(base) is nn.Linear and base.in_features == bases[0].in_features for base in bases)
+            if len(layers) > 1 and alike:
+                group = _Group(layers.values())
+                _GROUPS.update((layer, group) for layer in layers.values())
+                found.append((path, tuple(layers)))
+    return found
 
 
 # --- mixed batches ---------------------------------------------------------------------------------------------------
@@ -255,14 +396,18 @@ class AccelerationReport:
         replaced: (name, kind) of every layer that now runs fused kernels, for all of its adapters or those not
             excepted in `kind`.
         skipped: (name, type, reason) of every layer that PEFT adapted and that keeps PEFT's forward pass.
+        groups: (name, layers) of every module in which some of the replaced layers, its children of these names, read
+            the input that they share once.
     """
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    groups: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         rows = [(kind, "fused", name) for name, kind in self.replaced]
         rows += [(kind, f"kept: {reason}", name) for name, kind, reason in self.skipped]
+        rows += [(", ".join(layers), "read their input once", name) for name, layers in self.groups]
         groups = [list(group) for _, group in groupby(sorted(rows), key=itemgetter(0, 1))]
         table = [("layers", "kind", "forward pass", "for example")]
         table += [(str(len(group)), *group[0]) for group in groups]
@@ -275,6 +420,12 @@ def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
 
     Covered are PEFT's `lora.Linear` and `ia3.Linear` on exactly `nn.Linear` or transformers' `Conv1D`; every other
     layer keeps PEFT's forward pass. Call it again after adding adapters to layers that had none.
+
+    Layers of one input in a transformers model (query, key and value; gate and up) read it once, where one adapter is
+    active and drops nothing: the first that is called computes the outputs of all, and the others take theirs if they
+    are called next with that very tensor and nothing that it hangs on has changed since. Writes through `.data` in
+    between are not seen. Compiled layers, those in inference mode and those with hooks run alone, on a CPU also those
+    that form no gradients. A copy of the model has to be accelerated again to share its inputs.
 
     Args:
         model: a PeftModel, a PeftMixedModel, or any module into which adapters were injected.
@@ -293,6 +444,7 @@ def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
             report.replaced.append((name, ", but ".join((kind, *reasons))))
         else:
             report.skipped.append((name, _type_name(layer), "; ".join(reasons)))
+    report.groups += _groups(model)
     if strict and not report.replaced:
         why = f"none of its layers is covered:\n{report}" if report.skipped else "PEFT has adapted no layer of it"
         raise ValueError(f"accelerate: model is a {type(model).__name__} in which nothing can be replaced; {why}")
@@ -307,6 +459,7 @@ def restore(model: nn.Module) -> int:
     fused = [layer for _, layer in _adapted_layers(model, "restore") if type(layer) in _STOCK]
     for layer in fused:
         layer.__class__ = _STOCK[type(layer)]
+        _GROUPS.pop(layer, None)
     return len(fused)
 
 

@@ -7,6 +7,7 @@ from .dispatch import use_backend
 from .dora import dora_linear, dora_norm
 from .ia3 import ia3_linear
 from .lora import lora_delta_, lora_linear
+from .lora_group import lora_linear_group
 from .multi_lora import Routing, multi_lora, route
 
 backends.register_all()
@@ -20,6 +21,7 @@ __all__ = [
     "ia3_linear",
     "lora_delta_",
     "lora_linear",
+    "lora_linear_group",
     "multi_lora",
     "route",
     "use_backend",

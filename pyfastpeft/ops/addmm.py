@@ -15,12 +15,22 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
 
     Without weight, y += scaling * s lora_B^T.
     """
-    dtype = torch.promote_types(x.dtype, lora_A.dtype)
-    shrunk = _dropped(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
-    s.copy_(shrunk)
+    shrunk = _shrunk(x, lora_A, dropout_p, seed, s)
     if weight is not None:
-        torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
-    _add(y, shrunk, lora_B.to(dtype).T, scaling)
+        _linear(x, weight, bias, y)
+    _add(y, shrunk, lora_B.to(shrunk.dtype).T, scaling)
+
+
+def _shrunk(x: Tensor, lora_A: Tensor, p: float, seed: Tensor | None, s: Tensor) -> Tensor:
+    """drop(x) lora_A^T in the dtype of the operands; s is written."""
+    dtype = torch.promote_types(x.dtype, lora_A.dtype)
+    shrunk = _dropped(x.to(dtype), p, seed) @ lora_A.to(dtype).T
+    s.copy_(shrunk)
+    return shrunk
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
 
 
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> None:
@@ -33,16 +43,39 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
         dlora_B.copy_((gradient.T @ s.to(dtype)) * scaling)
     if dlora_A is not None:
         dlora_A.copy_(ds.T @ _dropped(x.to(dtype), dropout_p, seed))
-    if dx is None:
+    if dx is not None:
+        dx.zero_() if weight is None else torch.mm(dy, weight, out=dx)
+        _add_dropped(dx, ds, lora_A.to(dtype), dropout_p, seed)
+
+
+def lora_group_forward(x, weights, biases, lora_A, lora_Bs, scalings, dropout_p, seed, ys, s) -> None:
+    """s = drop(x) lora_A^T;  y_i = x weight_i^T + bias_i + scaling_i * s_i lora_B_i^T for every layer i."""
+    shrunk = _shrunk(x, lora_A, dropout_p, seed, s)
+    columns = reference.columns(shrunk, lora_Bs)
+    for y, weight, bias, own, lora_B, scaling in zip(ys, weights, biases, columns, lora_Bs, scalings):
+        _linear(x, weight, bias, y)
+        _add(y, own, lora_B.to(own.dtype).T, scaling)
+
+
+def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, seed, s, dx, dlora_A, dlora_Bs) -> None:
+    """ds_i = scaling_i * dy_i lora_B_i;  dlora_B_i = scaling_i * dy_i^T s_i;  dlora_A = ds^T drop(x);
+    dx = sum over i of dy_i weight_i + drop'(ds lora_A). What is None or an empty list is not formed."""
+    dtype = torch.promote_types(dys[0].dtype, lora_A.dtype)
+    gradients = [dy.to(dtype) for dy in dys]
+    if dlora_Bs:
+        for dlora_B, gradient, own, scaling in zip(dlora_Bs, gradients, reference.columns(s, lora_Bs), scalings):
+            dlora_B.copy_((gradient.T @ own.to(dtype)) * scaling)
+    if dx is None and dlora_A is None:
         return
-    if weight is None:
-        dx.zero_()
-    else:
-        torch.mm(dy, weight, out=dx)
-    if seed is None:
-        _add(dx, ds, lora_A.to(dtype), 1.0)
-    else:
-        dx.add_(_dropped(ds @ lora_A.to(dtype), dropout_p, seed))
+    parts = zip(gradients, lora_Bs, scalings)
+    ds = torch.cat([(gradient @ lora_B.to(dtype)).mul_(scaling) for gradient, lora_B, scaling in parts], 1)
+    if dlora_A is not None:
+        dlora_A.copy_(ds.T @ _dropped(x.to(dtype), dropout_p, seed))
+    if dx is not None:
+        torch.mm(dys[0], weights[0], out=dx)
+        for dy, weight in zip(dys[1:], weights[1:]):
+            dx.addmm_(dy, weight)
+        _add_dropped(dx, ds, lora_A.to(dtype), dropout_p, seed)
 
 
 def _dropped(t: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -55,6 +88,14 @@ def _add(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
         y.addmm_(left, right, alpha=scaling)
     else:
         y.add_(left @ right, alpha=scaling)
+
+
+def _add_dropped(dx: Tensor, ds: Tensor, lora_A: Tensor, p: float, seed: Tensor | None) -> None:
+    """dx += drop'(ds lora_A)."""
+    if seed is None:
+        _add(dx, ds, lora_A, 1.0)
+    else:
+        dx.add_(_dropped(ds @ lora_A, p, seed))
 
 
 def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:

@@ -41,6 +41,16 @@ def shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...
         need(False, op, argument, tensor, f"of shape {names} = {list(expected)}")
 
 
+def entries(op: str, argument: str, values, count: int, of: str) -> None:
+    """A list or tuple of `count` entries, as many as the argument `of` has, or at least one where they are the same."""
+    if not isinstance(values, (list, tuple)):
+        given = f"a {type(values).__name__}"
+        need(False, op, argument, given, "a list or tuple of one entry for each layer", TypeError)
+    if not 0 < len(values) == count:
+        needed = "of one entry for each of at least one layer" if argument == of else f"of {count}, as {of} is"
+        need(False, op, argument, f"of {len(values)} entries", needed)
+
+
 def like(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor, dtype: bool = True, other: str = "x") -> None:
     """Same device as x and, where `dtype`, the same dtype."""
     if tensor.device != x.device:
@@ -85,18 +95,26 @@ def no_wider(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor, othe
         need(False, op, argument, tensor, f"no wider than float32 while {other} is {x.dtype}", TypeError)
 
 
-def linear(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """x [..., K], weight [N, K] and bias [N] of one floating dtype on one device."""
+def linear(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    called: tuple[str, str] = ("weight", "bias"),
+) -> None:
+    """x [..., K], weight [N, K] and bias [N] of one floating dtype on one device. The op calls the latter two by the
+    names in `called`."""
+    name, name_bias = called
     floating(op, "x", x)
-    floating(op, "weight", weight)
+    floating(op, name, weight)
     features(op, "x", x)
-    need(weight.dim() == 2 and weight.shape[0] > 0, op, "weight", weight, "of shape [N, K] with N >= 1")
-    shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[N, K]")
-    like(op, "weight", weight, x)
+    need(weight.dim() == 2 and weight.shape[0] > 0, op, name, weight, "of shape [N, K] with N >= 1")
+    shape(op, name, weight, (weight.shape[0], x.shape[-1]), "[N, K]")
+    like(op, name, weight, x)
     if bias is not None:
-        floating(op, "bias", bias)
-        shape(op, "bias", bias, (weight.shape[0],), "[N]")
-        like(op, "bias", bias, x)
+        floating(op, name_bias, bias)
+        shape(op, name_bias, bias, (weight.shape[0],), "[N]")
+        like(op, name_bias, bias, x)
 
 
 def vector(

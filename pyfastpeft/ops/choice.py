@@ -23,7 +23,12 @@ MANY = 8192  # tokens that a compiled graph is taken to see, so that it does not
 
 def ranking(op: str, args: tuple) -> tuple[str, ...]:
     """The backends to try for these raw arguments of `op`, in their order; the first argument is on a CUDA device."""
-    return _ranking(op, architecture(args[0].device.index or 0), *described(op, args))
+    return _ranking(op, architecture(leading(args).device.index or 0), *described(op, args))
+
+
+def leading(args: tuple) -> Tensor:
+    """The tensor that tells an op's device and dtype: its first argument, or the first of a list of these."""
+    return args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
 
 
 @functools.cache
@@ -38,7 +43,9 @@ def architecture(device: int) -> str:
 def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
     """The kind of an op's operands, e.g. "bfloat16, adapters float32, dropout", and their sizes: M, K, N, r, L."""
     named = dict(zip(_names(op), args))
-    first, weight = args[0], named.get("weight")
+    if "weights" in named:  # a group counts as its first layer with the ranks of all
+        named |= {"weight": named["weights"][0], "lora_B": named["lora_Bs"][0]}
+    first, weight = leading(args), named.get("weight")
     down, up = (named.get(a, named.get(b)) for a, b in (("lora_A", "down"), ("lora_B", "up")))
     kind = [str(first.dtype)[6:]]
     sizes = {"M": MANY if torch.compiler.is_compiling() else first.shape[0]}
@@ -64,6 +71,7 @@ def _names(op: str) -> tuple[str, ...]:
 
 @functools.lru_cache(4096)
 def _ranking(op, architecture, kind, sizes):
+    op = op.replace("lora_group", "lora")  # what serves one layer best serves several
     entries = [e for e in measurements().get(architecture, ()) if (e["op"], e["kind"]) == (op, kind)]
     if not entries:
         return RULE

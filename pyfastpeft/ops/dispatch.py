@@ -48,8 +48,9 @@ def forced_backend() -> str | None:
 
 
 def run(op: str, *args, backend: str | None = None) -> str | None:
-    """Run `op` on its raw arguments, the first of which tells device and dtype, by the first row that takes them; by
-    that of `backend`, where it is given and does. Returns the forced backend: a backward pass is to run there too."""
+    """Run `op` on its raw arguments, the first tensor of which tells device and dtype, by the first row that takes
+    them; by that of `backend`, where it is given and does. Returns the forced backend: a backward pass is to run there
+    too."""
     select(op, args, backend).function(*args)
     return _forced
 
@@ -60,7 +61,8 @@ def select(op: str, args: tuple, backend: str | None = None) -> Row:
     Raises RuntimeError, with the reason of every row, if none matches: only a forced backend can miss,
     since the reference rows take every device and every float dtype.
     """
-    device, dtype, rows = args[0].device.type, args[0].dtype, TABLE[op]
+    first, rows = choice.leading(args), TABLE[op]
+    device, dtype = first.device.type, first.dtype
     if backend is not None:
         rows = [*(row for row in rows if row.backend == backend), *(row for row in rows if row.backend != backend)]
     elif _forced is not None:
@@ -74,8 +76,17 @@ def select(op: str, args: tuple, backend: str | None = None) -> Row:
     raise RuntimeError(_reasons(op, args))
 
 
+def preferred(op: str, args: tuple) -> bool:
+    """Whether `op` on these raw arguments, as far as `choice.described` looks at them, is served by the backend that is
+    forced or, for CUDA tensors, found to be the fastest: and not by another for want of a row."""
+    on_cuda = choice.leading(args).device.type == "cuda"
+    name = _forced or (choice.ranking(op, args)[0] if on_cuda else None)
+    return name is None or any(row.backend == name for row in TABLE[op])
+
+
 def _reasons(op, args):
-    device, dtype = args[0].device.type, args[0].dtype
+    first = choice.leading(args)
+    device, dtype = first.device.type, first.dtype
     if _forced not in BACKENDS:
         return f"backend {_forced!r} does not exist; choose one of {', '.join(BACKENDS)}"
     reasons = [f"{_forced}: {UNAVAILABLE.get(_forced, f'has no row for {op}')}"]

@@ -66,7 +66,11 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
     """
     torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
     base = y if weight is None else F.linear(x, weight, bias)
-    y.copy_(base.to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T))
+    y.copy_(_expanded(base, s, lora_B, scaling))
+
+
+def _expanded(base, s, lora_B, scaling):
+    return base.to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)
 
 
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> None:
@@ -81,6 +85,39 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
     if dx is not None:
         branch = _dropped(ds @ lora_A.to(wide.dtype), dropout_p, seed)
         dx.copy_(branch if weight is None else branch + dy @ weight)
+
+
+# --- LoRA on layers of one input -------------------------------------------------------------------------------------
+
+
+def lora_group_forward(x, weights, biases, lora_A, lora_Bs, scalings, dropout_p, seed, ys, s) -> None:
+    """s = drop(x) lora_A^T;  y_i = x weight_i^T + bias_i + scaling_i * s_i lora_B_i^T for every layer i.
+
+    lora_A [R, K] is that of all layers, one below the other, and s_i [M, r_i] their columns of s [M, R].
+    """
+    torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
+    for y, weight, bias, own_s, lora_B, scaling in zip(ys, weights, biases, columns(s, lora_Bs), lora_Bs, scalings):
+        y.copy_(_expanded(F.linear(x, weight, bias), own_s, lora_B, scaling))
+
+
+def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, seed, s, dx, dlora_A, dlora_Bs) -> None:
+    """ds_i = scaling_i * dy_i lora_B_i;  dlora_B_i = scaling_i * dy_i^T s_i;  dlora_A = ds^T drop(x);
+    dx = sum over i of dy_i weight_i + drop'(ds lora_A). What is None or an empty list is not formed."""
+    wide = [dy.to(accumulation(dy.dtype)) for dy in dys]
+    ds = torch.cat([scaling * (dy @ lora_B.to(dy.dtype)) for dy, lora_B, scaling in zip(wide, lora_Bs, scalings)], 1)
+    if dlora_Bs:
+        for dlora_B, dy, own_s, scaling in zip(dlora_Bs, wide, columns(s, lora_Bs), scalings):
+            dlora_B.copy_(scaling * (dy.T @ own_s))
+    if dlora_A is not None:
+        dlora_A.copy_(ds.T @ _dropped(x, dropout_p, seed))
+    if dx is not None:
+        products = (dy @ weight for dy, weight in zip(dys, weights))
+        dx.copy_(sum(products, start=_dropped(ds @ lora_A.to(ds.dtype), dropout_p, seed)))
+
+
+def columns(s: Tensor, lora_Bs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of s [M, R] that belong to each of lora_Bs [N_i, r_i]."""
+    return s.split([lora_B.shape[1] for lora_B in lora_Bs], 1)
 
 
 # --- DoRA ------------------------------------------------------------------------------------------------------------

@@ -61,11 +61,11 @@ def without_autocast(backward: Callable) -> Callable:
     """A backward pass that keeps its dtypes also when it is called under autocast."""
 
     @wraps(backward)
-    def run(ctx, dy):
+    def run(ctx, dy, *more):
         if not autocasting(dy):
-            return backward(ctx, dy)
+            return backward(ctx, dy, *more)
         with autocast_off(dy):
-            return backward(ctx, dy)
+            return backward(ctx, dy, *more)
 
     return run
 

@@ -11,6 +11,11 @@ SCHEMAS = {
     " float dropout_p, Tensor? seed, Tensor(a!) y, Tensor(b!) s) -> ()",
     "lora_backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
     " float dropout_p, Tensor? seed, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()",
+    "lora_group_forward": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor lora_A, Tensor[] lora_Bs,"
+    " float[] scalings, float dropout_p, Tensor? seed, Tensor(a!)[] ys, Tensor(b!) s) -> ()",
+    "lora_group_backward": "(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor lora_A, Tensor[] lora_Bs,"
+    " float[] scalings, float dropout_p, Tensor? seed, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A,"
+    " Tensor(c!)[] dlora_Bs) -> ()",
     "ia3_forward": "(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, bool feedforward,"
     " Tensor(a!) y, Tensor(b!)? base) -> ()",
     "ia3_backward": "(Tensor dy, Tensor? x, Tensor weight, Tensor ia3_l, bool feedforward, Tensor? base,"
@@ -58,15 +63,21 @@ def _callable(namespace: str, op: str) -> Callable:
     arguments = write._schema.arguments
     places = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
+    def targets(args):
+        """The tensors that the op writes."""
+        written = [args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in places]
+        return [target for group in written for target in group if target is not None]
+
     def fresh(*args):
-        return [torch.empty_like(args[i]) for i in places if args[i] is not None]
+        return [torch.empty_like(target) for target in targets(args)]
 
     def compute(*args):
         # y holds the base layer's output where the op adds to it.
         adds = op == "multi_lora_forward" or (op == "lora_forward" and args[1] is None)
-        new = {i: args[i].clone() if adds else torch.empty_like(args[i]) for i in places if args[i] is not None}
-        write(*(new.get(i, argument) for i, argument in enumerate(args)))
-        return list(new.values())
+        new = [target.clone() if adds else torch.empty_like(target) for target in targets(args)]
+        left = iter(new)
+        write(*(_replaced(argument, left) if i in places else argument for i, argument in enumerate(args)))
+        return new
 
     twin = f"{namespace}::{op}_new"
     taken = re.sub(r"\(\w!\)", "", SCHEMAS[op]).removesuffix("()")
@@ -78,8 +89,14 @@ def _callable(namespace: str, op: str) -> Callable:
     def run(*args):
         if not torch.compiler.is_compiling():
             return write(*args)
-        written = [args[i] for i in places if args[i] is not None]
-        for target, value in zip(written, returns(*args)):
+        for target, value in zip(targets(args), returns(*args)):
             target.copy_(value)
 
     return run
+
+
+def _replaced(argument, others):
+    """`argument`, a tensor, a list of tensors or None, with the next of `others` for every tensor."""
+    if isinstance(argument, (list, tuple)):
+        return [next(others) for _ in argument]
+    return None if argument is None else next(others)

@@ -1,9 +1,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
+#include <algorithm>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "ops/cpu/base.h"
 #include "ops/cpu/lowrank.h"
@@ -12,75 +13,141 @@ namespace pyfastpeft {
 
 namespace {
 
+// One of the layers that an x goes through.
+struct Layer {
+  OptionalTensor weight;  // [N, K]
+  OptionalTensor bias;    // [N]
+  Tensor lora_B;          // [N, r]
+  double scaling;
+
+  int64_t features() const { return lora_B.size(0); }
+  int64_t rank() const { return lora_B.size(1); }
+};
+
+// The half of a branch that all layers share, and the other half of one layer's.
 template <class C>
-void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-             const Tensor& lora_B, double scaling, double p, const OptionalTensor& seed, Tensor& y, C* shrunk) {
-  int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
-  auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
-  Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y");
-  if (weight) check_weight(*weight, n, k, in.dtype);
-  if constexpr (sizeof(C) == 4) {
-    if (weight && !fast_matmul(in.dtype)) {
-      Buffer<float> wide(m, k);
-      convert(in, wide.rows(), m, k);
-      shrink<C>(branch, wide.rows(), shrunk, rank);
-      Rows shift = bias ? Rows{dtype_of(*bias, "bias"), contiguous(*bias, {n}, "bias"), 0} : Rows{};
-      matmul_upcast(wide.data.get(), m, *weight, false, [&](int64_t n0, int64_t columns, Rows block) {
+Branch<C> shrinking(const Tensor& lora_A, int64_t tokens, double p, const OptionalTensor& seed) {
+  int64_t rank = lora_A.size(0), k = lora_A.size(1);
+  return {{{rows_of(lora_A, rank, k, "lora_A"), Rows{}, rank, 1, {nullptr, tokens}}}, k, 0, dropout_of(p, seed)};
+}
+
+template <class C>
+Branch<C> expanding(const Layer& layer, Dtype dtype, int64_t tokens) {
+  Rows b = rows_of(layer.lora_B, layer.features(), layer.rank(), "lora_B");
+  check_adapters<C>(dtype, b.dtype);
+  return {{{Rows{}, b, layer.rank(), layer.scaling, {nullptr, tokens}}}, 0, layer.features()};
+}
+
+void check_ranks(const std::vector<Layer>& layers, int64_t rank) {
+  int64_t sum = 0;
+  for (const Layer& layer : layers) sum += layer.rank();
+  STD_TORCH_CHECK(sum == rank, "the rows of lora_A must be as many as the columns of every lora_B");
+}
+
+// s = drop(x) A^T;  y = x W^T + bias + scaling * s B^T for every layer and its columns of s; without W, y += the rest.
+// lora_A: [R, K], R the sum of all ranks;  ys: of every layer [M, N], out;  s: [M, R], out
+template <class C>
+void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lora_A, double p,
+             const OptionalTensor& seed, const std::vector<Tensor>& ys, C* s) {
+  int64_t m = x.size(0), k = lora_A.size(1), ranks = lora_A.size(0);
+  check_ranks(layers, ranks);
+  auto stack = shrinking<C>(lora_A, m, p, seed);
+  Rows in = rows_of(x, m, k, "x");
+  bool upcast = sizeof(C) == 4 && layers[0].weight && !fast_matmul(in.dtype);
+  Buffer<float> wide(upcast ? m : 0, k);
+  if (upcast) convert(in, wide.rows(), m, k);
+  shrink<C>(stack, upcast ? wide.rows() : in, s, ranks);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    int64_t n = layer.features();
+    auto branch = expanding<C>(layer, stack.adapters[0].a.dtype, m);
+    Tensor y = ys[i];
+    Rows out = rows_of(y, m, n, "y");
+    if (layer.weight) check_weight(*layer.weight, n, k, in.dtype);
+    if (!upcast) {
+      if (layer.weight) matmul(x, *layer.weight, false, layer.bias, y);
+      expand<C>(branch, s, ranks, out, 0, n);
+    } else {
+      Rows shift = layer.bias ? Rows{dtype_of(*layer.bias, "bias"), contiguous(*layer.bias, {n}, "bias"), 0} : Rows{};
+      matmul_upcast(wide.data.get(), m, *layer.weight, false, [&](int64_t n0, int64_t columns, Rows block) {
         std::unique_ptr<float[]> bias_block(new float[columns]);
         if (shift) kernels<float>().widen(shift.dtype, shift.at(0, n0), bias_block.get(), columns);
-        expand<C>(branch, shrunk, rank, block, n0, n0 + columns);
+        expand<C>(branch, s, ranks, block, n0, n0 + columns);
         for (int64_t t = 0; t < m; ++t) {
           auto* row = reinterpret_cast<float*>(block.at(t));
           if (shift) kernels<float>().add(row, bias_block.get(), columns);
           kernels<float>().narrow(out.dtype, row, out.at(t, n0), columns);
         }
       });
-      return;
     }
+    s += layer.rank();
   }
-  if (weight) matmul(x, *weight, false, bias, y);
-  shrink<C>(branch, in, shrunk, rank);
-  expand<C>(branch, shrunk, rank, out, 0, n);
 }
 
+// ds = scaling * dy B;  dB = scaling * dy^T s for every layer and its columns of ds and s;  dA = ds^T drop(x);
+// dx = the sum of dy W + drop'(ds A), without W the second term alone: what is wanted of these.
+// dys: of every layer [M, N];  lora_A, s as in forward;  out: dx [M, K], dlora_A [R, K], dlora_Bs of every layer or none
 template <class C>
-void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
-              const Tensor& lora_B, double scaling, double p, const OptionalTensor& seed, const OptionalTensor& s,
-              OptionalTensor& dx, OptionalTensor& dlora_A, OptionalTensor& dlora_B) {
-  int64_t m = dy.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
-  auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
-  branch.adapters[0].da = rows_of(dlora_A, rank, k, "dlora_A");
-  branch.adapters[0].db = rows_of(dlora_B, n, rank, "dlora_B");
+void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Layer>& layers,
+              const Tensor& lora_A, double p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor& dx,
+              OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs) {
+  int64_t m = dys[0].size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
+  check_ranks(layers, ranks);
   STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
-  STD_TORCH_CHECK(!dlora_B || s, "dlora_B needs s");
-  Rows gradient = rows_of(dy, m, n, "dy"), in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
-  const C* shrunk = s ? sums<C>(*s, {m, rank}, "s") : nullptr;
-  if (weight) check_weight(*weight, n, k, gradient.dtype);
-  if constexpr (sizeof(C) == 4) {
-    if (weight && dx && !fast_matmul(gradient.dtype)) {
-      Buffer<float> wide(m, n), sum(m, k);
+  STD_TORCH_CHECK(dlora_Bs.empty() || s, "dlora_B needs s");
+  auto stack = shrinking<C>(lora_A, m, p, seed);
+  stack.adapters[0].da = rows_of(dlora_A, ranks, k, "dlora_A");
+  Rows in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
+  const C* shrunk = s ? sums<C>(*s, {m, ranks}, "s") : nullptr;
+  bool base = dx && layers[0].weight;
+  bool upcast = sizeof(C) == 4 && base && !fast_matmul(dtype_of(dys[0], "dy"));
+  Buffer<float> sum(upcast ? m : 0, k);
+  Buffer<C> ds(dx || dlora_A ? m : 0, ranks);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    int64_t n = layer.features();
+    auto branch = expanding<C>(layer, stack.adapters[0].a.dtype, m);
+    if (!dlora_Bs.empty()) branch.adapters[0].db = rows_of(dlora_Bs[i], n, layer.rank(), "dlora_B");
+    Rows gradient = rows_of(dys[i], m, n, "dy");
+    if (layer.weight) check_weight(*layer.weight, n, k, gradient.dtype);
+    Buffer<float> wide(upcast ? m : 0, n);
+    if (upcast) {
       convert(gradient, wide.rows(), m, n);
-      matmul_upcast(wide.data.get(), m, *weight, true, [&](int64_t k0, int64_t columns, Rows block) {
-        for (int64_t t = 0; t < m; ++t)
-          std::memcpy(sum.rows().at(t, k0), block.at(t), columns * sizeof(float));
+      gradient = wide.rows();
+      matmul_upcast(wide.data.get(), m, *layer.weight, true, [&](int64_t k0, int64_t columns, Rows block) {
+        for (int64_t t = 0; t < m; ++t) {
+          auto* to = reinterpret_cast<float*>(sum.rows().at(t, k0));
+          auto* from = reinterpret_cast<const float*>(block.at(t));
+          if (i == 0) {
+            std::copy_n(from, columns, to);
+          } else {
+            kernels<float>().add(to, from, columns);
+          }
+        }
       });
-      backward<C>(branch, wide.rows(), in, shrunk, rank, sum.rows(), sum.rows());
-      convert(sum.rows(), out, m, k);
-      return;
+    } else if (base) {
+      matmul(dys[i], *layer.weight, true, i == 0 ? std::nullopt : dx, *dx);
     }
+    std::vector<Shrunk<C>> own;
+    if (dx || dlora_A) own.push_back({ds.data.get() + first, ranks});
+    expand_backward<C>(branch, gradient, shrunk ? shrunk + first : nullptr, ranks, own);
+    first += layer.rank();
   }
-  if (weight && dx) matmul(dy, *weight, true, std::nullopt, *dx);
-  backward<C>(branch, gradient, in, shrunk, rank, weight ? out : Rows{}, out);
+  if (!dx && !dlora_A) return;
+  Rows to = upcast ? sum.rows() : out;
+  shrink_backward<C>(stack, {{ds.data.get(), ranks}}, in, base ? to : Rows{}, to);
+  if (upcast) convert(to, out, m, k);
 }
 
 void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                   const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
                   Tensor& s) {
   int64_t m = x.size(0), rank = lora_A.size(0);
+  std::vector<Layer> layers{{weight, bias, lora_B, scaling}};
   if (x.scalar_type() == ScalarType::Double) {
-    forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, sums<double>(s, {m, rank}, "s"));
+    forward(x, layers, lora_A, dropout_p, seed, {y}, sums<double>(s, {m, rank}, "s"));
   } else {
-    forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, sums<float>(s, {m, rank}, "s"));
+    forward(x, layers, lora_A, dropout_p, seed, {y}, sums<float>(s, {m, rank}, "s"));
   }
 }
 
@@ -88,7 +155,45 @@ void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTens
                    const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed,
                    const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B) {
   auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B);
+  std::vector<Tensor> dlora_Bs;
+  if (dlora_B) dlora_Bs.push_back(*dlora_B);
+  run({dy}, x, {{weight, std::nullopt, lora_B, scaling}}, lora_A, dropout_p, seed, s, dx, dlora_A, dlora_Bs);
+}
+
+std::vector<Layer> layers_of(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
+                             const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings) {
+  size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0 && lora_Bs.size() == count && scalings.size() == count &&
+                      (biases.empty() || biases.size() == count),
+                  "each of at least one layer needs a weight, a bias or none, a lora_B and a scaling");
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < count; ++i)
+    layers.push_back({weights[i], biases.empty() ? std::nullopt : biases[i], lora_Bs[i], scalings[i]});
+  return layers;
+}
+
+void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
+                        const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
+                        double dropout_p, const OptionalTensor& seed, const std::vector<Tensor>& ys, Tensor& s) {
+  int64_t m = x.size(0), ranks = lora_A.size(0);
+  auto layers = layers_of(weights, biases, lora_Bs, scalings);
+  STD_TORCH_CHECK(ys.size() == layers.size(), "ys must hold one tensor for each layer");
+  if (x.scalar_type() == ScalarType::Double) {
+    forward(x, layers, lora_A, dropout_p, seed, ys, sums<double>(s, {m, ranks}, "s"));
+  } else {
+    forward(x, layers, lora_A, dropout_p, seed, ys, sums<float>(s, {m, ranks}, "s"));
+  }
+}
+
+void lora_group_backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Tensor>& weights,
+                         const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
+                         double dropout_p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor dx,
+                         OptionalTensor dlora_A, const std::vector<Tensor>& dlora_Bs) {
+  auto layers = layers_of(weights, {}, lora_Bs, scalings);
+  STD_TORCH_CHECK(dys.size() == layers.size() && (dlora_Bs.empty() || dlora_Bs.size() == layers.size()),
+                  "dys and dlora_Bs must hold one tensor for each layer");
+  auto run = dys[0].scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  run(dys, x, layers, lora_A, dropout_p, seed, s, dx, dlora_A, dlora_Bs);
 }
 
 // Whether a call is an ordinary one.  x: [..., K];  lora_A: [r, K];  lora_B: [N, r]
@@ -113,7 +218,7 @@ OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor&
   std::unique_ptr<C[]> own(s ? nullptr : new C[m * rank]);
   if (s) *s = torch::stable::new_empty(x, {m, rank}, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
   C* shrunk = s ? sums<C>(**s, {m, rank}, "s") : own.get();
-  forward(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scaling, 0, {}, out, shrunk);
+  forward(as_matrix(x, m, k, in.stride), {{weight, bias, lora_B, scaling}}, lora_A, 0, {}, {out}, shrunk);
   return y;
 }
 
@@ -164,6 +269,8 @@ bool lora_inference_in_place(const Tensor& y, const Tensor& x, const Tensor& lor
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("lora_forward", TORCH_BOX(&lora_forward));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
+  m.impl("lora_group_forward", TORCH_BOX(&lora_group_forward));
+  m.impl("lora_group_backward", TORCH_BOX(&lora_group_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {

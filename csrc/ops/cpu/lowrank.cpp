@@ -235,22 +235,16 @@ void expand(const Branch<C>& branch, const C* s, int64_t s_stride, const Target<
 }
 
 template <class C>
-void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_stride, Rows from, Rows dx,
-              const Middle<C>& middle) {
+void expand_backward(const Branch<C>& branch, Rows dy, const C* s, int64_t s_stride, const std::vector<Shrunk<C>>& ds,
+                     const Middle<C>& middle) {
   const auto& adapters = branch.adapters;
-  int64_t k = branch.features_in, n = branch.features_out;
-  auto rank_columns = [&](int64_t features) {
-    return cut(adapters, COLUMN_BLOCK, [features](const Adapter&) { return features; });
-  };
+  int64_t n = branch.features_out;
+  auto columns_of_b = cut(adapters, COLUMN_BLOCK, [n](const Adapter&) { return n; });
 
-  bool need_ds = dx || middle.sum || std::any_of(adapters.begin(), adapters.end(), [](const Adapter& a) { return bool(a.da); });
-  std::vector<std::unique_ptr<C[]>> bt(adapters.size()), ds(adapters.size());
-  if (need_ds) {
-    for (size_t i = 0; i < adapters.size(); ++i) {
-      bt[i] = scratch<C>(adapters[i].rank * n);
-      ds[i] = scratch<C>(adapters[i].tokens.count * adapters[i].rank);
-    }
-    parallel(rank_columns(n), multiply_adds(branch, n), [&](const Task& task) {
+  if (!ds.empty()) {
+    std::vector<std::unique_ptr<C[]>> bt(adapters.size());
+    for (size_t i = 0; i < adapters.size(); ++i) bt[i] = scratch<C>(adapters[i].rank * n);
+    parallel(columns_of_b, multiply_adds(branch, n), [&](const Task& task) {
       const Adapter& adapter = *task.adapter;
       int64_t rank = adapter.rank, columns = task.end - task.begin;
       auto stage = scratch<C>(adapter.b.dtype == native<C> ? 0 : COLUMN_BLOCK * rank);
@@ -261,21 +255,21 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
     auto tasks = cut(adapters, TOKEN_BLOCK, [](const Adapter& a) { return a.tokens.count; });
     parallel(tasks, multiply_adds(branch, n), [&](const Task& task) {
       const Adapter& adapter = *task.adapter;
+      const Shrunk<C>& row = ds[task.index];
+      int64_t rank = adapter.rank;
       Rows b{native<C>, reinterpret_cast<char*>(bt[task.index].get()), n};
-      shrink_block<C>(dy, adapter.tokens, task.begin, task.end, n, Dropout{}, b, 0, adapter.rank,
-                      [&](int64_t i) { return ds[task.index].get() + i * adapter.rank; });
-      int64_t first = task.begin * adapter.rank, count = (task.end - task.begin) * adapter.rank;
-      C* rows = ds[task.index].get() + first;
-      if (middle.slope) kernels<C>().multiply(rows, middle.slope + first, rows, count);
+      shrink_block<C>(dy, adapter.tokens, task.begin, task.end, n, Dropout{}, b, 0, rank, row);
+      if (!middle.slope) return;
+      for (int64_t i = task.begin; i < task.end; ++i) kernels<C>().multiply(row(i), middle.slope + i * rank, row(i), rank);
     });
     if (middle.sum) {
       int64_t rank = adapters[0].rank;
       std::fill_n(middle.sum, rank, C(0));
-      for (int64_t i = 0; i < adapters[0].tokens.count; ++i) kernels<C>().add(middle.sum, ds[0].get() + i * rank, rank);
+      for (int64_t i = 0; i < adapters[0].tokens.count; ++i) kernels<C>().add(middle.sum, ds[0](i), rank);
     }
   }
 
-  parallel(rank_columns(n), multiply_adds(branch, n), [&](const Task& task) {
+  parallel(columns_of_b, multiply_adds(branch, n), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
     if (!adapter.db) return;
     int64_t columns = task.end - task.begin;
@@ -287,12 +281,16 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
       kernels<C>().narrow(adapter.db.dtype, row.get(), adapter.db.at(task.begin + c), adapter.rank);
     }
   });
+}
 
-  if (!need_ds) return;
-  parallel(rank_columns(k), multiply_adds(branch, k), [&](const Task& task) {
+template <class C>
+void shrink_backward(const Branch<C>& branch, const std::vector<Shrunk<C>>& ds, Rows x, Rows from, Rows dx) {
+  int64_t k = branch.features_in;
+  auto tasks = cut(branch.adapters, COLUMN_BLOCK, [k](const Adapter&) { return k; });
+  parallel(tasks, multiply_adds(branch, k), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
+    const Shrunk<C>& factors = ds[task.index];
     int64_t columns = task.end - task.begin, rank = adapter.rank;
-    auto factors = [&](int64_t i) { return ds[task.index].get() + i * rank; };
     auto c = scratch<C>(rank * COLUMN_BLOCK);
     if (adapter.da) {
       outer_block<C>(factors, rank, x, adapter.tokens, task.begin, columns, branch.dropout, c.get());
@@ -308,10 +306,32 @@ void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_st
   });
 }
 
+template <class C>
+void backward(const Branch<C>& branch, Rows dy, Rows x, const C* s, int64_t s_stride, Rows from, Rows dx,
+              const Middle<C>& middle) {
+  const auto& adapters = branch.adapters;
+  std::vector<std::unique_ptr<C[]>> memory;
+  std::vector<Shrunk<C>> ds;
+  if (dx || middle.sum || std::any_of(adapters.begin(), adapters.end(), [](const Adapter& a) { return bool(a.da); })) {
+    for (const Adapter& adapter : adapters) {
+      memory.push_back(scratch<C>(adapter.tokens.count * adapter.rank));
+      ds.push_back({memory.back().get(), adapter.rank});
+    }
+  }
+  expand_backward(branch, dy, s, s_stride, ds, middle);
+  if (!ds.empty()) shrink_backward(branch, ds, x, from, dx);
+}
+
 template void shrink(const Branch<float>&, Rows, float*, int64_t);
 template void shrink(const Branch<double>&, Rows, double*, int64_t);
 template void expand(const Branch<float>&, const float*, int64_t, const Target<float>&, int64_t, int64_t);
 template void expand(const Branch<double>&, const double*, int64_t, const Target<double>&, int64_t, int64_t);
+template void expand_backward(const Branch<float>&, Rows, const float*, int64_t, const std::vector<Shrunk<float>>&,
+                              const Middle<float>&);
+template void expand_backward(const Branch<double>&, Rows, const double*, int64_t, const std::vector<Shrunk<double>>&,
+                              const Middle<double>&);
+template void shrink_backward(const Branch<float>&, const std::vector<Shrunk<float>>&, Rows, Rows, Rows);
+template void shrink_backward(const Branch<double>&, const std::vector<Shrunk<double>>&, Rows, Rows, Rows);
 template void backward(const Branch<float>&, Rows, Rows, const float*, int64_t, Rows, Rows, const Middle<float>&);
 template void backward(const Branch<double>&, Rows, Rows, const double*, int64_t, Rows, Rows, const Middle<double>&);
 

@@ -35,6 +35,10 @@ struct Branch {
   Dropout dropout{};
 };
 
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  return seed ? Dropout{p, (uint64_t)*integers(*seed, 1, "seed")} : Dropout{};
+}
+
 // The branch of one adapter, which every token goes through.
 template <class C>
 Branch<C> single(const Tensor& lora_A, const Tensor& lora_B, double scaling, int64_t tokens, double p,
@@ -42,9 +46,7 @@ Branch<C> single(const Tensor& lora_A, const Tensor& lora_B, double scaling, int
   int64_t rank = lora_A.size(0), k = lora_A.size(1), n = lora_B.size(0);
   Rows a = rows_of(lora_A, rank, k, "lora_A"), b = rows_of(lora_B, n, rank, "lora_B");
   check_adapters<C>(a.dtype, b.dtype);
-  Dropout dropout;
-  if (seed) dropout = {p, (uint64_t)*integers(*seed, 1, "seed")};
-  return {{{a, b, rank, scaling, {nullptr, tokens}}}, k, n, dropout};
+  return {{{a, b, rank, scaling, {nullptr, tokens}}}, k, n, dropout_of(p, seed)};
 }
 
 // s[t] = drop(x[t]) A^T.  x: [M, K];  s: [M, s_stride], out
@@ -84,8 +86,25 @@ struct Middle {
   C* sum = nullptr;          // [rank], out: ds summed over tokens
 };
 
-// ds = scaling * dy B * slope;  dB = scaling * dy^T s;  dA = ds^T drop(x);  dx = from + drop'(ds A): what is wanted of
-// these.  dy: [M, N];  x: [M, K];  s: [M, s_stride];  from: [M, K], may be dx or null;  dx: [M, K], out
+// ds of one adapter: its token i's ranks are at data + i * stride.
+template <class C>
+struct Shrunk {
+  C* data;
+  int64_t stride;
+  C* operator()(int64_t i) const { return data + i * stride; }
+};
+
+// dB = scaling * dy^T s and, where ds is not empty, ds = scaling * dy B * slope.
+// dy: [M, N];  s: [M, s_stride];  ds: of every adapter, out
+template <class C>
+void expand_backward(const Branch<C>&, Rows dy, const C* s, int64_t s_stride, const std::vector<Shrunk<C>>& ds,
+                     const Middle<C>& middle = {});
+
+// dA = ds^T drop(x);  dx = from + drop'(ds A).  x: [M, K];  from: [M, K], may be dx or null;  dx: [M, K], out
+template <class C>
+void shrink_backward(const Branch<C>&, const std::vector<Shrunk<C>>& ds, Rows x, Rows from, Rows dx);
+
+// Both of these: what is wanted of them.
 template <class C>
 void backward(const Branch<C>&, Rows dy, Rows x, const C* s, int64_t s_stride, Rows from, Rows dx,
               const Middle<C>& middle = {});
