@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 PIP := $(VENV)/python -m pip --disable-pip-version-check install -c .venv/constraints.txt
 
-.PHONY: demo test bench lint gpu build
+.PHONY: demo test bench lint gpu gpu-check build
 
 demo: build  ## the whole story on one page: ARGS="--model PATH_OR_ID --data FILE"
 	$(VENV)/python -m demo $(ARGS)
@@ -25,6 +25,10 @@ gpu:
 	-$(if $(wildcard pyfastpeft/_ops_cuda.so),PYFASTPEFT_CUDA=0) $(PYTHON) setup.py -q build_ext --inplace
 	status=0; $(PYTHON) -m pytest -m gpu tests $(ARGS) || status=$$?; \
 	$(PYTHON) -m benchmarks --json $${OUT:-benchmarks/results}/gpu.json && exit $$status
+
+gpu-check:  ## minutes: compute-sanitizer looks at every access
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(PYTHON) -m pytest -m gpu tests -k "cuda and not hundred and not one_graph" || exit 1; done
 
 build: .venv/installed
 	@$(VENV)/python setup.py -q build_ext --inplace

@@ -22,7 +22,9 @@ SHARING = (
     "test_demo",
     "test_quality",
     "test_triton_aot",
+    "test_cuda_aot",
     "test_cuda_emulator",
+    "test_cuda_lora",
 )
 
 
