@@ -23,12 +23,12 @@ lint: .venv/installed
 gpu: export PYFASTPEFT_REQUIRE_NATIVE = 0
 gpu:
 	-$(if $(wildcard pyfastpeft/_ops_cuda.so),PYFASTPEFT_CUDA=0) $(PYTHON) setup.py -q build_ext --inplace
-	status=0; $(PYTHON) -m pytest -m gpu tests $(ARGS) || status=$$?; \
+	status=0; $(PYTHON) -m pytest tests/test_gpu.py $(ARGS) || status=$$?; \
 	$(PYTHON) -m benchmarks --json $${OUT:-benchmarks/results}/gpu.json && exit $$status
 
 gpu-check:  ## minutes: compute-sanitizer looks at every access
 	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(PYTHON) -m pytest -m gpu tests -k "cuda and not hundred and not one_graph" || exit 1; done
+	  $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and not hundred and not one_graph" || exit 1; done
 
 build: .venv/installed
 	@$(VENV)/python setup.py -q build_ext --inplace
