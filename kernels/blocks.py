@@ -138,7 +138,8 @@ def blocks(
     if sizes is None or not rank:
         return sizes
     choice = RANK_BLOCKS[operands]
-    return sizes | {"BLOCK_R": choice[0] if rank <= choice[0] else choice[-1]}
+    odd = kernel == "factor_gradient" and rank % 16  # whose addresses take registers
+    return sizes | {"BLOCK_R": choice[0] if rank <= choice[0] or odd else choice[-1]}
 
 
 def dots(dtype: torch.dtype, adapters: torch.dtype, rounded: bool = False) -> dict:
