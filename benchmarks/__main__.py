@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def main() -> int:
         ]
     )
     if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and path.exists():
-        report.main([str(path), "--plot", str(path.with_suffix(".png"))])
+        plot = ["--plot", str(path.with_suffix(".png"))] if find_spec("matplotlib") else []
+        report.main([str(path), *plot])
     return code
 
 

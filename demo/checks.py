@@ -18,7 +18,7 @@ from pyfastpeft import ops
 
 from .model import twin
 
-OPS = ("lora_linear", "ia3_linear", "multi_lora")
+OPS = ("lora_linear", "lora_linear_group", "ia3_linear", "multi_lora")
 CURVE_LIMIT = 1e-3  # relative; rounding grows from step to step as Adam divides by small gradients
 LOGITS_LIMIT = 1e-4  # of the largest logit
 # A gradient's relative error against float64 may be this many times PEFT's own plus what rounding alone may cost.
@@ -56,7 +56,7 @@ def fused_path(label: str, model: PeftModel, ids: Tensor) -> Check:
     layers = len(pyfastpeft.accelerate(model).replaced)
     try:
         for name, op in originals.items():
-            setattr(ops, name, lambda *args, op=op: calls.append(op) or op(*args))
+            setattr(ops, name, lambda *args, op=op: calls.extend(_layers(op, args)) or op(*args))
         model(input_ids=ids)
     finally:
         for name, op in originals.items():
@@ -68,6 +68,11 @@ def fused_path(label: str, model: PeftModel, ids: Tensor) -> Check:
         0,
         f"adapted layers without a fused op in a forward pass; {len(calls)} of {layers} ran one",
     )
+
+
+def _layers(op, args) -> list:
+    """One entry for each layer that a call of `op` serves."""
+    return [op] * (len(args[1]) if op.__name__ == "lora_linear_group" else 1)
 
 
 def loss_curves(
