@@ -8,7 +8,8 @@ demo: build  ## the whole story on one page: ARGS="--model PATH_OR_ID --data FIL
 	$(VENV)/python -m demo $(ARGS)
 
 test: export PYFASTPEFT_REQUIRE_NATIVE = 1
-test: build  ## ARGS="-k lora -x"
+test: export PYFASTPEFT_SLOW = $(SLOW)
+test: build  ## ARGS="-k lora -x", SLOW=1 for all
 	$(VENV)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup $(ARGS)
 
 bench: build  ## FULL=1 for all shapes

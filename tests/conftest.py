@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if (name := item.module.__name__) in SHARING:
             item.add_marker(pytest.mark.xdist_group(name))
+        if item.get_closest_marker("slow") and os.environ.get("PYFASTPEFT_SLOW") != "1":
+            item.add_marker(pytest.mark.skip(reason="slow: make test SLOW=1"))
     items.sort(key=lambda item: item.module.__name__ not in SHARING)
 
 

@@ -322,6 +322,7 @@ def test_fused_layer_declines_what_it_does_not_take(shape):
     assert fused_layer(layer_inputs(*shape, torch.bfloat16)) is None
 
 
+@pytest.mark.slow
 def test_threads_do_not_race():
     """No thread reads what another one writes but past a barrier, a warp operation or a counter that it acquires."""
     found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
