@@ -10,7 +10,7 @@ demo: build  ## the whole story on one page: ARGS="--model PATH_OR_ID --data FIL
 test: export PYFASTPEFT_REQUIRE_NATIVE = 1
 test: export PYFASTPEFT_SLOW = $(SLOW)
 test: build  ## ARGS="-k lora -x", SLOW=1 for all
-	$(VENV)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup $(ARGS)
+	$(VENV)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 bench: build  ## FULL=1 for all shapes
 	$(VENV)/python -m benchmarks $(if $(FULL),--full) $(ARGS)

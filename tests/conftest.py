@@ -18,27 +18,19 @@ with suppress(ImportError):  # a GPU machine may lack it; the tests that `make g
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # other workers have the other cores
 torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count()))
-# Modules whose tests share what takes long to make, and so a worker; those that take longest come first.
-SHARING = (
-    "test_triton_interpreter",
-    "test_packaging",
-    "test_demo",
-    "test_quality",
-    "test_triton_aot",
-    "test_cuda_aot",
-    "test_cuda_emulator",
-    "test_cuda_lora",
+# Files that take longest, in the order in which `make test` hands files to its workers.
+FIRST = (
+    *("test_triton_interpreter", "test_cuda_aot", "test_packaging", "test_ops", "test_triton_aot", "test_demo"),
+    *("test_cuda_emulator", "test_peft_groups", "test_peft_lifecycle", "test_adapt", "test_benchmarks"),
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the mark
 def pytest_collection_modifyitems(items):
     for item in items:
-        if (name := item.module.__name__) in SHARING:
-            item.add_marker(pytest.mark.xdist_group(name))
         if item.get_closest_marker("slow") and os.environ.get("PYFASTPEFT_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="slow: make test SLOW=1"))
-    items.sort(key=lambda item: item.module.__name__ not in SHARING)
+    place = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.module.__name__, len(FIRST)))
 
 
 @pytest.fixture(autouse=True)
