@@ -1,8 +1,8 @@
 """How the libraries of csrc/ are compiled and linked, with ninja. setup.py says which there are.
 
-CXX and CXXFLAGS mean what they always do. The CUDA kernels are built where nvcc is present and torch is one for CUDA;
-PYFASTPEFT_CUDA=1 or 0 decides instead, PYFASTPEFT_CUDA_ARCHS="80 90a" for which GPUs. Files *_sm90.cu are for Hopper
-alone and need CUTLASS's headers (package nvidia-cutlass).
+CXX and CXXFLAGS mean what they always do; nvcc reads NVCC_APPEND_FLAGS instead of the latter. The CUDA kernels are
+built where nvcc is present and torch is one for CUDA; PYFASTPEFT_CUDA=1 or 0 decides instead, PYFASTPEFT_CUDA_ARCHS="80
+90a" for which GPUs. Files *_sm90.cu are for Hopper alone and need CUTLASS's headers (package nvidia-cutlass).
 """
 
 import os
@@ -63,21 +63,19 @@ build {folder}/library.so: link {" ".join(objects)}
 
 def _commands(name: str, compiler: list[str]) -> tuple[list[str], str]:
     """What compiles a source of library `name`, and ninja's command that links it."""
-    common = [*shlex.split(os.environ.get("CXXFLAGS", "")), "-std=c++20", "-DNDEBUG", "-Icsrc"]
+    common = ["-std=c++20", "-DNDEBUG", "-Icsrc"]
+    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     if name == "_host":
         includes = ["-isystem", _folder("pybind11", "include"), "-isystem", sysconfig.get_path("include")]
-        return [*compiler, *FLAGS, *common, *includes], f"{shlex.join(compiler)} -shared $in -o $out"
+        return [*compiler, *flags, *common, *includes], f"{shlex.join(compiler)} -shared $in -o $out"
     common += ["-isystem", _folder("torch", "include"), *STABLE_ABI]
     library = shlex.quote(f"-L{_folder('torch', 'lib')}")
     if name == "_ops":
-        return [*compiler, *FLAGS, *common], f"{shlex.join(compiler)} -shared $in {library} -ltorch_cpu -o $out"
+        return [*compiler, *flags, *common], f"{shlex.join(compiler)} -shared $in {library} -ltorch_cpu -o $out"
     nvcc = [_nvcc(), "-ccbin", compiler[0], "--cudart=static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    common += cuda_flags()
     # libtorch brings what tells the current stream, where it is one for CUDA.
-    return [
-        *nvcc,
-        *common,
-    ], f"{shlex.join(nvcc)} -shared $in {library} -Xlinker --no-as-needed -ltorch -ltorch_cpu -o $out"
+    links = f"{library} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
+    return [*nvcc, *common, *cuda_flags()], f"{shlex.join(nvcc)} -shared $in {links} -o $out"
 
 
 def cuda_flags() -> list[str]:
