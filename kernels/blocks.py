@@ -58,7 +58,7 @@ BLOCKS = {
     "multi_lora": {"half": [(64, entry(16, 64, 128, 4, 4)), (ANY, None)]},
     "factor_gradient": {
         "half": [(ANY, entry(32, 128, 0, 4, 3))],
-        "mixed": [(ANY, entry(32, 128, 0, 8, 3))],
+        "mixed": [(ANY, entry(32, 128, 0, 8, 2))],
         "single": [(ANY, entry(32, 64, 0, 4, 2))],
         "double": [(ANY, entry(16, 32, 0, 4, 2))],
     },
