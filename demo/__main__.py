@@ -49,10 +49,10 @@ class Effort:
 
 QUICK = Effort(
     packages=2,
-    base_steps=80,
-    base_seconds=6,
-    steps=12,
-    seconds=2,
+    base_steps=60,  # seconds that a busy machine has, too: with fewer steps adapters may not learn
+    base_seconds=60,
+    steps=30,
+    seconds=30,
     checked_steps=4,
     checked_seconds=2,
     rounds=4,
