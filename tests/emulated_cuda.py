@@ -9,9 +9,12 @@ import fcntl
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -81,3 +84,17 @@ def load() -> None:
             function = getattr(getattr(torch.ops, NAMESPACE), op).default
             dtypes = (torch.int64,) if op == "group_tokens" else dispatch.FLOATS
             dispatch.register(op, "cuda", ("cpu",), function, dtypes, getattr(cuda, op))
+
+
+@contextmanager
+def loaded() -> Iterator[None]:
+    """In here the rows are in the table, and every device counts as one that runs them."""
+    from pyfastpeft.ops import cuda, dispatch
+
+    before = {op: list(rows) for op, rows in dispatch.TABLE.items()}
+    load()
+    with pytest.MonkeyPatch.context() as patch:
+        for asked in ("_device", "_tensor_cores"):
+            patch.setattr(cuda, asked, lambda device: "")
+        yield
+    dispatch.TABLE.update(before)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import choose, machine, measure, providers, report, shapes
+from benchmarks import choose, groups, machine, measure, providers, report, shapes
 from benchmarks.figures import Figure
 from benchmarks.providers import Call, Provider
 from pyfastpeft.ops import choice, dispatch, use_backend
@@ -248,3 +248,10 @@ def test_the_suite_knows_operands_as_the_ops_do(case, monkeypatch):
             out.sum().backward()
     op, kind, sizes = seen[-1]
     assert choose.operands(case, "fp32") == {"op": op, "kind": kind, "sizes": list(sizes)}
+
+
+@pytest.mark.parametrize("run", groups.RUNS)
+def test_groups_are_timed_in_rounds(run):
+    ratios = groups.contest([12, 5], torch.bfloat16, 3, run, measure.Effort(0.0, 2, 0.0))
+    assert len(ratios) == 2
+    assert all(ratio > 0 for ratio in ratios)

@@ -9,7 +9,7 @@ import torch
 from error_rule import assert_error_rule, lora_inputs, random, unfused_delta, unfused_lora
 
 from pyfastpeft import ops
-from pyfastpeft.ops import cuda, dispatch, native, reference
+from pyfastpeft.ops import dispatch, native, reference
 
 if platform.machine() != "x86_64" or not shutil.which("g++") or not native.AVAILABLE:
     pytest.skip("the emulator is for x86-64 and built with g++", allow_module_level=True)
@@ -25,12 +25,8 @@ plain_lora = functools.partial(unfused_lora, scaling=0.7)
 
 @pytest.fixture(scope="module", autouse=True)
 def _emulator():
-    before = {op: list(rows) for op, rows in dispatch.TABLE.items()}
-    emulated_cuda.load()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_device", lambda device: "")
+    with emulated_cuda.loaded():
         yield
-    dispatch.TABLE.update(before)
 
 
 @pytest.fixture(autouse=True)
