@@ -18,6 +18,7 @@ from .schemas import SCHEMAS
 
 RULE = ("addmm", "reference")
 FILE = Path(__file__).with_name("choices.json")
+measured: dict[str, list[dict]] = json.loads(FILE.read_text()) if FILE.exists() else {}
 MANY = 8192  # tokens that a compiled graph is taken to see, so that it does not depend on their number
 
 
@@ -72,14 +73,8 @@ def _names(op: str) -> tuple[str, ...]:
 @functools.lru_cache(4096)
 def _ranking(op, architecture, kind, sizes):
     op = op.replace("lora_group", "lora")  # what serves one layer best serves several
-    entries = [e for e in measurements().get(architecture, ()) if (e["op"], e["kind"]) == (op, kind)]
+    entries = [e for e in measured.get(architecture, ()) if (e["op"], e["kind"]) == (op, kind)]
     if not entries:
         return RULE
     nearest = min(entries, key=lambda entry: sum(abs(math.log(a / b)) for a, b in zip(entry["sizes"], sizes)))
     return (*nearest["backends"], *(name for name in RULE if name not in nearest["backends"]))
-
-
-@functools.cache
-def measurements() -> dict[str, list[dict]]:
-    """What choices.json holds; nothing where there is none."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
