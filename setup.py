@@ -25,6 +25,10 @@ SOURCES = {"_ops": "csrc/ops/**/*.cpp", "_ops_cuda": "csrc/ops/cuda/*.cu", "_hos
 
 
 class NinjaBuild(build_ext):
+    def run(self):
+        self.keeps = self.inplace  # a library that cannot be built leaves the one that is there
+        super().run()
+
     def get_ext_filename(self, fullname):
         name = super().get_ext_filename(fullname)
         return name if fullname.endswith("_host") else name.removesuffix(sysconfig.get_config_var("EXT_SUFFIX")) + ".so"
@@ -37,7 +41,9 @@ class NinjaBuild(build_ext):
             required = "PYFASTPEFT_CUDA" if name == "_ops_cuda" else "PYFASTPEFT_REQUIRE_NATIVE"
             if os.environ.get(required) == "1":
                 raise SystemExit(f"{required}=1, but {ext.name} cannot be built: {why}") from None
-            print(f"\n*** pyfastpeft is built WITHOUT {ext.name}: {why}\n", file=sys.stderr, flush=True)
+            kept = Path(self.get_ext_filename(ext.name))
+            told = f"keeps {kept} as it is" if self.keeps and kept.exists() else f"is built WITHOUT {ext.name}"
+            print(f"\n*** pyfastpeft {told}: {why}\n", file=sys.stderr, flush=True)
         else:
             self.mkpath(os.path.dirname(self.get_ext_fullpath(ext.name)))
             self.copy_file(library, self.get_ext_fullpath(ext.name))
