@@ -19,13 +19,10 @@ lint: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
-# On a machine with a GPU, without network or pip: everything with the Python that it has. A CUDA library that was
-# built elsewhere is used as it is.
-gpu: export PYFASTPEFT_REQUIRE_NATIVE = 0
+# On a machine with a GPU, without network or pip: everything with the Python that it has, in at most nine minutes. A CUDA
+# library that was built elsewhere is used as it is.
 gpu:
-	-$(if $(wildcard pyfastpeft/_ops_cuda.so),PYFASTPEFT_CUDA=0) $(PYTHON) setup.py -q build_ext --inplace
-	status=0; $(PYTHON) -m pytest tests/test_gpu.py $(ARGS) || status=$$?; \
-	$(PYTHON) -m benchmarks --json $${OUT:-benchmarks/results}/gpu.json && exit $$status
+	$(PYTHON) -m benchmarks.gpu
 
 gpu-check:  ## minutes: compute-sanitizer looks at every access
 	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
