@@ -24,9 +24,11 @@ lint: .venv/installed
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
+# Every tensor is an allocation of its own, so that an access beside it shows; graphs cannot be captured then.
+gpu-check: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
 gpu-check:  ## minutes: compute-sanitizer looks at every access
 	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and not hundred and not one_graph" || exit 1; done
+	  $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and not hundred and not graph and not one_launch" || exit 1; done
 
 build: .venv/installed
 	@$(VENV)/python setup.py -q build_ext --inplace

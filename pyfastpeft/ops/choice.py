@@ -17,6 +17,10 @@ from torch import Tensor
 from .schemas import SCHEMAS
 
 RULE = ("addmm", "reference")
+NAMES = {  # of an op's arguments
+    op: [argument.split()[-1] for argument in schema.removeprefix("(").partition(") ->")[0].split(",")]
+    for op, schema in SCHEMAS.items()
+}
 FILE = Path(__file__).with_name("choices.json")
 measured: dict[str, list[dict]] = json.loads(FILE.read_text()) if FILE.exists() else {}
 MANY = 8192  # tokens that a compiled graph is taken to see, so that it does not depend on their number
@@ -43,7 +47,7 @@ def architecture(device: int) -> str:
 
 def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
     """The kind of an op's operands, e.g. "bfloat16, adapters float32, dropout", and their sizes: M, K, N, r, L."""
-    named = dict(zip(_names(op), args))
+    named = dict(zip(NAMES[op], args))
     if "weights" in named:  # a group counts as its first layer with the ranks of all
         named |= {"weight": named["weights"][0], "lora_B": named["lora_Bs"][0]}
     first, weight = leading(args), named.get("weight")
@@ -62,12 +66,6 @@ def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
         word for word, there in (("dropout", named.get("seed") is not None), ("ff", named.get("feedforward"))) if there
     ]
     return ", ".join(kind), tuple(int(sizes.get(name, 1)) for name in "MKNrL")
-
-
-@functools.cache
-def _names(op: str) -> tuple[str, ...]:
-    arguments = SCHEMAS[op].removeprefix("(").partition(") ->")[0]
-    return tuple(argument.split()[-1] for argument in arguments.split(","))
 
 
 @functools.lru_cache(4096)
