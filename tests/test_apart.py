@@ -231,6 +231,21 @@ def test_figures_of_gpus_run_on_small_shapes(monkeypatch):
     assert all(entry["extra_info"]["ours"] for entry in entries if "operands" in entry["extra_info"])
 
 
+def test_the_suite_has_the_layers_of_the_figures_and_a_quick_form():
+    from benchmarks import shapes
+    from benchmarks.figures import cuda
+
+    full = shapes.cases("lora_linear", "full", "cuda")
+    for backward in (False, True):
+        sides = {(case.K, case.N) for case in full if case.M == cuda.TOKENS and case.backward == backward}
+        assert sides == {(K, N) for K, N, *_ in cuda.LAYERS}
+    for op in shapes.CASES:
+        quick = shapes.cases(op, "quick", "cuda")
+        assert [case.mode for case in quick] == ["graph"] * (len(quick) - 1) + ["eager"]
+    decoded = [case for case in shapes.cases("multi_lora", "quick", "cuda") if case.M == 64 and not case.mix]
+    assert {len(case.counts) for case in decoded} == {1, 8, 64}
+
+
 # --- make gpu ---
 
 
