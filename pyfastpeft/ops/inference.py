@@ -5,6 +5,7 @@ and gradients. What is computed is the same either way, bit by bit.
 
     lora(x, weight, bias, lora_A, lora_B, scaling)          y, or None: left to Python
     lora_training(the same)                                 (y, s), or (None, None); under a Function alone
+    ia3(x, weight, bias, ia3_l, feedforward, keep_base)     (y, base or None), or (None, None)
     lora_(y, x, lora_A, lora_B, scaling)                    whether it is done
     multi_lora_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    the same
 
@@ -25,11 +26,12 @@ _TENSORS = {Tensor, torch.nn.Parameter, type(None)}  # no subclass, which may se
 if native.AVAILABLE:
     lora = torch.ops.pyfastpeft.lora_inference.default
     lora_training = torch.ops.pyfastpeft.lora_training.default
+    ia3 = torch.ops.pyfastpeft.ia3_call.default
     lora_ = torch.ops.pyfastpeft.lora_inference_.default
     multi_lora_ = torch.ops.pyfastpeft.multi_lora_inference_.default
 else:
-    lora, lora_training, lora_, multi_lora_ = (
-        lambda *_, nothing=nothing: nothing for nothing in (None, (None, None), False, False)
+    lora, lora_training, ia3, lora_, multi_lora_ = (
+        lambda *_, nothing=nothing: nothing for nothing in (None, (None, None), (None, None), False, False)
     )
 
 
