@@ -797,9 +797,16 @@ def test_gradient_checkpointing_with_dropout():
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "bottleneck"])
-def test_compiled(method):
-    model = adapt(llama(num_hidden_layers=1), config_for(method, "llama"))
+COMPILED = ["lora", "dora", "ia3", "bitfit", "bottleneck"]
+
+
+@pytest.mark.parametrize(
+    ("method", "compiler"),
+    [(method, "aot_eager") for method in COMPILED]
+    + [pytest.param(method, "inductor", marks=pytest.mark.slow) for method in METHODS],
+)
+def test_compiled(method, compiler):
+    model = adapt(llama(num_hidden_layers=2 if method == "selective" else 1), config_for(method, "llama"))
     randomise(model)
     given = inputs(model)
 
@@ -811,7 +818,7 @@ def test_compiled(method):
 
     eager = results(model)
     try:
-        compiled = results(torch.compile(model, fullgraph=True, backend="aot_eager"))
+        compiled = results(torch.compile(model, fullgraph=True, backend=compiler))
     finally:
         torch.compiler.reset()
     for got, expected in zip(compiled, eager):
