@@ -957,6 +957,11 @@ def test_bad_calls():
     adapt(model, LoraConfig(target_modules=["up"]))
     with pytest.raises(ValueError, match="name is 'default', which the model has; it must be new, or deleted first"):
         adapt(model, IA3Config(target_modules=["up"]))
+    set_adapter(model)
+    for call in (merge_adapter, lambda model: unload(model, merge=True)):
+        with pytest.raises(ValueError, match=r"names is empty, and no adapter is active; it must be of \['default'\]"):
+            call(model)
+    set_adapter(model, "default")
     for names in (["other"], [["default"]], ["default", "default"]):
         with pytest.raises(ValueError, match=r"set_adapter: names? is "):
             set_adapter(model, *names)
