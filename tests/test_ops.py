@@ -1167,12 +1167,15 @@ def alike(run, tensors):
 def native_calls(monkeypatch):
     """Whether every native inference call that was made did its work."""
     done = []
-    for name in ("lora", "lora_training", "ia3", "lora_", "multi_lora_"):
+    for name in ("lora", "lora_training", "ia3", "ia3_gradients", "lora_", "multi_lora_"):
 
         def call(op, *args):
             result = op(*args)
-            first = result[0] if type(result) is tuple else result
-            done.append(first is not None and first is not False)
+            done.append(
+                any(part is not None and part is not False for part in result)
+                if type(result) is tuple
+                else result is not None and result is not False
+            )
             return result
 
         monkeypatch.setattr(inference, name, functools.partial(call, getattr(inference, name)))
@@ -1204,7 +1207,7 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
         scaled = {"x": inputs["x"], "weight": inputs["weight"], "ia3_l": vector}
         alike(functools.partial(ops.ia3_linear, feedforward=feedforward), scaled | {"bias": inputs["bias"]})
         alike(functools.partial(ops.ia3_linear, bias=None, feedforward=feedforward), scaled)
-    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 2 * 2 * 2 + 2 * 2 * 2)
+    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 2 * 2 * 2 + 2 * 2 * 3)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -1439,6 +1442,9 @@ def test_an_ia3_call_that_is_out_of_the_ordinary_is_left_to_python():
     y, base = inference.ia3(**plain | {"ia3_l": inner, "feedforward": True, "keep_base": False})
     assert y is not None
     assert base is None
+    dy = random(4, 6, grad=False)
+    for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
+        assert inference.ia3_gradients(strange, None, weight, outer, False, strange, True, True) == (None, None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

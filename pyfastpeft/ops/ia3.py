@@ -22,6 +22,24 @@ def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
     return y, base, backend
 
 
+def _gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l, shape, backend):
+    """(dx, dia3_l), where they are needed."""
+    if backend in (None, "cpu") and inference.call(dy, x, weight, ia3_l, base):
+        dx, dia3_l = inference.ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)
+        if dx is not None or dia3_l is not None:
+            return dx, dia3_l
+    dy_rows = as_rows(dy)
+    x_rows = None if x is None else as_rows(x)
+    dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
+    dia3_l = torch.empty_like(ia3_l) if need_l else None
+    if dy.numel():
+        arguments = dy_rows, x_rows, weight, ia3_l, feedforward, base, dx, dia3_l
+        dispatch.run("ia3_backward", *arguments, backend=backend)
+    elif need_l:
+        dia3_l.zero_()
+    return shaped(dx, shape), dia3_l
+
+
 class _IA3(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, ia3_l, feedforward, unchecked=False):
@@ -46,20 +64,19 @@ class _IA3(Function):
         x, weight, ia3_l, base = ctx.saved_tensors
         backend, feedforward, shape = ctx.options
         need_x, need_weight, need_bias, need_l, *_ = ctx.needs_input_grad
+        dx = dia3_l = None
+        if need_x or need_l:
+            arguments = dy, x, weight, ia3_l, feedforward, base, need_x, need_l
+            dx, dia3_l = _gradients(*arguments, shape, backend)
+        if not (need_weight or need_bias):
+            return dx, None, None, dia3_l, None, None
         dy_rows = as_rows(dy)
         x_rows = None if x is None else as_rows(x)
-        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
-        dia3_l = torch.empty_like(ia3_l) if need_l else None
-        if dy.numel() == 0:
-            dia3_l is None or dia3_l.zero_()
-        elif need_x or need_l:
-            arguments = dy_rows, x_rows, weight, ia3_l, feedforward, base, dx, dia3_l
-            dispatch.run("ia3_backward", *arguments, backend=backend)
         dbase = dy_rows if feedforward else (dy_rows * ia3_l).to(dy.dtype) if need_weight or need_bias else None
         inner = (x_rows * ia3_l).to(dy.dtype) if need_weight and feedforward else x_rows
         dweight = dbase.T @ inner if need_weight else None
         dbias = dbase.sum(0) if need_bias else None
-        return shaped(dx, shape), dweight, dbias, dia3_l, None, None
+        return dx, dweight, dbias, dia3_l, None, None
 
 
 def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, feedforward: bool) -> Tensor:

@@ -101,6 +101,30 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
   }
 }
 
+// (dx, dia3_l), of those that are wanted; neither where the call is out of the ordinary. dx [..., K];  dia3_l as ia3_l
+template <class C>
+std::tuple<OptionalTensor, OptionalTensor> gradients(const Tensor& dy, const OptionalTensor& x, const Tensor& weight,
+                                                     const Tensor& ia3_l, bool feedforward, const OptionalTensor& base,
+                                                     bool need_x, bool need_l) {
+  Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
+  if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  int64_t n = weight.size(0), k = weight.size(1), m = dy.numel() / n;
+  OptionalTensor rows, dx, out, dl;
+  if (x) rows = as_matrix(*x, m, k, in.stride);
+  if (need_x) dx = empty_rows(dy, k), out = as_matrix(*dx, m, k, k);
+  if (need_l) dl = torch::stable::new_empty(ia3_l, ia3_l.sizes());
+  backward<C>(as_matrix(dy, m, n, gradient.stride), rows, weight, ia3_l, feedforward, base, out, dl);
+  return {dx, dl};
+}
+
+std::tuple<OptionalTensor, OptionalTensor> ia3_gradients(const Tensor& dy, const OptionalTensor& x,
+                                                         const Tensor& weight, const Tensor& ia3_l, bool feedforward,
+                                                         const OptionalTensor& base, bool need_x, bool need_l) {
+  if (!on_cpu(dy)) return {};
+  auto run = dy.scalar_type() == ScalarType::Double ? gradients<double> : gradients<float>;
+  return run(dy, x, weight, ia3_l, feedforward, base, need_x, need_l);
+}
+
 void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l,
                  bool feedforward, Tensor& y, OptionalTensor base) {
   auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
@@ -144,6 +168,9 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("ia3_backward", TORCH_BOX(&ia3_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) { m.impl("ia3_call", TORCH_BOX(&ia3_call)); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("ia3_call", TORCH_BOX(&ia3_call));
+  m.impl("ia3_gradients", TORCH_BOX(&ia3_gradients));
+}
 
 }  // namespace pyfastpeft
