@@ -129,9 +129,10 @@ def main() -> int:
     found = describe()
     print(title(found))
     for name in dispatch.BACKENDS:
-        why_not = dispatch.UNAVAILABLE.get(name)
-        known = torch.ops.pyfastpeft.cuda_capability() if name == "cuda" and native.CUDA_AVAILABLE else "there"
-        print(f"{name}: {f'not there: {why_not}' if why_not else known}")
+        ops = sum(any(row.backend == name for row in rows) for rows in dispatch.TABLE.values())
+        print(f"{name}: {dispatch.UNAVAILABLE.get(name) or f'{ops} of {len(dispatch.TABLE)} ops'}")
+    if native.CUDA_AVAILABLE:
+        print(f"_ops_cuda: {torch.ops.pyfastpeft.cuda_capability()}")
     if found["device"] == "cuda":
         return 0
     try:
