@@ -267,16 +267,18 @@ def parts(monkeypatch, tmp_path):
 
 
 def test_every_part_of_make_gpu_has_its_turn(parts, capsys, tmp_path):
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(100)'])"
+    child = f"import subprocess; p = subprocess.Popen(['sleep', '100']); open('{tmp_path}/pid', 'w').write(str(p.pid))"
     begin = time.monotonic()
     status, said = parts(
         capsys,
         ("build", 20, "print('x' * 50); print('the end'); exit(3)"),
-        ("tests", 3, f"print('begun', flush=True); {child}"),
+        ("tests", 3, f"print('begun', flush=True); {child}; p.wait()"),
         ("figures", 20, "import os; print(os.environ['PYTHONPATH'])"),
     )
     assert status == 1
     assert time.monotonic() - begin < 15
+    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
     lines = said.splitlines()
     assert lines[:2] == ["== build: exit status 3 after 0 s", "the end"]
     assert lines[2].startswith("== tests: ended by its limit of 3 s after 3 s")
