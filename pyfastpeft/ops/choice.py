@@ -74,5 +74,7 @@ def _ranking(op, architecture, kind, sizes):
     entries = [e for e in measured.get(architecture, ()) if (e["op"], e["kind"]) == (op, kind)]
     if not entries:
         return RULE
-    nearest = min(entries, key=lambda entry: sum(abs(math.log(a / b)) for a, b in zip(entry["sizes"], sizes)))
+    # Compiled graphs trace this, and know no min with a key before torch 2.11.
+    factors = [sum([abs(math.log(a / b)) for a, b in zip(entry["sizes"], sizes)]) for entry in entries]
+    nearest = entries[factors.index(min(factors))]
     return (*nearest["backends"], *(name for name in RULE if name not in nearest["backends"]))
