@@ -14,14 +14,10 @@ python=$kept/environment/bin/python
 if [ ! -e "$kept/complete" ]; then
   rm -rf "$kept"
   mkdir -p "$kept/apt/lists/partial" "$kept/apt/archives/partial" "$kept/environment/bin" "$kept/sources" "$root/proc"
-  . /etc/os-release
-  key=/usr/share/keyrings/debian-archive-keyring.gpg
-  echo "deb [signed-by=$key] http://deb.debian.org/debian $VERSION_CODENAME main" > "$kept/apt/sources.list"
   touch "$kept/apt/status"
   cat > "$kept/apt/apt.conf" <<END
 APT { Architecture "arm64"; Architectures { "arm64"; }; Install-Recommends "false"; };
 Dir { State "$kept/apt"; State::status "$kept/apt/status"; Cache "$kept/apt"; };
-Dir::Etc { SourceList "$kept/apt/sources.list"; SourceParts "/dev/null"; };
 END
   export APT_CONFIG="$kept/apt/apt.conf"
   apt-get -qq update
