@@ -9,7 +9,6 @@ _ops_cuda only where PYFASTPEFT_CUDA=1 asks for it.
 import os
 import re
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,24 +20,20 @@ import libraries  # noqa: E402
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("pyfastpeft/__init__.py").read_text()).group(1)
 PACKAGES = "cli", "integrations", "kernels", "layers", "methods", "ops"
-SOURCES = {"_ops": "csrc/ops/**/*.cpp", "_ops_cuda": "csrc/ops/cuda/*.cu", "_host": "csrc/host/*.cpp"}
 
 
 class NinjaBuild(build_ext):
+    def run(self):
+        self.keeps = self.inplace  # a library that cannot be built leaves the one that is there
+        super().run()
+
     def get_ext_filename(self, fullname):
-        name = super().get_ext_filename(fullname)
-        return name if fullname.endswith("_host") else name.removesuffix(sysconfig.get_config_var("EXT_SUFFIX")) + ".so"
+        package, _, name = fullname.rpartition(".")
+        return os.path.join(*package.split("."), libraries.file_name(name))
 
     def build_extension(self, ext):
-        name = ext.name.rpartition(".")[2]
-        try:
-            library = libraries.build(name, ext.sources)
-        except LookupError as why:
-            required = "PYFASTPEFT_CUDA" if name == "_ops_cuda" else "PYFASTPEFT_REQUIRE_NATIVE"
-            if os.environ.get(required) == "1":
-                raise SystemExit(f"{required}=1, but {ext.name} cannot be built: {why}") from None
-            print(f"\n*** pyfastpeft is built WITHOUT {ext.name}: {why}\n", file=sys.stderr, flush=True)
-        else:
+        kept = Path(self.get_ext_filename(ext.name)) if self.keeps else None
+        if library := libraries.built(ext.name.rpartition(".")[2], ext.sources, kept):
             self.mkpath(os.path.dirname(self.get_ext_fullpath(ext.name)))
             self.copy_file(library, self.get_ext_fullpath(ext.name))
 
@@ -49,7 +44,7 @@ setup(
     package_data={"pyfastpeft.kernels": ["tuning/*.json"], "pyfastpeft.ops": ["choices.json"]},
     ext_modules=[
         Extension(f"pyfastpeft.{name}", sorted(map(str, Path().glob(sources))), optional=True)
-        for name, sources in SOURCES.items()
+        for name, sources in libraries.SOURCES.items()
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

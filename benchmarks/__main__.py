@@ -1,6 +1,7 @@
 """Runs the suite and reports: python -m benchmarks [--full] [--isa avx2] [--json FILE] [-- pytest's arguments]."""
 
 import argparse
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,19 +18,23 @@ def main() -> int:
     parser.add_argument("--size", choices=shapes.SIZES, default="quick", help="shapes and effort (default: quick)")
     parser.add_argument("--full", action="store_const", const="full", dest="size", help="all shapes: --size full")
     parser.add_argument("--isa", choices=machine.ISA_CAPS, help="run as a CPU with this instruction set")
+    parser.add_argument("--seconds", type=float, help="begin no case after this time")
+    parser.add_argument("--brief", action="store_true", help="print no tables and draw no plot")
     parser.add_argument("--json", type=Path, help="where the results go (default: build/benchmarks/<device>.json)")
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
     options = parser.parse_args()
     machine.cap_isa(options.isa)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written all the same
     name = "-".join(filter(None, (machine.device(), options.isa)))
     path = (options.json or ROOT / "build" / "benchmarks" / f"{name}.json").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     code = pytest.main(
         [
-            *(str(file) for file in sorted(Path(__file__).parent.glob("bench_*.py"))),
+            *(str(Path(__file__).with_name(f"bench_{name}.py")) for name in ("lora", "multi_lora", "ia3")),
             f"--rootdir={ROOT}",
             f"--size={options.size}",
             f"--benchmark-json={path}",
+            *([f"--seconds={options.seconds}"] if options.seconds else []),
             "--benchmark-quiet",
             "--disable-warnings",
             "-p",
@@ -37,7 +42,7 @@ def main() -> int:
             *options.pytest,
         ]
     )
-    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and path.exists():
+    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and path.exists() and not options.brief:
         plot = ["--plot", str(path.with_suffix(".png"))] if find_spec("matplotlib") else []
         report.main([str(path), *plot])
     return code

@@ -4,18 +4,21 @@ All providers of a case are timed together, in interleaved rounds, when the firs
 plays its recorded rounds back to pytest-benchmark through a clock of its own.
 """
 
-from functools import lru_cache
+import time
+from functools import cache, lru_cache
 
 import pytest
 
 from benchmarks import choose, machine, providers, shapes
-from benchmarks.measure import EFFORT, Result, measure
+from benchmarks.measure import EFFORT, Measurer, Result, short
 
+BEGIN = time.monotonic()
 KEPT_STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
 
 
 def pytest_addoption(parser):
     parser.addoption("--size", choices=shapes.SIZES, default="quick", help="shapes and effort of the benchmarks")
+    parser.addoption("--seconds", type=float, default=float("inf"), help="begin no case after this time")
 
 
 def pytest_generate_tests(metafunc):
@@ -35,10 +38,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("case", "provider"), entries)
 
 
+@cache
+def measurer() -> Measurer:
+    return Measurer(machine.device(), patience=90.0)
+
+
 @lru_cache(maxsize=1)  # the entries of a case follow each other
-def results(case: shapes.Case, size: str) -> dict[str, Result]:
-    device = machine.device()
-    return measure(case, device, EFFORT[size], providers.providers(case, device))
+def results(case: shapes.Case, size: str, until: float) -> dict[str, Result]:
+    contenders = providers.providers(case, machine.device())
+    if time.monotonic() > until:
+        return {each.name: Result(case, each, f"{each.name} on {case.name}: time was up") for each in contenders}
+    return measurer()(case, EFFORT[size], contenders)
 
 
 class Replay:
@@ -62,12 +72,14 @@ def record(benchmark, request, case, provider):
     """Fills this entry; fails, with the figures, where the provider was refused."""
 
     def fill() -> None:
-        measured = results(case, request.config.getoption("size"))
+        options = request.config.option
+        measured = results(case, options.size, BEGIN + options.seconds)
         result = measured[provider.name]
-        if result.refused:
+        base = measured["base"]
+        if refused := result.refused or base.refused:
             benchmark.skipped = True
-            pytest.fail(result.refused, pytrace=False)
-        benchmark.extra_info.update(result.summary(measured["base"]), mode=case.mode)
+            pytest.fail(refused, pytrace=False)
+        benchmark.extra_info.update(result.summary(base), mode=case.mode)
         if provider.backend:
             benchmark.extra_info["operands"] = choose.operands(case, provider.adapters)
         benchmark.pedantic(Replay(result.seconds).step, rounds=len(result.seconds))
@@ -86,12 +98,6 @@ def pytest_benchmark_generate_commit_info():
 def pytest_benchmark_update_json(output_json):
     """Results are committed: keeps what the report and `pytest-benchmark compare` read, to four digits."""
     for entry in output_json["benchmarks"]:
-        entry["stats"] = _short({key: entry["stats"][key] for key in KEPT_STATS})
-        entry["extra_info"] = _short(entry["extra_info"])
+        entry["stats"] = short({key: entry["stats"][key] for key in KEPT_STATS})
+        entry["extra_info"] = short(entry["extra_info"])
         del entry["params"], entry["param"], entry["options"]
-
-
-def _short(value):
-    if isinstance(value, dict):
-        return {key: _short(each) for key, each in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,4 +1,5 @@
-"""Where and with what a result was measured; and running as a machine with a smaller instruction set."""
+"""Where and with what a result was measured (`python -m benchmarks.machine` prints it); and running as a machine with a
+smaller instruction set."""
 
 import os
 import platform
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 import pyfastpeft
-from pyfastpeft.ops import choice, dispatch
+from pyfastpeft.ops import choice, dispatch, native
 
 # The last one caps our own kernels and tells them that 16-bit products are slow here.
 ISA_CAPS = {
@@ -68,7 +69,7 @@ def describe() -> dict:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "triton", "peft", "numpy")},
         "backends": [name for name in dispatch.BACKENDS if name not in dispatch.UNAVAILABLE],
-        "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": os.environ.get("PYFASTPEFT_COMMIT") or _commit(),
     }
     found["versions"]["pyfastpeft"] = pyfastpeft.__version__
     if found["device"] == "cuda":
@@ -109,6 +110,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _commit() -> str:
+    return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def _git(*arguments: str) -> str:
     return _output("git", "-C", str(Path(__file__).parent), *arguments)
 
@@ -117,3 +122,27 @@ def _output(*command: str) -> str:
     if not shutil.which(command[0]):
         return ""
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> int:
+    """Tells what the benchmarks and the GPU tests have here; 1 where that is no GPU."""
+    found = describe()
+    print(title(found))
+    for name in dispatch.BACKENDS:
+        ops = sum(any(row.backend == name for row in rows) for rows in dispatch.TABLE.values())
+        print(f"{name}: {dispatch.UNAVAILABLE.get(name) or f'{ops} of {len(dispatch.TABLE)} ops'}")
+    if native.CUDA_AVAILABLE:
+        print(f"_ops_cuda: {torch.ops.pyfastpeft.cuda_capability()}")
+    if found["device"] == "cuda":
+        return 0
+    try:
+        torch.cuda.init()
+        why = "it sees none"
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+    print(f"no GPU for torch {torch.__version__} ({why}): tests of kernels, figures and benchmarks on CUDA need one")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

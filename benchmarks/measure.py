@@ -1,5 +1,6 @@
 """Checks providers against float64, then times those that are right in interleaved rounds, and weighs their memory."""
 
+import collections
 import gc
 import itertools
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.apart import Apart, Lost, serve
 from benchmarks.providers import Call, Problem, Provider, problem
 from benchmarks.shapes import Case
 from pyfastpeft import use_backend
@@ -85,14 +87,21 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measure(
-    case: Case, device: str, effort: Effort, contenders: list[Provider], weigh: bool = True
+    case: Case,
+    device: str,
+    effort: Effort,
+    contenders: list[Provider],
+    weigh: bool = True,
+    tell: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Result]:
-    """Results by provider name, with memory where `weigh`."""
+    """Results by provider name, with memory where `weigh`. tell(name) is called before a provider is run. A provider
+    that raises is refused; where CUDA is of no use afterwards, the error is raised."""
     problems = [problem(case, device, seed) for seed in range(sets(case, device))]
     results = {provider.name: Result(case, provider) for provider in contenders}
     runs = {}
     with torch.set_grad_enabled(case.backward):
         for result in results.values():
+            tell(result.provider.name)
             with forced(result.provider):
                 try:
                     calls = [result.provider(each) for each in problems]
@@ -101,22 +110,103 @@ def measure(
                     if weigh:
                         result.saved_bytes = saved_bytes(problems[0], calls[0])
                         result.peak_bytes = peak_bytes(once[0], device)
-                    runs[result.provider] = runner(once, case.mode)
+                    run = runner(once, case.mode)
+                    finish(device)  # so that a fault shows here
+                    runs[result.provider] = run
                 except Exception as error:  # whatever one provider raises must not take the others with it
+                    if not usable(device):
+                        raise
                     result.refused = f"{result.provider.name} on {case.name}: {type(error).__name__}: {error}"
-        for provider, seconds in interleave(runs, effort, device).items():
+        for provider, seconds in interleave(runs, effort, device, tell).items():
             results[provider.name].seconds = [each / len(problems) for each in seconds]
     torch.compiler.reset()
     return results
 
 
+def short(value):
+    """Numbers to four digits, in dicts of dicts: what is committed."""
+    if isinstance(value, dict):
+        return {key: short(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+class Measurer:
+    """`measure` on one device. On CUDA it runs in a process of its own; where a provider hangs or ends that, the case
+    is measured without it in a new one, and one that did so twice is not tried again on the same op.
+
+    patience: seconds that a provider may take between two signs of life, compilation included.
+    """
+
+    def __init__(self, device: str, patience: float = 60.0):
+        self.device, self.patience = device, patience
+        self.apart = Apart(_serve)
+        self.losses: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+
+    def __call__(self, case: Case, effort: Effort, contenders: list[Provider], weigh: bool = True) -> dict[str, Result]:
+        if self.device == "cpu":
+            return measure(case, self.device, effort, contenders, weigh)
+        refused: dict[str, str] = {}
+        while True:
+            for provider in contenders:
+                if len(losses := self.losses[case.op, provider.name]) > 1:
+                    refused.setdefault(provider.name, f"{provider.name} is not tried on {case.op} again: {losses[-1]}")
+            left = [provider for provider in contenders if provider.name not in refused]
+            try:
+                found = self.apart.ask((case, self.device, effort, left, weigh), self.patience) if left else {}
+                break
+            except Lost as lost:
+                why = f"{lost.at} on {case.name}: {lost}"
+                if lost.at is None:
+                    refused |= {provider.name: f"no process that measures: {lost}" for provider in left}
+                else:
+                    refused[lost.at] = why
+                    self.losses[case.op, lost.at].append(why)
+        return {p.name: found.get(p.name) or Result(case, p, refused[p.name]) for p in contenders}
+
+    def close(self) -> None:
+        """End the process that measures."""
+        self.apart.close()
+
+
+def _serve(connection):
+    serve(connection, lambda message, tell: measure(*message, tell))
+
+
 def sets(case: Case, device: str) -> int:
     """How many problems one run goes through. On CUDA enough for their tensors to be evicted from the L2 cache before
-    they are used again; on a CPU one, whose weight lies in the last-level cache or not for all providers alike."""
+    they are used again, those of a provider that leaves the weight alone, too; eagerly that is the host's time in any
+    case, and PEFT's layers take long to make. On a CPU one, whose weight lies in the last-level cache or not for all
+    providers alike."""
     if device == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(8, math.ceil(3 * cache / case.base_work()[1]))
+    _, traffic = case.base_work()
+    if case.mode == "graph":
+        traffic = min(traffic, case.work(case.itemsize)[1])
+    return max(8, math.ceil(3 * cache / traffic))
+
+
+def finish(device: str) -> None:
+    """Wait for what runs; what went wrong there is raised here."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def usable(device: str) -> bool:
+    """Whether this process can go on after an error: a fault ends CUDA in it, and a capture that broke off may leave
+    the random numbers of its graph behind."""
+    if device != "cuda":
+        return True
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.rand(1, device=device)
+        graph.replay()
+        torch.rand(1, device=device)
+        finish(device)
+    except Exception:
+        return False
+    return True
 
 
 def forced(provider: Provider):
@@ -124,7 +214,7 @@ def forced(provider: Provider):
 
 
 def step(problem: Problem, call: Call) -> Callable[[], object]:
-    if problem.case.backward:
+    if problem.case.backward and call.leaves:
         return lambda: torch.autograd.grad(call.forward(), call.leaves, problem.dy)
     return call.forward
 
@@ -252,12 +342,15 @@ def timed(run: Callable[[], object], repeats: int, device: str) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def interleave(runs: dict[Provider, Callable], effort: Effort, device: str) -> dict[Provider, list[float]]:
+def interleave(
+    runs: dict[Provider, Callable], effort: Effort, device: str, tell: Callable[[str], None] = lambda name: None
+) -> dict[Provider, list[float]]:
     """Seconds per run, round by round. Every round times each run once, so that what disturbs the machine meets all;
     the order within a round is drawn anew, so that none always follows the same one through the caches."""
     seconds = {provider: [] for provider in runs}
     repeats, spent = {}, 0.0
     for provider, run in runs.items():
+        tell(provider.name)
         with forced(provider):
             timed(run, 1, device)
             single = timed(run, 1, device)
@@ -271,6 +364,7 @@ def interleave(runs: dict[Provider, Callable], effort: Effort, device: str) -> d
         for _ in range(rounds):
             shuffle(order)
             for provider in order:
+                tell(provider.name)
                 with forced(provider):
                     seconds[provider].append(timed(runs[provider], repeats[provider], device))
     finally:

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.choose import ROW
-from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora
-from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora
+from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora, MultiLoraLayer
+from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora, route
 
 SCALING = 2.0
 
 
 class Call(NamedTuple):
     forward: Callable[[], Tensor]
-    leaves: tuple[Tensor, ...]  # the tensors whose gradients are formed: x, then the adapter's
+    leaves: tuple[Tensor, ...]  # the tensors whose gradients are formed: x, then the adapter's; none: no backward pass
 
 
 class Provider(NamedTuple):
@@ -112,15 +112,24 @@ class MultiLoraProblem(Problem):
         lora_A = self.random(*used.shape, K) / K**0.5 * used[:, :, None]
         return lora_A, self.random(len(ranks), N, used.shape[1]) / max(self.case.ranks) ** 0.5 * used[:, None, :]
 
+    def start(self, weight, x):
+        """What the adapters are added to."""
+        return self.y0.to(x.dtype, copy=True)
+
     def formula(self, weight, factor, x, lora_A, lora_B):
-        y = self.y0.to(x.dtype, copy=True)
+        y = self.start(weight, x)
         for a, scale in enumerate(self.scaling.tolist()):
             tokens = self.slots == a
             y[tokens] += (scale * F.linear(F.linear(x[tokens].to(lora_A.dtype), lora_A[a]), lora_B[a])).to(y.dtype)
         return y
 
 
-PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem}
+class MultiLoraLayerProblem(MultiLoraProblem):
+    def start(self, weight, x):
+        return F.linear(x, weight)
+
+
+PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem, MultiLoraLayer: MultiLoraLayerProblem}
 
 
 def problem(case: Case, device: str, seed: int = 0) -> Problem:
@@ -164,6 +173,16 @@ def build_gather_bmm(problem: MultiLoraProblem, adapters: str) -> Call:
         return problem.y
 
     return Call(forward, leaves)
+
+
+def build_copy(problem: IA3Problem, _) -> Call:
+    """Copies as many bytes as the passes of IA3 over activations read and write that are not passes of a product:
+    forward 2 (one in, one out), backward 3 (two in, one out)."""
+    case = problem.case
+    elements = case.M * (case.K if case.feedforward else case.N) * (5 if case.backward else 2) // 2
+    source = problem.random(elements)
+    target = torch.empty_like(source)
+    return Call(lambda: target.copy_(source), ())
 
 
 # PEFT's own layers, made by get_peft_model on a model of one layer.
@@ -250,10 +269,36 @@ def build_ours(problem: Problem, adapters: str) -> Call:
     return Call(lambda: multi_lora(problem.y, x, *tensors, problem.slots, problem.scaling, ranks), leaves)
 
 
+def build_layer(problem: MultiLoraLayerProblem, adapters: str) -> Call:
+    """The base layer, and multi_lora on its output."""
+    x, *tensors = leaves = problem.leaves(adapters)
+    routing = route(problem.slots, len(problem.case.counts))
+    ranks = problem.ranks if len(set(problem.case.ranks)) > 1 else None
+    weight, scaling = problem.weight, problem.scaling
+    return Call(lambda: multi_lora(F.linear(x, weight), x, *tensors, routing, scaling, ranks), leaves)
+
+
+def build_one_launch(problem: MultiLoraLayerProblem, adapters: str) -> Call:
+    """The same by the Triton kernel that shrinks and expands in one launch, which the op does not ask for by itself."""
+    from pyfastpeft.kernels.multi_lora import counters_for, multi_lora_forward
+
+    x, lora_A, lora_B = leaves = problem.leaves(adapters)
+    order, segments = route(problem.slots, len(problem.case.counts))
+    ranks = problem.ranks if len(set(problem.case.ranks)) > 1 else None
+    counters = counters_for(len(x), len(lora_A), x.device)
+
+    def forward():
+        y, s = F.linear(x, problem.weight), x.new_empty(len(x), lora_A.shape[1], dtype=torch.float32)
+        multi_lora_forward(x, lora_A, lora_B, problem.scaling, ranks, order, segments, y, s, counters)
+        return y
+
+    return Call(forward, leaves)
+
+
 def backends(op: str, device: str) -> list[str]:
     """Our backends that serve an op on a device and are worth timing: on CPUs Triton is its interpreter, and addmm is
     among the peers."""
-    rows = dispatch.TABLE[f"{op.removesuffix('_linear')}_forward"]
+    rows = dispatch.TABLE[f"{op.removesuffix(' layer').removesuffix('_linear')}_forward"]
     usable = [row.backend for row in rows if device in (row.devices or (device,))]
     return [name for name in usable if device == "cuda" or name not in ("triton", "addmm")]
 
@@ -279,9 +324,14 @@ def providers(case: Case, device: str) -> list[Provider]:
                 if len(case.counts) == 1:
                     peers["addmm"] = build_one_adapter_addmm
         found += [Provider(f"{name}-{adapters}", build, adapters) for name, build in peers.items()]
-        ours = backends(case.op, device)
-        if isinstance(case, MultiLora) and case.mode == "graph":
-            ours.remove("reference")  # it reads the segments on the host
-        label = {"addmm": ROW}
-        found += [Provider(f"{label.get(name, name)}-{adapters}", build_ours, adapters, name) for name in ours]
+        found += ours(case, device, adapters)
     return found
+
+
+def ours(case: Case, device: str, adapters: str) -> list[Provider]:
+    """Our backends on a case, under adapters of one dtype."""
+    names = backends(case.op, device)
+    if isinstance(case, MultiLora) and case.mode == "graph":
+        names.remove("reference")  # it reads the segments on the host
+    build = build_layer if isinstance(case, MultiLoraLayer) else build_ours
+    return [Provider(f"{ROW if name == 'addmm' else name}-{adapters}", build, adapters, name) for name in names]

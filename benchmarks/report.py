@@ -94,7 +94,7 @@ def figures_table(results: dict) -> str:
 def figure_row(entry: dict) -> str:
     """figure | needed | measured | met? of one figure."""
     measured = entry["note"]
-    if entry["met"] is not None:
+    if "median" in entry:
         numbers = tuple(f"{entry[key]:.3g}" for key in ("median", "p20", "p80"))
         measured = "{} {unit} ({}-{})".format(*numbers, unit=entry["unit"]) + (f"; {measured}" if measured else "")
     verdict = {True: "yes", False: "**no**", None: "does not apply"}[entry["met"]]
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.into.write_text(insert(options.into.read_text(), tables))
     else:
         print(tables)
-    suites = [results for results in loaded if results.get("benchmarks")]
+    suites = [results for results in loaded if results.get("benchmarks") and "figures" not in results]
     if options.plot and suites:
         plot(suites[-1], options.plot)
 

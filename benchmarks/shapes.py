@@ -114,6 +114,19 @@ class MultiLora(Case):
         return flop, traffic + sum(self.ranks) * features * adapter_itemsize
 
 
+@dataclass(frozen=True, kw_only=True)
+class MultiLoraLayer(MultiLora):
+    """The base layer and the adapters of tokens that are routed beforehand, as a model routes once for all layers."""
+
+    op = "multi_lora layer"
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """y is written once: whether the adapters are added to it on the way or after is up to the provider."""
+        added = sum(self.ranks) * (self.K + self.N)
+        flop, traffic = self.base_work()
+        return flop + super().work(adapter_itemsize)[0], traffic + added * adapter_itemsize
+
+
 def popularity(mix: str, tokens: int) -> tuple[int, ...]:
     """Tokens of every adapter in Punica's mixes (Chen et al. 2023, section 7): each its own adapter (distinct), about
     sqrt(tokens) adapters alike (uniform) or each 1.5 times as popular as the next (skewed), one for all (identical)."""
@@ -136,9 +149,9 @@ def mixes(M: int, K: int, N: int, **options) -> list[MultiLora]:
     return cases
 
 
-def decode(M: int, K: int, N: int, adapters: int, rank: int = 16, **options) -> MultiLora:
+def decode(M: int, K: int, N: int, adapters: int, rank: int = 16, kind: type = MultiLora, **options) -> MultiLora:
     """M tokens shared evenly by `adapters` of one rank."""
-    return MultiLora(M=M, K=K, N=N, counts=(M // adapters,) * adapters, ranks=(rank,) * adapters, **options)
+    return kind(M=M, K=K, N=N, counts=(M // adapters,) * adapters, ranks=(rank,) * adapters, **options)
 
 
 def lora_cases(size: str, device: str) -> list[Lora]:
@@ -194,6 +207,10 @@ CASES = {"lora_linear": lora_cases, "ia3_linear": ia3_cases, "multi_lora": multi
 
 
 def cases(op: str, size: str, device: str) -> list[Case]:
-    """The cases of an op in one size of the suite; on CUDA each of them eagerly and as a captured graph."""
+    """The cases of an op in one size of the suite; on CUDA each of them as a captured graph and eagerly, in the quick
+    size only the first of them eagerly."""
     found = CASES[op](size, device)
-    return [replace(case, mode=mode) for case in found for mode in ("eager", "graph")] if device == "cuda" else found
+    if device != "cuda":
+        return found
+    graphs, eager = ([replace(case, mode=mode) for case in found] for mode in ("graph", "eager"))
+    return graphs + (eager[:1] if size == "quick" else eager)

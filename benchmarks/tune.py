@@ -96,6 +96,8 @@ def median_seconds(
                     run = measure.runner(steps, case.mode)
             except Exception as error:  # too much shared memory, a wrong result: the next one may do
                 print(f"  {entry}: {type(error).__name__}: {error}", file=sys.stderr)
+                if not measure.usable(device):
+                    raise
                 continue
             if entry and spills(kernel, entry):
                 continue

@@ -1,4 +1,5 @@
-"""How the libraries of csrc/ are compiled and linked, with ninja. setup.py says which there are.
+"""How the libraries of csrc/ are compiled and linked, with ninja. setup.py calls this; run by itself it builds all of
+them in place, for which no setuptools is needed.
 
 CXX and CXXFLAGS mean what they always do; nvcc reads NVCC_APPEND_FLAGS instead of the latter. The CUDA kernels are
 built where nvcc is present and torch is one for CUDA; PYFASTPEFT_CUDA=1 or 0 decides instead, PYFASTPEFT_CUDA_ARCHS="80
@@ -20,6 +21,26 @@ WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS]
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HOPPER = "_sm90.cu"
+SOURCES = {"_ops": "csrc/ops/**/*.cpp", "_ops_cuda": "csrc/ops/cuda/*.cu", "_host": "csrc/host/*.cpp"}
+
+
+def file_name(name: str) -> str:
+    """Of the library `name` in pyfastpeft/. _host alone is for one version of Python."""
+    return f"{name}{sysconfig.get_config_var('EXT_SUFFIX') if name == '_host' else '.so'}"
+
+
+def built(name: str, sources: list[str], kept: Path | None = None) -> str | None:
+    """`build`, but for what is missing: that is told, also where the file `kept` stays in its place, and is an error
+    only where the environment asks for the library."""
+    try:
+        return build(name, sources)
+    except LookupError as why:
+        required = "PYFASTPEFT_CUDA" if name == "_ops_cuda" else "PYFASTPEFT_REQUIRE_NATIVE"
+        if os.environ.get(required) == "1":
+            raise SystemExit(f"{required}=1, but pyfastpeft.{name} cannot be built: {why}") from None
+        told = f"keeps {kept} as it is" if kept and kept.exists() else f"is built WITHOUT pyfastpeft.{name}"
+        print(f"\n*** pyfastpeft {told}: {why}\n", file=sys.stderr, flush=True)
+        return None
 
 
 def build(name: str, sources: list[str]) -> str:
@@ -106,10 +127,26 @@ def _folder(package: str, inside: str) -> str:
 def _nvcc() -> str:
     wanted = os.environ.get("PYFASTPEFT_CUDA")
     if wanted == "0":
-        raise LookupError("PYFASTPEFT_CUDA=0 forbids it")
+        raise LookupError("PYFASTPEFT_CUDA=0 forbids to build it")
     if wanted != "1" and not Path(_folder("torch", "lib"), "libtorch_cuda.so").exists():
         raise LookupError("this torch is not one for CUDA (PYFASTPEFT_CUDA=1 builds it all the same)")
     nvcc = shutil.which("nvcc", path=f"{os.environ.get('PATH')}:{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     if not nvcc:
         raise LookupError("there is no nvcc (install the CUDA toolkit or set CUDA_HOME)")
     return nvcc
+
+
+def main() -> int:
+    """0 where all libraries are there afterwards."""
+    os.chdir(Path(__file__).parent.parent)
+    missing = False
+    for name, pattern in SOURCES.items():
+        target = Path("pyfastpeft", file_name(name))
+        if library := built(name, sorted(map(str, Path().glob(pattern))), target):
+            shutil.copy(library, target)
+        missing |= not target.exists()
+    return int(missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

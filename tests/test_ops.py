@@ -1567,7 +1567,7 @@ def measured(monkeypatch):
         },
     ]
     choice._ranking.cache_clear()
-    monkeypatch.setattr(choice, "measurements", lambda: {"sm_90": entries})
+    monkeypatch.setattr(choice, "measured", {"sm_90": entries})
     monkeypatch.setattr(choice, "architecture", lambda device: "sm_90")
     yield functools.partial(choice.ranking, "lora_forward")
     choice._ranking.cache_clear()
@@ -1591,6 +1591,15 @@ def test_a_group_goes_where_one_of_its_layers_goes(measured):
         rows = any(row.backend == backend for row in dispatch.TABLE["lora_group_forward"])
         assert dispatch.preferred("lora_group_forward", (on_gpu, *args[1:])) == rows
     assert dispatch.preferred("lora_group_forward", (torch.empty(2, 3),))
+
+
+def test_a_compiled_graph_chooses_too(measured):
+    args = lora_arguments(m=16)
+
+    def function(x):
+        return x * ["triton", "cuda"].index(measured((args[0], *args[1:]))[0])
+
+    assert torch.compile(function, fullgraph=True, backend="eager")(torch.ones(1)) == 1  # as for many tokens
 
 
 def test_what_no_gpu_has_run_is_not_chosen(measured, monkeypatch):

@@ -96,9 +96,12 @@ inline int64_t* integers(const Tensor& t, int64_t size, const char* name) {
 
 // What follows asks without raising: for ops that take a call whole or leave it, untouched, to the checks in Python.
 
-// Whether t is a dense tensor on the CPU.
+// Whether t is a dense tensor on the CPU. torch 2.10's headers have no Tensor::layout.
 inline bool on_cpu(const Tensor& t) {
-  return t.defined() && t.is_cpu() && t.layout() == torch::headeronly::Layout::Strided;
+  if (!t.defined() || !t.is_cpu()) return false;
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  return layout == aoti_torch_layout_strided();
 }
 
 // Whether t, a dense tensor, is of this shape without gaps.

@@ -17,7 +17,12 @@ from torch import Tensor
 from .schemas import SCHEMAS
 
 RULE = ("addmm", "reference")
+NAMES = {  # of an op's arguments
+    op: [argument.split()[-1] for argument in schema.removeprefix("(").partition(") ->")[0].split(",")]
+    for op, schema in SCHEMAS.items()
+}
 FILE = Path(__file__).with_name("choices.json")
+measured: dict[str, list[dict]] = json.loads(FILE.read_text()) if FILE.exists() else {}
 MANY = 8192  # tokens that a compiled graph is taken to see, so that it does not depend on their number
 
 
@@ -42,7 +47,7 @@ def architecture(device: int) -> str:
 
 def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
     """The kind of an op's operands, e.g. "bfloat16, adapters float32, dropout", and their sizes: M, K, N, r, L."""
-    named = dict(zip(_names(op), args))
+    named = dict(zip(NAMES[op], args))
     if "weights" in named:  # a group counts as its first layer with the ranks of all
         named |= {"weight": named["weights"][0], "lora_B": named["lora_Bs"][0]}
     first, weight = leading(args), named.get("weight")
@@ -63,23 +68,13 @@ def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
     return ", ".join(kind), tuple(int(sizes.get(name, 1)) for name in "MKNrL")
 
 
-@functools.cache
-def _names(op: str) -> tuple[str, ...]:
-    arguments = SCHEMAS[op].removeprefix("(").partition(") ->")[0]
-    return tuple(argument.split()[-1] for argument in arguments.split(","))
-
-
 @functools.lru_cache(4096)
 def _ranking(op, architecture, kind, sizes):
     op = op.replace("lora_group", "lora")  # what serves one layer best serves several
-    entries = [e for e in measurements().get(architecture, ()) if (e["op"], e["kind"]) == (op, kind)]
+    entries = [e for e in measured.get(architecture, ()) if (e["op"], e["kind"]) == (op, kind)]
     if not entries:
         return RULE
-    nearest = min(entries, key=lambda entry: sum(abs(math.log(a / b)) for a, b in zip(entry["sizes"], sizes)))
+    # Compiled graphs trace this, and know no min with a key before torch 2.11.
+    factors = [sum([abs(math.log(a / b)) for a, b in zip(entry["sizes"], sizes)]) for entry in entries]
+    nearest = entries[factors.index(min(factors))]
     return (*nearest["backends"], *(name for name in RULE if name not in nearest["backends"]))
-
-
-@functools.cache
-def measurements() -> dict[str, list[dict]]:
-    """What choices.json holds; nothing where there is none."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {}

@@ -73,9 +73,8 @@ def _rows(**tensors: Tensor | None) -> str:
 
 @functools.cache
 def _tensor_cores(device: torch.device) -> str:
-    if torch.cuda.get_device_capability(device)[0] >= 8:
-        return ""
-    return f"runs on sm_80 and newer, not on {torch.cuda.get_device_name(device)}"
+    properties = torch.cuda.get_device_properties(device)  # a constant of compiled graphs, as nothing else that tells
+    return "" if properties.major >= 8 else f"runs on sm_80 and newer, not on {properties.name}"
 
 
 @functools.cache

@@ -1,41 +1,15 @@
-"""The figures that this project promises on a CPU, each measured against its limit.
+"""The figures on a CPU: against the base layer, PEFT, and reading the adapters once."""
 
-    python -m benchmarks.figures [--isa avx2] [--json FILE]
-
-Every figure comes from one interleaved run; it is met where its median is.
-"""
-
-import argparse
-import json
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import machine
+from benchmarks.figures import Figure
 from benchmarks.measure import Effort, Result, interleave, measure, ratios, saved_bytes, spread
 from benchmarks.providers import Call, Problem, Provider, backends, problem, providers
 from benchmarks.shapes import Case, Lora, decode
-
-
-@dataclass(frozen=True)
-class Figure:
-    name: str
-    relation: str  # "<=" or ">="
-    limit: float
-    values: list[float]  # one for each round; empty where the figure does not apply
-    unit: str = "x"
-    note: str = ""
-
-    def as_dict(self) -> dict:
-        entry = {"figure": self.name, "needed": f"{self.relation} {self.limit:g} {self.unit}", "note": self.note}
-        if not self.values:
-            return entry | {"met": None}
-        measured = spread(self.values)
-        met = measured["median"] <= self.limit if self.relation == "<=" else measured["median"] >= self.limit
-        return entry | {"unit": self.unit, "rounds": len(self.values), **measured, "met": met}
 
 
 def contest(case: Case, effort: Effort, peers: tuple[str, ...], *others: Provider) -> dict[str, Result]:
@@ -136,26 +110,8 @@ def calls(case: Case, *names: str) -> dict[str, tuple[Problem, Call]]:
 ALL = (forward_fp32, forward_bf16, mixed_batch, saved, overhead)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__.split("\n")[0])
-    parser.add_argument("--isa", choices=machine.ISA_CAPS, help="run as a CPU with this instruction set")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--tiny", action="store_true", help="1/64 of every side and three rounds: tries the code only")
-    options = parser.parse_args()
-    machine.cap_isa(options.isa)
-    effort, shrink = (Effort(0.0, 3, 0.0), 64) if options.tiny else (Effort(8.0, 15), 1)
-    entries = []
-    for measured in ALL:
-        for figure in measured(effort, shrink):
-            entries.append(figure.as_dict())
-            print(report.figure_row(entries[-1]), flush=True)
-    found = {"machine_info": machine.describe(), "figures": entries}
-    print("\n" + report.figures_table(found))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def measured(tiny: bool) -> Iterator[Figure]:
+    """All of them, in turn; `tiny` tries the code only, at 1/64 of every side."""
+    effort, shrink = (Effort(0.0, 3, 0.0), 64) if tiny else (Effort(8.0, 15), 1)
+    for figures in ALL:
+        yield from figures(effort, shrink)
