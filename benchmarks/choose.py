@@ -35,7 +35,7 @@ def operands(case: Case, adapters: str) -> dict:
     elif isinstance(case, MultiLora):
         op, adapters = f"multi_lora_{way}", len(case.ranks)
         factors = empty(adapters, max(case.ranks), K), empty(adapters, N, max(case.ranks))
-        args = (first, None, *factors) if case.backward else (first, *factors)
+        args = (first, None, None, *factors)
     else:
         op, factors = f"lora_{way}", (empty(case.rank, K), empty(N, case.rank))
         seed = empty(1) if case.dropout else None

@@ -55,6 +55,11 @@ BLOCKS = {
         "single": [(16, entry(16, 64, 0, 4, 1)), (ANY, entry(64, 64, 0, 4, 1))],
         "double": [(ANY, entry(32, 32, 0, 4, 1))],
     },
+    "multi_linear": {
+        "half": [(32, None), (ANY, entry(128, 64, 64, 8, 3))],
+        "mixed": [(32, None), (ANY, entry(128, 64, 64, 8, 3))],
+        **dict.fromkeys(("mixed float16", "single", "double"), ((ANY, None),)),  # the product dwarfs a pass over y
+    },
     "multi_lora": {"half": [(64, entry(16, 64, 128, 4, 4)), (ANY, None)]},
     "factor_gradient": {
         "half": [(ANY, entry(32, 128, 0, 4, 3))],

@@ -6,11 +6,21 @@ import math
 
 import pytest
 import torch
-from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, group_inputs, lora_inputs, random
+from error_rule import (
+    DTYPES,
+    MIXED,
+    assert_error_rule,
+    bottleneck_inputs,
+    group_inputs,
+    lora_inputs,
+    multi_layer_inputs,
+    random,
+)
 from test_ops import (
     assert_bottleneck,
     assert_dora,
     assert_multi_lora,
+    assert_multi_lora_linear,
     dora_inputs,
     group,
     lora,
@@ -97,8 +107,8 @@ def test_tokens_of_no_segment_are_left_alone():
     results = []
     for namespace in (triton_ops, reference):
         y, s, dx = torch.ones(6, 5), torch.zeros(6, 3), torch.full((6, 8), float("nan"))
-        namespace.multi_lora_forward(x, *common, y, s)
-        namespace.multi_lora_backward(dy, x, *common, s, dx, None, None)
+        namespace.multi_lora_forward(x, None, None, *common, y, s)
+        namespace.multi_lora_backward(dy, x, None, *common, s, dx, None, None)
         assert (y[[4, 1, 3]] == 1).all()
         assert not dx[[4, 1, 3]].any()
         results.append((y, dx))
@@ -116,6 +126,38 @@ def test_unused_ranks_get_zero_gradients_from_nan_too():
     assert inputs["lora_B"].grad[0, :, :2].isnan().all()
     assert not inputs["lora_A"].grad[0, 2:].any()
     assert not inputs["lora_B"].grad[0, :, 2:].any()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """A layer under many adapters goes in tiles of 16 positions, however few tokens an adapter has."""
+    rows = [(blocks.ANY, blocks.entry(16, 16, 32, 4, 1))]
+    monkeypatch.setitem(blocks.BLOCKS, "multi_linear", {kind: rows for kind in blocks.BLOCKS["multi_linear"]})
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(40, 40, 50, 20, 6), (7, 20, 9, 2, 2 * SCAN.value + 3)])
+def test_tiles_that_several_adapters_meet_in(small_tiles, dtype, adapter_dtype, shape):
+    tokens, _, _, rank, num_adapters = shape
+    slots = torch.randint(-1, num_adapters, (tokens,))
+    slots[: tokens // 3] = num_adapters - 1
+    inputs = multi_layer_inputs(*shape, dtype, adapter_dtype)
+    assert_multi_lora_linear(inputs, slots, torch.randn(num_adapters), torch.randint(0, rank + 1, (num_adapters,)))
+
+
+def test_tiles_of_no_adapter_and_rows_that_lie_apart(small_tiles):
+    inputs = multi_layer_inputs(50, 40, 30, 3, 2, torch.float32)
+    inputs |= {"x": random(50, 75)[:, 2:42].detach().requires_grad_(), "weight": random(40, 30, grad=False).T}
+    assert_multi_lora_linear(inputs, torch.tensor([-1] * 40 + [1] * 10), torch.randn(2))
+    assert_multi_lora_linear(inputs, torch.full((50,), -1), torch.randn(2))
+
+
+def test_a_bad_adapter_in_a_tile_of_several_reaches_its_own_tokens_alone(small_tiles):
+    inputs = {n: t.detach() for n, t in multi_layer_inputs(20, 24, 40, 4, 3, torch.float32).items()}
+    inputs["lora_B"][1, 3] = float("inf")
+    slots = torch.arange(20) % 4 - 1
+    y = ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5)
+    assert torch.equal(~torch.isfinite(y), (slots == 1)[:, None] & (torch.arange(40) == 3))
 
 
 # --- tensor descriptors ---
@@ -205,9 +247,8 @@ def test_multi_lora_in_one_launch(monkeypatch, dtype, shape):
     results = []
     for given in (None, counters, counters):
         out, s = y.clone(), torch.full((tokens, rank), float("nan"))
-        multi_lora_kernels.multi_lora_forward(
-            x, lora_A, lora_B, torch.linspace(-1, 2, num_adapters), ranks, order, segments, out, s, given
-        )
+        arguments = lora_A, lora_B, torch.linspace(-1, 2, num_adapters), ranks, order, segments
+        multi_lora_kernels.multi_lora_forward(x, None, None, *arguments, out, s, given)
         used = (slots[:, None] >= 0) & (torch.arange(rank) < ranks[slots][:, None])
         results.append((out, s[used]))
         assert not counters.any()
@@ -223,7 +264,7 @@ def test_one_launch_says_what_counters_it_needs():
     routing = ops.route([0] * 20, 3)
     with pytest.raises(ValueError, match="counters has 6 elements; 7 are needed"):
         multi_lora_kernels.multi_lora_forward(
-            x, lora_A, lora_B, torch.ones(3), None, *routing, y, s, torch.zeros(6, dtype=torch.int32)
+            x, None, None, lora_A, lora_B, torch.ones(3), None, *routing, y, s, torch.zeros(6, dtype=torch.int32)
         )
 
 
@@ -297,7 +338,18 @@ def test_every_choice_of_gradients(op, rank):
             [(m, k), (rank, k), (rank,), (n, rank)],
         ),
         "multi_lora_backward": (
-            (dy, x, lora_A, lora_B, torch.tensor([0.7, 2.0]), None, torch.arange(m), torch.tensor([2, 9, m]), s),
+            (
+                dy,
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                torch.tensor([0.7, 2.0]),
+                None,
+                torch.arange(m),
+                torch.tensor([2, 9, m]),
+                s,
+            ),
             [(m, k), (2, rank, k), (2, n, rank)],
         ),
         "lora_group_backward": (

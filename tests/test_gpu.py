@@ -12,6 +12,7 @@ from error_rule import (
     group_inputs,
     grouped,
     lora_inputs,
+    multi_layer_inputs,
     random,
     unfused_bottleneck,
     unfused_delta,
@@ -20,6 +21,7 @@ from error_rule import (
     unfused_ia3,
     unfused_lora,
     unfused_multi_lora,
+    unfused_multi_lora_linear,
 )
 
 from pyfastpeft import ops
@@ -63,6 +65,11 @@ def test_aligned_operands_are_served(backend, dtype):
     slots = torch.randint(-1, 4, (m,), device="cuda")
     inputs = multi_lora_inputs(m, k, n, r, 4, dtype)
     ops.multi_lora(inputs.pop("y").clone(), **inputs, slots=slots, scaling=0.5).sum().backward()
+    for adapter_dtype in (dtype, torch.float32):
+        inputs = multi_layer_inputs(*ALIGNED, 4, dtype, adapter_dtype, device="cuda")
+        ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5).sum().backward()
+    layers = group_inputs(m, k, [(n, r), (n, r)], dtype, torch.float32, device="cuda")
+    grouped(functools.partial(ops.lora_linear_group, scalings=[0.5, 2.0]), **layers).sum().backward()
     if backend != "addmm":
         x, weight, ia3_l = (gpu_random(*shape, dtype=dtype) for shape in ((m, k), (n, k), (n,)))
         ops.ia3_linear(x, weight.detach(), None, ia3_l, False).sum().backward()
@@ -200,6 +207,31 @@ def test_multi_lora(dtype, adapter_dtype, shape, ranked):
     )
 
 
+@dtypes
+@pytest.mark.parametrize(
+    "shape", [(9, 33, 20, 4, 3), (64, 1024, 512, 16, 40), (40, 520, 264, 8, 2), (700, 136, 264, 24, 5)]
+)
+@pytest.mark.parametrize("ranked", [False, True])
+def test_multi_lora_linear(dtype, adapter_dtype, shape, ranked):
+    t, _, _, r, num_adapters = shape
+    slots = torch.randint(-1, num_adapters, (t,), device="cuda")
+    ranks = torch.randint(0, r + 1, (num_adapters,), device="cuda") if ranked else None
+    options = {"slots": slots, "scaling": torch.randn(num_adapters, device="cuda"), "ranks": ranks}
+    ours, theirs = (functools.partial(f, **options) for f in (ops.multi_lora_linear, unfused_multi_lora_linear))
+    assert_error_rule(ours, theirs, multi_layer_inputs(*shape, dtype, adapter_dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("tokens", [40, 500])
+def test_a_bad_adapter_reaches_its_own_tokens_alone(tokens):
+    inputs = multi_layer_inputs(tokens, 64, 136, 8, 3, torch.bfloat16, device="cuda")
+    slots = torch.arange(tokens, device="cuda") % 4 - 1
+    with torch.no_grad():
+        inputs["lora_B"][1] = float("nan")
+        y = ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5)
+    assert y[slots == 1].isnan().all()
+    assert torch.isfinite(y[slots != 1]).all()
+
+
 @pytest.mark.parametrize("shape", [(64, 4096, 4096, 16, 64), (64, 4096, 513, 64, 1), (7, 300, 65, 33, 3)])
 def test_multi_lora_in_one_launch(shape):
     """As a CUDA graph, replayed with other slots: what two launches give, the same bits every time."""
@@ -217,7 +249,7 @@ def test_multi_lora_in_one_launch(shape):
 
     def run(given):
         out.copy_(y)
-        multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, out, s, given)
+        multi_lora_forward(x, None, None, lora_A, lora_B, scaling, ranks, order, segments, out, s, given)
         return out.clone()
 
     run(counters)

@@ -27,6 +27,7 @@ KERNELS = [
     "column_sums",
     "multi_shrink",
     "multi_expand",
+    "multi_linear",
     "multi_lora",
     "multi_factor_gradient",
 ]
@@ -112,8 +113,13 @@ def launch_multi_lora(tokens, rank, dtype, adapters, k=512, n=512, num_adapters=
     s = meta(tokens, rank, dtype=accumulation(dtype))
     factors = meta(num_adapters, rank, k, dtype=adapters), meta(num_adapters, n, rank, dtype=adapters)
     arguments = *factors, meta(num_adapters, dtype=s.dtype), *integers
-    multi_lora.multi_lora_forward(x, *arguments, y, s)
-    multi_lora.multi_lora_backward(y, x, *arguments, s, x, *factors)
+    weight, bias = meta(n, k, dtype=dtype), meta(n, dtype=dtype)
+    multi_lora.multi_lora_forward(x, None, None, *arguments, y, s)
+    multi_lora.multi_lora_backward(y, x, None, *arguments, s, x, *factors)
+    if tokens >= 128 * num_adapters:
+        multi_lora.multi_lora_forward(x, weight, bias, *arguments, y, s)
+    if tokens >= 128 * num_adapters and rank == 64 and dtype == adapters:
+        multi_lora.multi_lora_backward(y, x, weight, *arguments, s, x, None, None)
 
 
 def launch_decode(tokens, rank, dtype=half, k=8192, n=512, num_adapters=4):
@@ -121,7 +127,8 @@ def launch_decode(tokens, rank, dtype=half, k=8192, n=512, num_adapters=4):
     x, y, s = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype), meta(tokens, rank, dtype=single)
     factors = meta(num_adapters, rank, k, dtype=dtype), meta(num_adapters, n, rank, dtype=dtype)
     counters = multi_lora.counters_for(tokens, num_adapters, "meta")
-    multi_lora.multi_lora_forward(x, *factors, meta(num_adapters, dtype=single), *integers, y, s, counters)
+    arguments = *factors, meta(num_adapters, dtype=single), *integers
+    multi_lora.multi_lora_forward(x, None, None, *arguments, y, s, counters)
 
 
 def launch_all():

@@ -37,17 +37,17 @@ def ia3_backward(*args) -> str:
     return ""
 
 
-def multi_lora_forward(x, lora_A, *rest) -> str:
-    """Tensor cores multiply the activations with adapters of their own 16-bit dtype, any shape of them."""
-    if x.dtype not in SHORT or lora_A.dtype != x.dtype:
-        return "takes bfloat16 and float16, with adapters of the same dtype"
+def multi_lora_forward(x, weight, bias, lora_A, *rest) -> str:
+    """Any shapes, and any strides of weight."""
+    if lacking := _short(x, lora_A):
+        return lacking
     if len(lora_A) > 65535:
         return f"takes up to 65535 adapters, not {len(lora_A)}"
     return _tensor_cores(x.device)
 
 
-def multi_lora_backward(dy, x, lora_A, *rest) -> str:
-    return multi_lora_forward(dy, lora_A)
+def multi_lora_backward(dy, x, weight, lora_A, *rest) -> str:
+    return multi_lora_forward(dy, weight, None, lora_A)
 
 
 def group_tokens(slots, order, segments) -> str:
