@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.choose import ROW
-from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora
-from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora
+from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora, MultiLoraLinear
+from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora, multi_lora_linear
 
 SCALING = 2.0
 
@@ -93,7 +93,8 @@ class IA3Problem(Problem):
 
 
 class MultiLoraProblem(Problem):
-    """`y` is updated in place, by `formula` in a copy; tokens of the adapters stand in a random order."""
+    """`y` is updated in place, by `formula` in a copy; tokens of the adapters stand in a random order. Where the base
+    layer is included, its output takes the place of y."""
 
     def __init__(self, case, device, seed=0):
         super().__init__(case, device, seed)
@@ -113,14 +114,15 @@ class MultiLoraProblem(Problem):
         return lora_A, self.random(len(ranks), N, used.shape[1]) / max(self.case.ranks) ** 0.5 * used[:, None, :]
 
     def formula(self, weight, factor, x, lora_A, lora_B):
-        y = self.y0.to(x.dtype, copy=True)
+        included = isinstance(self.case, MultiLoraLinear)
+        y = F.linear(x, weight) if included else self.y0.to(x.dtype, copy=True)
         for a, scale in enumerate(self.scaling.tolist()):
             tokens = self.slots == a
             y[tokens] += (scale * F.linear(F.linear(x[tokens].to(lora_A.dtype), lora_A[a]), lora_B[a])).to(y.dtype)
         return y
 
 
-PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem}
+PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem, MultiLoraLinear: MultiLoraProblem}
 
 
 def problem(case: Case, device: str, seed: int = 0) -> Problem:
@@ -146,12 +148,17 @@ def build_addmm(problem: Problem, adapters: str) -> Call:
     return Call(forward, leaves)
 
 
+def base_output(problem: MultiLoraProblem) -> Tensor:
+    """What adapters are added to."""
+    return F.linear(problem.x, problem.weight) if isinstance(problem.case, MultiLoraLinear) else problem.y
+
+
 def build_one_adapter_addmm(problem: MultiLoraProblem, adapters: str) -> Call:
     """One adapter for all tokens: no routing at all."""
     x, lora_A, lora_B = leaves = problem.leaves(adapters)
     rank, scale = problem.case.ranks[0], problem.scaling[0].item()
     shrink, expand = lora_A[0, :rank], lora_B[0, :, :rank].T
-    return Call(lambda: problem.y.addmm_(F.linear(x, shrink), expand, alpha=scale), leaves)
+    return Call(lambda: base_output(problem).addmm_(F.linear(x, shrink), expand, alpha=scale), leaves)
 
 
 def build_gather_bmm(problem: MultiLoraProblem, adapters: str) -> Call:
@@ -160,8 +167,9 @@ def build_gather_bmm(problem: MultiLoraProblem, adapters: str) -> Call:
 
     def forward():
         s = torch.bmm(lora_A[problem.slots], x.unsqueeze(2)) * problem.scaling[problem.slots, None, None].to(x.dtype)
-        problem.y.unsqueeze(2).baddbmm_(lora_B[problem.slots], s)
-        return problem.y
+        y = base_output(problem)
+        y.unsqueeze(2).baddbmm_(lora_B[problem.slots], s)
+        return y
 
     return Call(forward, leaves)
 
@@ -219,8 +227,9 @@ class Given(nn.Module):
 
 
 def build_peft_mixed(problem: MultiLoraProblem, adapters: str) -> Call:
-    """PEFT's forward with adapter_names, its base layer replaced by one that hands over y: PEFT's loop adds to y in
-    place, so that what is left is the adapter part alone, with all of PEFT's own code around it."""
+    """PEFT's forward with adapter_names. Where the base layer is not included, it is replaced by one that hands over y:
+    PEFT's loop adds to y in place, so that what is left is the adapter part alone, with all of PEFT's own code around
+    it."""
     from peft import LoraConfig
 
     x, lora_A, lora_B = leaves = problem.leaves(adapters)
@@ -230,7 +239,8 @@ def build_peft_mixed(problem: MultiLoraProblem, adapters: str) -> Call:
     for a, rank in enumerate(ranks):
         layer.lora_A[str(a)].weight = nn.Parameter(lora_A[a, :rank], requires_grad=False)
         layer.lora_B[str(a)].weight = nn.Parameter(lora_B[a, :, :rank].contiguous(), requires_grad=False)
-    layer.base_layer = Given(problem.y)
+    if not isinstance(problem.case, MultiLoraLinear):
+        layer.base_layer = Given(problem.y)
     layer.eval()
     names = [str(slot) for slot in problem.slots.tolist()]
     return Call(lambda: layer(x, adapter_names=names), leaves)
@@ -247,6 +257,8 @@ def build_ours(problem: Problem, adapters: str) -> Call:
     if isinstance(case, Lora):
         return Call(lambda: lora_linear(x, weight, None, *tensors, SCALING, case.dropout), leaves)
     ranks = problem.ranks if len(set(case.ranks)) > 1 else None
+    if isinstance(case, MultiLoraLinear):
+        return Call(lambda: multi_lora_linear(x, weight, None, *tensors, problem.slots, problem.scaling, ranks), leaves)
     return Call(lambda: multi_lora(problem.y, x, *tensors, problem.slots, problem.scaling, ranks), leaves)
 
 
@@ -269,7 +281,7 @@ def providers(case: Case, device: str) -> list[Provider]:
                 peers["peft"] = build_peft
                 if compiler:
                     peers["compile"] = build_compile
-            elif case.mode != "graph":  # it copies lists of token numbers to the device
+            elif case.mode != "graph" and not case.backward:  # it copies lists of token numbers to the device
                 peers["peft"] = build_peft_mixed
         if adapters == "16bit" or case.dtype == "fp32":  # torch's products take one dtype
             if isinstance(case, Lora):

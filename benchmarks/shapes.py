@@ -5,6 +5,7 @@ Useful work counts what the formula needs, whoever computes it, so that GFLOP/s 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from math import ceil
 
@@ -114,6 +115,22 @@ class MultiLora(Case):
         return flop, traffic + sum(self.ranks) * features * adapter_itemsize
 
 
+@dataclass(frozen=True, kw_only=True)
+class MultiLoraLinear(MultiLora):
+    """The base layer included."""
+
+    op = "multi_lora_linear"
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """Base, s = x A^T and s B^T; backward: ds, dB, dA (which reads x once more) and ds A."""
+        flop, traffic = self.base_work()
+        features = self.K + self.N
+        passes = 3 if self.backward else 1
+        flop += passes * sum(2 * count * rank * features for count, rank in zip(self.counts, self.ranks))
+        traffic += passes * sum(self.ranks) * features * adapter_itemsize
+        return flop, traffic + self.backward * self.M * self.K * self.itemsize
+
+
 def popularity(mix: str, tokens: int) -> tuple[int, ...]:
     """Tokens of every adapter in Punica's mixes (Chen et al. 2023, section 7): each its own adapter (distinct), about
     sqrt(tokens) adapters alike (uniform) or each 1.5 times as popular as the next (skewed), one for all (identical)."""
@@ -136,9 +153,9 @@ def mixes(M: int, K: int, N: int, **options) -> list[MultiLora]:
     return cases
 
 
-def decode(M: int, K: int, N: int, adapters: int, rank: int = 16, **options) -> MultiLora:
+def decode(M: int, K: int, N: int, adapters: int, rank: int = 16, kind: type = MultiLora, **options) -> MultiLora:
     """M tokens shared evenly by `adapters` of one rank."""
-    return MultiLora(M=M, K=K, N=N, counts=(M // adapters,) * adapters, ranks=(rank,) * adapters, **options)
+    return kind(M=M, K=K, N=N, counts=(M // adapters,) * adapters, ranks=(rank,) * adapters, **options)
 
 
 def lora_cases(size: str, device: str) -> list[Lora]:
@@ -190,7 +207,25 @@ def multi_lora_cases(size: str, device: str) -> list[MultiLora]:
     return cases
 
 
-CASES = {"lora_linear": lora_cases, "ia3_linear": ia3_cases, "multi_lora": multi_lora_cases}
+def multi_lora_linear_cases(size: str, device: str) -> list[MultiLora]:
+    """On a CPU the op is its two halves, which the other cases time."""
+    case = partial(decode, kind=MultiLoraLinear)
+    if size == "tiny":
+        return [case(6, 64, 48, 3, 4), case(6, 64, 48, 3, 4, dtype="bf16", backward=True)]
+    if device == "cpu":
+        return []
+    cases = [case(64, 4096, 4096, adapters, dtype="bf16") for adapters in (1, 8, 64)]
+    for tokens, backward in product((2048,) if size == "quick" else (2048, 8192), (False, True)):
+        cases.append(case(tokens, 4096, 4096, 8, dtype="bf16", backward=backward))
+    return cases
+
+
+CASES = {
+    "lora_linear": lora_cases,
+    "ia3_linear": ia3_cases,
+    "multi_lora": multi_lora_cases,
+    "multi_lora_linear": multi_lora_linear_cases,
+}
 
 
 def cases(op: str, size: str, device: str) -> list[Case]:

@@ -289,17 +289,13 @@ def multi_factor_gradient_kernel(
 
 
 @launcher
-def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s, counters=None):
+def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s):
     """y = x weight^T + bias;  for every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;
     y[t] += scaling[a] * s[t] lora_B[a]^T.  Without weight, the latter alone.
 
     x [T, K], weight [N, K] of any strides, bias [N] or None, lora_A [L, r, K], lora_B [L, N, r], scaling [L], ranks [L]
     or None, order [T], segments [L + 1]; written: y [T, N], s [T, r]. Rank rows beyond ranks[a] are not read. Grids
     follow from shapes alone.
-
-    Given the zeros that `counters_for` makes, 16-bit tokens under adapters of their dtype take one launch instead of
-    two while there are few for each adapter. They are zero again afterwards, so that they serve call after call and in
-    CUDA graphs, but not two calls at a time.
     """
     routing = ranks, order, segments
     if weight is not None:
@@ -307,7 +303,7 @@ def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, s
             _shrink(x, lora_A, s, None, *routing)
             return _linear(x, weight, bias, s, lora_B, y, scaling, *routing, sizes)
         torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
-    if counters is not None and _together(x, lora_A, lora_B, scaling, *routing, y, s, counters):
+    if _together(x, lora_A, lora_B, scaling, *routing, y, s):
         return
     _shrink(x, lora_A, s, None, *routing)
     _expand(s, lora_B, y, scaling, *routing, add=True)
@@ -353,20 +349,31 @@ def _sizes(kernel, tensor, factor, rank):
     return blocks(kernel, tensor.dtype, tokens, tensor.shape[1], factor.dtype, rank)
 
 
-def counters_for(tokens: int, num_adapters: int, device) -> torch.Tensor:
-    """What multi_lora_forward needs for one launch with at most so many tokens and adapters: int32 zeros."""
-    return torch.zeros(2 + tokens + min(num_adapters, tokens), dtype=torch.int32, device=device)
+COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}  # (device, stream) -> zeros
 
 
-def _together(x, lora_A, lora_B, scaling, ranks, order, segments, y, s, counters):
-    """multi_lora_forward in one launch; False, and nothing done, where BLOCKS has none for it."""
+def counters_on(device: torch.device, count: int) -> torch.Tensor:
+    """At least `count` int32 zeros for a launch on the current stream, which leaves them zero.
+
+    Launches on one stream share theirs, since they follow each other. One that is captured into a graph, which may be
+    replayed on any stream, gets its own, and the graph clears them.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in COUNTERS or len(COUNTERS[key]) < count:
+        COUNTERS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return COUNTERS[key]
+
+
+def _together(x, lora_A, lora_B, scaling, ranks, order, segments, y, s):
+    """multi_lora_forward in one launch; False, and nothing done, where two are to be taken."""
     (tokens, depth), (num_adapters, columns, rank) = x.shape, lora_B.shape
     sizes = _sizes("multi_lora", y, lora_B, rank)
     if sizes is None:
         return False
     tiles = _tiles(tokens, num_adapters, sizes)
-    if len(counters) < 2 + tiles:
-        raise ValueError(f"multi_lora: counters has {len(counters)} elements; {2 + tiles} are needed")
+    counters = counters_on(x.device, 2 + tiles)
     rank_blocks = triton.cdiv(rank, sizes["BLOCK_R"])
     parts, _ = split(depth, sizes["BLOCK_K"], tiles * rank_blocks)
     parts = 1 << min(MOST_PARTS, parts).bit_length() - 1

@@ -233,9 +233,10 @@ def test_a_bad_adapter_reaches_its_own_tokens_alone(tokens):
 
 
 @pytest.mark.parametrize("shape", [(64, 4096, 4096, 16, 64), (64, 4096, 513, 64, 1), (7, 300, 65, 33, 3)])
-def test_multi_lora_in_one_launch(shape):
-    """As a CUDA graph, replayed with other slots: what two launches give, the same bits every time."""
-    from pyfastpeft.kernels.multi_lora import counters_for, multi_lora_forward
+def test_multi_lora_in_one_launch(monkeypatch, shape):
+    """Two calls on two streams at a time, and a CUDA graph, replayed with other slots: what two launches give, the same
+    bits every time."""
+    from pyfastpeft.kernels import blocks, multi_lora
 
     tokens, _, _, rank, num_adapters = shape
     inputs = multi_lora_inputs(*shape, torch.bfloat16)
@@ -244,31 +245,43 @@ def test_multi_lora_in_one_launch(shape):
     ranks = torch.randint(1, rank + 1, (num_adapters,), device="cuda")
     slots = torch.zeros(tokens, dtype=torch.int64, device="cuda")
     order, segments = ops.route(slots, num_adapters)
-    counters = counters_for(tokens, num_adapters, "cuda")
-    out, s = torch.empty_like(y), torch.empty(tokens, rank, device="cuda")
+    out = torch.empty_like(y)
 
-    def run(given):
+    def run(out):
         out.copy_(y)
-        multi_lora_forward(x, None, None, lora_A, lora_B, scaling, ranks, order, segments, out, s, given)
+        s = torch.empty(tokens, rank, device="cuda")
+        multi_lora.multi_lora_forward(x, None, None, lora_A, lora_B, scaling, ranks, order, segments, out, s)
         return out.clone()
 
-    run(counters)
+    blocks_of_one = [(blocks.ANY, blocks.entry(16, 64, 128, 4, 4))]
+    monkeypatch.setitem(blocks.BLOCKS, "multi_lora", {"half": blocks_of_one})
+    run(out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(counters)
+        run(out)
     for _ in range(3):
         slots = torch.randint(-1, num_adapters, (tokens,), device="cuda")
         for own, new in zip((order, segments), ops.route(slots, num_adapters)):
             own.copy_(new)
-        two = run(None)
+        with monkeypatch.context() as patch:
+            patch.setitem(blocks.BLOCKS, "multi_lora", {"half": [(blocks.ANY, None)]})
+            two = run(out)
         results = []
         for _ in range(100):
             out.fill_(float("nan"))
             graph.replay()
             results.append(out.clone())
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(run(torch.empty_like(y)))
+        torch.cuda.synchronize()
         assert all(torch.equal(result, results[0]) for result in results)
         torch.testing.assert_close(results[0], two, rtol=1e-2, atol=1e-2)
-        assert not counters.any()
+    assert len(multi_lora.COUNTERS) >= 2
+    assert not any(counters.any() for counters in multi_lora.COUNTERS.values())
 
 
 def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypatch):

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from ahead_of_time import TARGETS, faults, kernels_of
 
 from pyfastpeft.kernels import bottleneck, dora, ia3, lora, lora_group, multi_lora
-from pyfastpeft.kernels.blocks import BLOCKS, RANK_BLOCKS, accumulation, tensor_descriptors
+from pyfastpeft.kernels.blocks import ANY, BLOCKS, RANK_BLOCKS, accumulation, entry, tensor_descriptors
 from pyfastpeft.ops.reference import ACTIVATIONS
 
 KERNELS = [
@@ -126,9 +126,10 @@ def launch_decode(tokens, rank, dtype=half, k=8192, n=512, num_adapters=4):
     integers = [meta(size, dtype=torch.int64) for size in (num_adapters, tokens, num_adapters + 1)]
     x, y, s = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype), meta(tokens, rank, dtype=single)
     factors = meta(num_adapters, rank, k, dtype=dtype), meta(num_adapters, n, rank, dtype=dtype)
-    counters = multi_lora.counters_for(tokens, num_adapters, "meta")
     arguments = *factors, meta(num_adapters, dtype=single), *integers
-    multi_lora.multi_lora_forward(x, None, None, *arguments, y, s, counters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BLOCKS, "multi_lora", {"half": [(ANY, entry(16, 64, 128, 4, 4))]})
+        multi_lora.multi_lora_forward(x, None, None, *arguments, y, s)
 
 
 def launch_all():
@@ -192,7 +193,7 @@ def test_compiles_without_spills_inside_shared_memory(compiled, target, name):
 def test_every_configuration_is_asked_for(name):
     asked = [kernel.constants | kernel.options for kernel in asked_for() if kernel.name == f"{name}_kernel"]
     for kind, entries in (BLOCKS.get(name) or BLOCKS[name.removeprefix("multi_")]).items():
-        for most, entry in entries:
+        for most, sizes in entries:
             for rank_block in RANK_BLOCKS[kind]:
-                wanted = (entry or {}) | ({"BLOCK_R": rank_block} if "BLOCK_R" in asked[0] else {})
+                wanted = (sizes or {}) | ({"BLOCK_R": rank_block} if "BLOCK_R" in asked[0] else {})
                 assert any(wanted.items() <= one.items() for one in asked), (kind, most, wanted)
