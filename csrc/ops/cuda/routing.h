@@ -90,8 +90,9 @@ __device__ inline Tile find_tile(const Routing& routing, int size, bool empty, i
 template <class T, bool vector, int count, class F>
 __device__ __forceinline__ void shrink16(float (&sums)[count][4], const T* upper, const T* lower, const F* factor,
                                          int ranks, int features, int begin, int end) {
+  constexpr int kUnrolled = count <= 2 && std::is_same_v<T, F> ? 2 : 1;
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll(count <= 2 ? 2 : 1)
+#pragma unroll(kUnrolled)
   for (int k = begin + 8 * t; k - 8 * t < end; k += 32) {
     int valid = end - k;
     uint4 left = load8<T, vector>(upper + k, upper ? valid : 0), right = load8<T, vector>(lower + k, lower ? valid : 0);
