@@ -9,7 +9,7 @@ sub-layer's input. Pfeiffer's is AdapterHub's with `original_ln_before=False`.
 
 import argparse
 import copy
-import statistics
+import random
 import time
 
 import adapters
@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import pyfastpeft
+from benchmarks.measure import spread
 
 RANK, HIDDEN = 64, 768
 CONFIGS = {
@@ -82,20 +83,31 @@ def step(model, optimizer, ids) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each model, interleaved (default: 15)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ids = torch.randint(3, SIZES["vocab_size"], (4, 128))
     print(f"adapters {adapters.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
-    print("model  placement  max difference  AdapterHub [s]  pyfastpeft [s]  ratio (median CPU time per step, 4 x 128)")
+    print(
+        f"{options.layers} layers, batch 4 x 128, {options.steps} steps of each; ratio: median (20th-80th percentile)"
+    )
+    print("model  placement  max difference  CPU time per step: AdapterHub's, ours, its over ours")
     for name, placement in CASES:
         models = pair(name, placement, options.layers)
         difference = check(*models, ids)
         trained = [(m, torch.optim.AdamW(p for p in m.parameters() if p.requires_grad)) for m in models]
-        times = [[step(*model, ids) for model in trained] for _ in range(options.steps + 1)][1:]
-        theirs, ours = (statistics.median(column) for column in zip(*times))
-        print(f"{name:6} {placement:9} {difference:15.1e} {theirs:15.3f} {ours:15.3f} {theirs / ours:6.2f}", flush=True)
+        rounds = []
+        for _ in range(options.steps + 1):  # the first warms up
+            order = random.sample((0, 1), 2)
+            seconds = {index: step(*trained[index], ids) for index in order}
+            rounds.append((seconds[0], seconds[1], seconds[0] / seconds[1]))
+        theirs, ours, ratio = (spread(column) for column in zip(*rounds[1:]))
+        found = f"{ratio['median']:.3f} ({ratio['p20']:.3f}-{ratio['p80']:.3f})"
+        print(
+            f"{name:6} {placement:9} {difference:15.1e} {theirs['median']:8.3f} s {ours['median']:8.3f} s  {found}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

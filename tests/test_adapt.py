@@ -797,9 +797,16 @@ def test_gradient_checkpointing_with_dropout():
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "bottleneck"])
-def test_compiled(method):
-    model = adapt(llama(num_hidden_layers=1), config_for(method, "llama"))
+COMPILED = ["lora", "dora", "ia3", "bitfit", "bottleneck"]
+
+
+@pytest.mark.parametrize(
+    ("method", "compiler"),
+    [(method, "aot_eager") for method in COMPILED]
+    + [pytest.param(method, "inductor", marks=pytest.mark.slow) for method in METHODS],
+)
+def test_compiled(method, compiler):
+    model = adapt(llama(num_hidden_layers=2 if method == "selective" else 1), config_for(method, "llama"))
     randomise(model)
     given = inputs(model)
 
@@ -811,7 +818,7 @@ def test_compiled(method):
 
     eager = results(model)
     try:
-        compiled = results(torch.compile(model, fullgraph=True, backend="aot_eager"))
+        compiled = results(torch.compile(model, fullgraph=True, backend=compiler))
     finally:
         torch.compiler.reset()
     for got, expected in zip(compiled, eager):
@@ -950,6 +957,11 @@ def test_bad_calls():
     adapt(model, LoraConfig(target_modules=["up"]))
     with pytest.raises(ValueError, match="name is 'default', which the model has; it must be new, or deleted first"):
         adapt(model, IA3Config(target_modules=["up"]))
+    set_adapter(model)
+    for call in (merge_adapter, lambda model: unload(model, merge=True)):
+        with pytest.raises(ValueError, match=r"names is empty, and no adapter is active; it must be of \['default'\]"):
+            call(model)
+    set_adapter(model, "default")
     for names in (["other"], [["default"]], ["default", "default"]):
         with pytest.raises(ValueError, match=r"set_adapter: names? is "):
             set_adapter(model, *names)

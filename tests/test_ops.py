@@ -353,6 +353,17 @@ def test_bottleneck_forms_one_gradient_alone(backend, only):
     assert_bottleneck(inputs, activation="tanh")
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_bottleneck_on_the_cpu_makes_no_subnormal_numbers(activation):
+    x = torch.linspace(-50, 50, 9999)[:, None].requires_grad_()
+    one = torch.ones(1, 1)
+    with ops.use_backend("cpu"):
+        y = ops.bottleneck(x, torch.zeros_like(x), one, None, one, None, 1.0, activation)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    for result in (y.detach(), dx):
+        assert not ((result != 0) & (result.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
 @backends
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_exact_where_they_are_small_and_where_they_saturate(backend, activation):
@@ -1241,11 +1252,15 @@ def alike(run, tensors):
 def native_calls(monkeypatch):
     """Whether every native inference call that was made did its work."""
     done = []
-    for name in ("lora", "lora_training", "lora_", "multi_lora", "multi_lora_"):
+    for name in ("lora", "lora_training", "ia3", "ia3_gradients", "lora_", "multi_lora", "multi_lora_"):
 
         def call(op, *args):
             result = op(*args)
-            done.append(result not in (None, False, (None, None)) if not isinstance(result, torch.Tensor) else True)
+            done.append(
+                any(part is not None and part is not False for part in result)
+                if type(result) is tuple
+                else result is not None and result is not False
+            )
             return result
 
         monkeypatch.setattr(inference, name, functools.partial(call, getattr(inference, name)))
@@ -1276,7 +1291,12 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
                 layer = functools.partial(ops.multi_lora_linear, **options, weight=inputs["weight"])
                 alike(functools.partial(layer, bias=inputs["bias"]), stacked)
                 alike(functools.partial(layer, bias=None), stacked)
-    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 3 * 2 * 2 * 2)
+    for feedforward in (False, True):
+        vector = random(shape[1] if feedforward else shape[2], dtype=adapter_dtype or dtype, grad=False)
+        scaled = {"x": inputs["x"], "weight": inputs["weight"], "ia3_l": vector}
+        alike(functools.partial(ops.ia3_linear, feedforward=feedforward), scaled | {"bias": inputs["bias"]})
+        alike(functools.partial(ops.ia3_linear, bias=None, feedforward=feedforward), scaled)
+    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -1312,7 +1332,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
     zeros, slots = torch.zeros(4, 6), torch.tensor([0, -1, 0, 0])
 
     def native_by(y=zeros, scaling=0.5, dropout_p=0.0, **changed):
-        """Whether all four ops (True) or none (False) are done by their native calls."""
+        """Whether all five ops (True) or none (False) are done by their native calls."""
         x, weight, lora_A, lora_B, bias = (inputs | changed).values()
         native_calls.clear()
         with suppress(Exception):  # what the general path makes of it is for other tests
@@ -1324,7 +1344,10 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
                 ops.multi_lora(y, x, lora_A[None], lora_B[None], slots, scaling)
             with suppress(Exception):
                 ops.multi_lora_linear(x, weight, bias, lora_A[None], lora_B[None], slots, scaling)
-        assert sum(native_calls) in (0, 4) or (torch.is_grad_enabled() and x.requires_grad)
+        if not changed.keys() - {"x"} and scaling == 0.5 and dropout_p == 0:
+            with suppress(Exception):
+                ops.ia3_linear(x, weight, bias, bias, False)
+        assert sum(native_calls) in (0, 5) or (torch.is_grad_enabled() and x.requires_grad)
         return any(native_calls)
 
     x = inputs["x"]
@@ -1333,7 +1356,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by()
     with torch.autocast("cpu"):
         assert native_by()
-        assert native_calls == [False, True] * 4  # the op casts and calls itself without autocast
+        assert native_calls == [False, True] * 5  # the op casts and calls itself without autocast
     with ops.use_backend("reference"):
         assert not native_by()
     with ops.use_backend("cpu"):
@@ -1354,7 +1377,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by(**changed)
     trained = x.clone().requires_grad_()
     assert native_by(x=trained)
-    assert native_calls == [True]  # lora_linear's forward pass
+    assert native_calls == [True, True]  # forward passes of lora_linear and ia3_linear
     with torch.no_grad():
         assert native_by(x=trained)
     seen = []
@@ -1516,6 +1539,39 @@ def test_lora_inference_that_is_out_of_the_ordinary_is_left_to_python():
     assert inference.lora_(torch.zeros(4, 6), x, **in_place)
 
 
+def test_an_ia3_call_that_is_out_of_the_ordinary_is_left_to_python():
+    x, weight, bias, inner, outer = (random(*s, grad=False) for s in ((4, 8), (6, 8), (6,), (8,), (6,)))
+    plain = {"x": x, "weight": weight, "bias": bias, "ia3_l": outer, "feedforward": False, "keep_base": True}
+    for changed in (
+        {"weight": weight[:5]},
+        {"weight": weight[:, :7]},
+        {"weight": weight.bfloat16()},
+        {"weight": weight.to("meta")},
+        {"bias": bias[:5]},
+        {"bias": bias.half()},
+        {"ia3_l": inner},
+        {"ia3_l": outer[:, None]},
+        {"ia3_l": outer.double()},
+        {"ia3_l": outer.int()},
+        {"ia3_l": outer.to("meta")},
+        {"ia3_l": outer.repeat_interleave(2)[::2]},
+        {"ia3_l": None},
+        {"feedforward": True},
+        {"x": x.double(), "weight": weight.double(), "bias": bias.double()},
+        {"x": x[:0]},
+        {"x": torch.randn(8, 4).T},
+    ):
+        assert inference.ia3(**plain | changed) == (None, None), changed
+    y, base = inference.ia3(**plain)
+    assert torch.equal(y, base * outer)
+    y, base = inference.ia3(**plain | {"ia3_l": inner, "feedforward": True, "keep_base": False})
+    assert y is not None
+    assert base is None
+    dy = random(4, 6, grad=False)
+    for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
+        assert inference.ia3_gradients(strange, None, weight, outer, False, strange, True, True) == (None, None)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_inference_is_traced_as_what_it_consists_of():
     inputs = {name: t.detach() for name, t in lora_inputs(4, 8, 6, 2, torch.float32).items()}
@@ -1523,7 +1579,8 @@ def test_inference_is_traced_as_what_it_consists_of():
 
     def model(x):
         y = lora(**inputs | {"x": x})
-        return ops.multi_lora(ops.lora_delta_(y, x, lora_A, lora_B, 0.3), x, lora_A[None], lora_B[None], slots, 0.5)
+        y = ops.multi_lora(ops.lora_delta_(y, x, lora_A, lora_B, 0.3), x, lora_A[None], lora_B[None], slots, 0.5)
+        return ops.ia3_linear(x, inputs["weight"], inputs["bias"], y[0], False)
 
     slots, x = torch.tensor([0, -1, 0, 0]), random(4, 8, grad=False)
     traced = torch.jit.trace(model, inputs["x"], check_trace=False)

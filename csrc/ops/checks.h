@@ -121,6 +121,13 @@ inline Rows separate_rows(const Tensor& t) {
   return {*dtype, static_cast<char*>(t.mutable_data_ptr()), gaps ? t.stride(0) : features};
 }
 
+// Whether these are a linear layer of x [..., K], of which `in` are the rows.  weight: [N, K];  bias: [N] or none
+inline bool linear(const Tensor& x, const Rows& in, const Tensor& weight, const OptionalTensor& bias) {
+  if (!in || !on_cpu(weight) || weight.dim() != 2 || weight.numel() == 0 || float_dtype(weight) != in.dtype) return false;
+  if (weight.size(1) != x.size(-1)) return false;
+  return !bias || (on_cpu(*bias) && float_dtype(*bias) == in.dtype && shaped(*bias, {weight.size(0)}));
+}
+
 // Whether sums of activations of dtype x are formed in C, and adapters of this one dtype go with them uncast.
 template <class C>
 bool summed_in(Dtype x, const Tensor& lora_A, const Tensor& lora_B) {

@@ -61,6 +61,12 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "multi_lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
       " Tensor? scalings, float scaling, Tensor? ranks) -> bool");
+  m.def(
+      "ia3_call(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, bool feedforward, bool keep_base)"
+      " -> (Tensor?, Tensor?)");
+  m.def(
+      "ia3_gradients(Tensor dy, Tensor? x, Tensor weight, Tensor ia3_l, bool feedforward, Tensor? base, bool need_x,"
+      " bool need_l) -> (Tensor?, Tensor?)");
   m.def("cpu_capability() -> str");
   m.def("cuda_capability() -> str");
 }
@@ -81,6 +87,8 @@ void refuse_all(torch::stable::detail::StableLibrary& m) {
   m.impl("lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, double>)));
   m.impl("lora_training", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, T, double>)));
   m.impl("lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, double>)));
+  m.impl("ia3_call", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, bool, bool>)));
+  m.impl("ia3_gradients", TORCH_BOX((&refuse<std::tuple<O, O>, T, O, T, T, bool, O, bool, bool>)));
   m.impl("multi_lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
   m.impl("multi_lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
 }

@@ -170,11 +170,13 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
     `unmerge_adapter` restores those bit for bit. Sums are float32 and rounded once. Parameters that an adapter replaces
     are in use already.
 
-    Raises TypeError, naming it, for an adapter whose method cannot be merged; RuntimeError if something is merged.
+    Raises TypeError, naming it, for an adapter whose method cannot be merged; ValueError if none is named or active;
+    RuntimeError if something is merged.
     """
     known = adaptation(model)
     names = names or known.active
     _need_unmerged(model, "merge_adapter")
+    need(names, "merge_adapter", "names", "empty, and no adapter is active", f"of {sorted(known.configs)}")
     for name in names:
         need_adapter(known, "merge_adapter", name)
     here = {path: [n for n in names if n in getattr(m, "adapters", {})] for path, m in carriers(model)}

@@ -1,11 +1,13 @@
 """IA3 on a linear layer: elementwise rescaling of its input or its output (Liu et al. 2022, section 3.3)."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import checks, dispatch
+from . import checks, dispatch, inference
 from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient, shaped, without_autocast
 
 
@@ -20,11 +22,36 @@ def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
     return y, base, backend
 
 
+def _gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l, shape, backend):
+    """(dx, dia3_l), where they are needed."""
+    if backend in (None, "cpu") and inference.call(dy, x, weight, ia3_l, base):
+        dx, dia3_l = inference.ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)
+        if dx is not None or dia3_l is not None:
+            return dx, dia3_l
+    dy_rows = as_rows(dy)
+    x_rows = None if x is None else as_rows(x)
+    dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
+    dia3_l = torch.empty_like(ia3_l) if need_l else None
+    if dy.numel():
+        arguments = dy_rows, x_rows, weight, ia3_l, feedforward, base, dx, dia3_l
+        dispatch.run("ia3_backward", *arguments, backend=backend)
+    elif need_l:
+        dia3_l.zero_()
+    return shaped(dx, shape), dia3_l
+
+
 class _IA3(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, ia3_l, feedforward):
-        _, need_weight, _, need_l, _ = ctx.needs_input_grad
-        y, base, backend = _forward(x, weight, bias, ia3_l, feedforward, need_l and not feedforward)
+    def forward(ctx, x, weight, bias, ia3_l, feedforward, unchecked=False):
+        _, need_weight, _, need_l, *_ = ctx.needs_input_grad
+        keep_base = need_l and not feedforward
+        if unchecked:
+            y, base = inference.ia3(x, weight, bias, ia3_l, feedforward, keep_base)
+            backend = dispatch.forced_backend()
+            if y is None:
+                raise inference.Declined
+        else:
+            y, base, backend = _forward(x, weight, bias, ia3_l, feedforward, keep_base)
         keep_x = need_weight or (need_l and feedforward)
         ctx.save_for_backward(x if keep_x else None, weight, ia3_l, base)
         ctx.options = backend, feedforward, x.shape
@@ -36,21 +63,20 @@ class _IA3(Function):
     def backward(ctx, dy):
         x, weight, ia3_l, base = ctx.saved_tensors
         backend, feedforward, shape = ctx.options
-        need_x, need_weight, need_bias, need_l, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_l, *_ = ctx.needs_input_grad
+        dx = dia3_l = None
+        if need_x or need_l:
+            arguments = dy, x, weight, ia3_l, feedforward, base, need_x, need_l
+            dx, dia3_l = _gradients(*arguments, shape, backend)
+        if not (need_weight or need_bias):
+            return dx, None, None, dia3_l, None, None
         dy_rows = as_rows(dy)
         x_rows = None if x is None else as_rows(x)
-        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
-        dia3_l = torch.empty_like(ia3_l) if need_l else None
-        if dy.numel() == 0:
-            dia3_l is None or dia3_l.zero_()
-        elif need_x or need_l:
-            arguments = dy_rows, x_rows, weight, ia3_l, feedforward, base, dx, dia3_l
-            dispatch.run("ia3_backward", *arguments, backend=backend)
         dbase = dy_rows if feedforward else (dy_rows * ia3_l).to(dy.dtype) if need_weight or need_bias else None
         inner = (x_rows * ia3_l).to(dy.dtype) if need_weight and feedforward else x_rows
         dweight = dbase.T @ inner if need_weight else None
         dbias = dbase.sum(0) if need_bias else None
-        return shaped(dx, shape), dweight, dbias, dia3_l, None
+        return dx, dweight, dbias, dia3_l, None, None
 
 
 def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, feedforward: bool) -> Tensor:
@@ -67,6 +93,12 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, fe
     backward pass: x (feedforward) or the unscaled output. Under autocast x, weight and bias are cast first. Raises
     ValueError or TypeError naming the argument that does not fit.
     """
+    if type(feedforward) is bool and (call := inference.call(x, weight, bias, ia3_l)):
+        if call == "training":
+            with suppress(inference.Declined):
+                return _IA3.apply(x, weight, bias, ia3_l, feedforward, True)
+        elif (y := inference.ia3(x, weight, bias, ia3_l, feedforward, False)[0]) is not None:
+            return y
     op = "ia3_linear"
     checks.floating(op, "x", x)
     if autocasting(x):

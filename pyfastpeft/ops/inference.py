@@ -1,10 +1,12 @@
-"""Inference on the CPU, and a forward pass in training, in one native call, which checks its arguments itself.
+"""Inference on the CPU, and passes in training, in one native call, which checks its arguments itself.
 
 A call that is out of the ordinary is left, untouched, to the op in Python: to its checks and messages, casts, copies
 and gradients. What is computed is the same either way, bit by bit.
 
     lora(x, weight, bias, lora_A, lora_B, scaling)          y, or None: left to Python
     lora_training(the same)                                 (y, s), or (None, None); under a Function alone
+    ia3(x, weight, bias, ia3_l, feedforward, keep_base)     (y, base or None), or (None, None)
+    ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)    (dx, dia3_l) as wanted, or (None, None)
     lora_(y, x, lora_A, lora_B, scaling)                    whether it is done
     multi_lora(x, weight, bias, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    y, or None
     multi_lora_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    whether it is done
@@ -26,12 +28,14 @@ _TENSORS = {Tensor, torch.nn.Parameter, type(None)}  # no subclass, which may se
 if native.AVAILABLE:
     lora = torch.ops.pyfastpeft.lora_inference.default
     lora_training = torch.ops.pyfastpeft.lora_training.default
+    ia3 = torch.ops.pyfastpeft.ia3_call.default
+    ia3_gradients = torch.ops.pyfastpeft.ia3_gradients.default
     lora_ = torch.ops.pyfastpeft.lora_inference_.default
     multi_lora = torch.ops.pyfastpeft.multi_lora_inference.default
     multi_lora_ = torch.ops.pyfastpeft.multi_lora_inference_.default
 else:
-    lora, lora_training, lora_, multi_lora, multi_lora_ = (
-        lambda *_, nothing=nothing: nothing for nothing in (None, (None, None), False, None, False)
+    lora, lora_training, ia3, ia3_gradients, lora_, multi_lora, multi_lora_ = (
+        lambda *_, nothing=nothing: nothing for nothing in (None, *[(None, None)] * 3, False, None, False)
     )
 
 

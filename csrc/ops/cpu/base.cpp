@@ -26,12 +26,6 @@ Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_str
   return Tensor(view);
 }
 
-bool ordinary_base(const Tensor& x, Dtype dtype, const Tensor& weight, const OptionalTensor& bias) {
-  if (weight.dim() != 2 || weight.numel() == 0 || float_dtype(weight) != dtype || x.size(-1) != weight.size(1))
-    return false;
-  return !bias || (on_cpu(*bias) && float_dtype(*bias) == dtype && shaped(*bias, {weight.size(0)}));
-}
-
 Tensor empty_rows(const Tensor& x, int64_t features) {
   int32_t dtype;
   AtenTensorHandle made;

@@ -20,9 +20,6 @@ struct Buffer {
 // A view of t's memory from its first element on.
 Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride = 1);
 
-// Whether the base layer of a call is an ordinary one.  x: [..., K], a dense tensor;  weight: [N, K];  bias: [N]
-bool ordinary_base(const Tensor& x, Dtype dtype, const Tensor& weight, const OptionalTensor& bias);
-
 // A new tensor [..., F] of the dtype of x [..., K], on the CPU.
 Tensor empty_rows(const Tensor& x, int64_t features);
 

@@ -34,10 +34,46 @@ Tensor middle(const Tensor& s, const C* shift, F f) {
   return result;
 }
 
-// Whether these are of the dtype of their sums: torch's own products then serve, at the ranks of bottlenecks faster.
+// Whether torch's own products serve, which at the ranks of bottlenecks are faster: where all is of one dtype, and it is
+// that of the sums or the CPU multiplies it in hardware.
 template <class C>
 bool plain(const Rows& tokens, const Rows& factor) {
-  return item_size(tokens.dtype) == sizeof(C) && tokens.dtype == factor.dtype;
+  return tokens.dtype == factor.dtype && (item_size(tokens.dtype) == sizeof(C) || fast_matmul(tokens.dtype));
+}
+
+// t [rows, columns] in this dtype; itself where it is of it.
+Tensor as(ScalarType dtype, const Tensor& t) {
+  if (t.scalar_type() == dtype) return t;
+  int64_t rows = t.size(0), columns = t.size(1), shape[] = {rows, columns};
+  Tensor result = torch::stable::new_empty(t, {shape, 2}, dtype);
+  convert(rows_of(t, rows, columns, "t"), rows_of(result, rows, columns, "t"), rows, columns);
+  return result;
+}
+
+// sums = in w^T, or in w for `transposed`, rounded to the dtype of `in` on the way.  sums: [rows, columns]
+void product(const Tensor& in, const Tensor& w, bool transposed, Tensor& sums) {
+  if (in.scalar_type() == sums.scalar_type()) return matmul(in, w, transposed, std::nullopt, sums);
+  int64_t rows = sums.size(0), columns = sums.size(1), shape[] = {rows, columns};
+  Tensor rounded = torch::stable::new_empty(in, {shape, 2});
+  matmul(in, w, transposed, std::nullopt, rounded);
+  convert(rows_of(rounded, rows, columns, "sums"), rows_of(sums, rows, columns, "sums"), rows, columns);
+}
+
+// out = residual + scaling * branch + shift, row by row.  residual, branch, out: [rows, n];  shift: [n] or null
+template <class C>
+void add_scaled(Rows residual, Rows branch, C scaling, const C* shift, Rows out, int64_t rows, int64_t n) {
+  const auto& k = kernels<C>();
+  torch::stable::parallel_for(0, rows, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<C[]> sum(new C[n]), term(new C[n]), factor(new C[n]);
+    std::fill_n(factor.get(), n, scaling);
+    for (int64_t i = begin; i < end; ++i) {
+      k.widen(residual.dtype, residual.at(i), sum.get(), n);
+      k.widen(branch.dtype, branch.at(i), term.get(), n);
+      k.multiply_add(term.get(), factor.get(), sum.get(), n);
+      if (shift) k.add(sum.get(), shift, n);
+      k.narrow(out.dtype, sum.get(), out.at(i), n);
+    }
+  });
 }
 
 template <class C>
@@ -49,14 +85,22 @@ void forward(const Tensor& x, const Tensor& residual, const Tensor& down, const 
   Rows in = rows_of(x, m, branch.features_in, "x");
   C* shrunk = sums<C>(s, {m, rank}, "s");
   auto shift = widened<C>(up_bias, n, "up_bias"), inner = widened<C>(down_bias, rank, "down_bias");
-  if (plain<C>(in, branch.adapters[0].a)) {
-    matmul(x, down, false, std::nullopt, s);
+  bool products = plain<C>(in, branch.adapters[0].a);
+  if (products) {
+    product(x, down, false, s);
   } else {
     shrink<C>(branch, in, shrunk, rank);
   }
   Tensor hidden = middle<C>(
       s, inner.get(), [&](C* rows, int64_t, int64_t count) { kernels<C>().activate(activation, rows, count); });
-  Target<C> target{rows_of(y, m, n, "y"), rows_of(residual, m, n, "residual"), nullptr, shift.get()};
+  Rows out = rows_of(y, m, n, "y"), from = rows_of(residual, m, n, "residual");
+  if (products && x.scalar_type() != s.scalar_type()) {
+    int64_t shape[] = {m, n};
+    Tensor rounded = torch::stable::new_empty(x, {shape, 2});
+    matmul(as(x.scalar_type(), hidden), up, false, std::nullopt, rounded);
+    return add_scaled<C>(from, rows_of(rounded, m, n, "y"), C(scaling), shift.get(), out, m, n);
+  }
+  Target<C> target{out, from, nullptr, shift.get()};
   expand<C>(branch, sums<C>(hidden, {m, rank}, "s"), rank, target, 0, n);
 }
 
@@ -73,33 +117,37 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& down, con
   Rows gradient = rows_of(dy, m, n, "dy"), in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
   auto inner = widened<C>(down_bias, rank, "down_bias");
   const auto& kernel = kernels<C>();
-  auto hidden = [&] {
-    return middle<C>(s, inner.get(), [&](C* rows, int64_t, int64_t count) { kernel.activate(activation, rows, count); });
-  };
   std::unique_ptr<C[]> sum(new C[rank]());
   if (plain<C>(gradient, branch.adapters[0].a)) {
     auto transpose = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };
+    ScalarType dtype = dy.scalar_type();
     if (dup) {
-      matmul(transpose(dy), hidden(), true, std::nullopt, *dup);
-      C* elements = reinterpret_cast<C*>(contiguous(*dup, {n, rank}, "dup"));
-      for (int64_t i = 0; i < n * rank; ++i) elements[i] *= C(scaling);
+      Tensor scaled = middle<C>(s, inner.get(), [&](C* rows, int64_t, int64_t count) {
+        kernel.activate(activation, rows, count);
+        for (int64_t i = 0; i < count; ++i) rows[i] *= C(scaling);
+      });
+      matmul(transpose(dy), as(dtype, scaled), true, std::nullopt, *dup);
     }
     if (!dx && !ddown && !ddown_bias) return;
     int64_t shape[] = {m, rank};
     Tensor dhidden = torch::stable::new_empty(s, {shape, 2});
-    matmul(dy, up, true, std::nullopt, dhidden);
+    product(dy, up, true, dhidden);
     const C* factors = sums<C>(dhidden, {m, rank}, "ds");
     Tensor ds = middle<C>(s, inner.get(), [&](C* rows, int64_t first, int64_t count) {
       kernel.slope(activation, rows, count);
       for (int64_t i = 0; i < count; ++i) rows[i] *= C(scaling) * factors[first + i];
     });
+    for (int64_t t = 0; ddown_bias && t < m; ++t) kernel.add(sum.get(), sums<C>(ds, {m, rank}, "ds") + t * rank, rank);
+    ds = as(dtype, ds);
     if (ddown) matmul(transpose(ds), *x, true, std::nullopt, *ddown);
     if (dx) matmul(ds, down, true, serial ? OptionalTensor(dy) : std::nullopt, *dx);
-    for (int64_t t = 0; ddown_bias && t < m; ++t) kernel.add(sum.get(), sums<C>(ds, {m, rank}, "ds") + t * rank, rank);
   } else {
     Tensor slope = middle<C>(s, inner.get(),
                              [&](C* rows, int64_t, int64_t count) { kernel.slope(activation, rows, count); });
-    Tensor factors = dup ? hidden() : s;
+    Tensor factors = s;
+    if (dup)
+      factors = middle<C>(s, inner.get(),
+                          [&](C* rows, int64_t, int64_t count) { kernel.activate(activation, rows, count); });
     backward<C>(branch, gradient, in, sums<C>(factors, {m, rank}, "s"), rank, serial ? gradient : Rows{}, out,
                 {sums<C>(slope, {m, rank}, "s"), ddown_bias ? sum.get() : nullptr});
   }

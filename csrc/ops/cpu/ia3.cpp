@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <tuple>
 
 #include "ops/cpu/base.h"
 #include "ops/cpu/scale.h"
@@ -100,10 +101,58 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
   }
 }
 
+// (dx, dia3_l), of those that are wanted; neither where the call is out of the ordinary. dx [..., K];  dia3_l as ia3_l
+template <class C>
+std::tuple<OptionalTensor, OptionalTensor> gradients(const Tensor& dy, const OptionalTensor& x, const Tensor& weight,
+                                                     const Tensor& ia3_l, bool feedforward, const OptionalTensor& base,
+                                                     bool need_x, bool need_l) {
+  Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
+  if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  int64_t n = weight.size(0), k = weight.size(1), m = dy.numel() / n;
+  OptionalTensor rows, dx, out, dl;
+  if (x) rows = as_matrix(*x, m, k, in.stride);
+  if (need_x) dx = empty_rows(dy, k), out = as_matrix(*dx, m, k, k);
+  if (need_l) dl = torch::stable::new_empty(ia3_l, ia3_l.sizes());
+  backward<C>(as_matrix(dy, m, n, gradient.stride), rows, weight, ia3_l, feedforward, base, out, dl);
+  return {dx, dl};
+}
+
+std::tuple<OptionalTensor, OptionalTensor> ia3_gradients(const Tensor& dy, const OptionalTensor& x,
+                                                         const Tensor& weight, const Tensor& ia3_l, bool feedforward,
+                                                         const OptionalTensor& base, bool need_x, bool need_l) {
+  if (!on_cpu(dy)) return {};
+  auto run = dy.scalar_type() == ScalarType::Double ? gradients<double> : gradients<float>;
+  return run(dy, x, weight, ia3_l, feedforward, base, need_x, need_l);
+}
+
 void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l,
                  bool feedforward, Tensor& y, OptionalTensor base) {
   auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   run(x, weight, bias, ia3_l, feedforward, y, base);
+}
+
+// (y, base), or none. y [..., N];  base, where it is wanted, [M, N]
+template <class C>
+std::tuple<OptionalTensor, OptionalTensor> call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                const Tensor& ia3_l, bool feedforward, bool keep_base) {
+  Rows in = separate_rows(x);
+  auto dtype = float_dtype(ia3_l);
+  if (!linear(x, in, weight, bias) || !dtype) return {};
+  if ((in.dtype == Dtype::f64) != (sizeof(C) == 8) || (*dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k;
+  if (!shaped(ia3_l, {feedforward ? k : n})) return {};
+  Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);
+  OptionalTensor base;
+  if (keep_base) base = torch::stable::new_empty(x, {m, n});
+  forward<C>(as_matrix(x, m, k, in.stride), weight, bias, ia3_l, feedforward, out, base);
+  return {y, base};
+}
+
+std::tuple<OptionalTensor, OptionalTensor> ia3_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const Tensor& ia3_l, bool feedforward, bool keep_base) {
+  if (!on_cpu(x) || !on_cpu(ia3_l)) return {};
+  auto run = x.scalar_type() == ScalarType::Double ? call<double> : call<float>;
+  return run(x, weight, bias, ia3_l, feedforward, keep_base);
 }
 
 void ia3_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& ia3_l,
@@ -117,6 +166,11 @@ void ia3_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weigh
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("ia3_forward", TORCH_BOX(&ia3_forward));
   m.impl("ia3_backward", TORCH_BOX(&ia3_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("ia3_call", TORCH_BOX(&ia3_call));
+  m.impl("ia3_gradients", TORCH_BOX(&ia3_gradients));
 }
 
 }  // namespace pyfastpeft

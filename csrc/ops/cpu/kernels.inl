@@ -156,6 +156,9 @@ void narrow(Dtype dtype, const C* in, void* out, int64_t n) {
 
 // --- matmul tiles ---
 
+// Bytes of a long row that are asked for ahead of their use: a page, since processors prefetch within pages only.
+constexpr int64_t AHEAD = 4096;
+
 // s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators.
 template <class C, class A, int T, int R>
 inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, int64_t end, C* const* s, int64_t rank,
@@ -166,6 +169,8 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
   for (; i + L <= end; i += L) {
     Vec<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(a + r * lda + i);
+    if (T <= 2)  // more tokens leave time to wait
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * lda + i + AHEAD / sizeof(A));
     for (int t = 0; t < T; ++t) {
       Vec<C> v = load(x[t] + i);
       for (int r = 0; r < R; ++r) acc[t][r] += v * row[r];
@@ -286,6 +291,7 @@ inline void project_lanes(const C* s, const C* b, int64_t ldb, int64_t rank, C* 
       V factor = load_bits<V>(s + r);
       for (int i = 0; i < 4; ++i) acc[i] += factor * load_bits<V>(b + (n + i) * ldb + r);
     }
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(b + (n + i) * ldb + AHEAD / sizeof(C));
     Four<C> total = sums<C>(fold<C, N>(acc[0]), fold<C, N>(acc[1]), fold<C, N>(acc[2]), fold<C, N>(acc[3]));
     store_bits(y + n, load_bits<Four<C>>(y + n) + total);
   }
@@ -402,15 +408,16 @@ inline V lanewise(V v, F f) {
   return v;
 }
 
-// e^x; the argument is held where the result is a normal number. NaN stays NaN.
+// e^x; the argument is held where the result, its inverse and small multiples of them are normal numbers: subnormal ones
+// slow down whatever reads them twentyfold. NaN stays NaN.
 inline Vec<double> exponential(Vec<double> x) {
   return lanewise(x, [](double v) { return std::exp(v); });
 }
 inline Vec<float> exponential(Vec<float> x) {
   constexpr float HIGH = 0x1.62ep-1f, LOW = 0x1.0bfbe8p-15f;  // of ln 2: n * HIGH is exact
   constexpr float ROUND = 0x1.8p23f;                          // added and taken off again, it leaves an integer
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  x = x > splat(88.0f) ? splat(88.0f) : x;
+  x = x < splat(-80.0f) ? splat(-80.0f) : x;
+  x = x > splat(80.0f) ? splat(80.0f) : x;
   Vec<float> n = (x * 0x1.715476p+0f + ROUND) - ROUND, r = x - n * HIGH - n * LOW;
   Vec<float> series = splat(1.0f / 5040);
   for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;

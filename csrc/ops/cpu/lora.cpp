@@ -185,10 +185,8 @@ template <class C>
 OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                     const Tensor& lora_B, double scaling, OptionalTensor* s) {
   Rows in = separate_rows(x);
-  if (!in || !ordinary_base(x, in.dtype, weight, bias)) return {};
-  int64_t n = weight.size(0), k = weight.size(1);
-  if (!ordinary<C>(x, in, lora_A, lora_B, n)) return {};
-  int64_t m = x.numel() / k, rank = lora_A.size(0);
+  if (!linear(x, in, weight, bias) || !ordinary<C>(x, in, lora_A, lora_B, weight.size(0))) return {};
+  int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k, rank = lora_A.size(0);
   Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);
   std::unique_ptr<C[]> own(s ? nullptr : new C[m * rank]);
   if (s) *s = torch::stable::new_empty(x, {m, rank}, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
@@ -215,7 +213,7 @@ bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, cons
 
 OptionalTensor lora_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                          const Tensor& lora_B, double scaling, OptionalTensor* s) {
-  if (!on_cpu(x) || !on_cpu(weight) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
   auto run = x.scalar_type() == ScalarType::Double ? call<double> : call<float>;
   return run(x, weight, bias, lora_A, lora_B, scaling, s);
 }

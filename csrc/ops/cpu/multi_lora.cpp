@@ -217,7 +217,7 @@ template <class C>
 OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                      const Tensor& lora_B, const Given& given) {
   Rows in = separate_rows(x);
-  if (!in || !ordinary_base(x, in.dtype, weight, bias)) return {};
+  if (!linear(x, in, weight, bias)) return {};
   int64_t n = weight.size(0), k = weight.size(1), tokens = x.numel() / k;
   OptionalTensor y;
   ordinary<C>(in, tokens, k, n, lora_A, lora_B, given, [&](const Branch<C>& branch, int64_t rank) {
@@ -233,7 +233,7 @@ OptionalTensor multi_lora_inference(const Tensor& x, const Tensor& weight, const
                                     const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
                                     const OptionalTensor& segments, const OptionalTensor& scalings, double scaling,
                                     const OptionalTensor& ranks) {
-  if (!on_cpu(x) || !on_cpu(weight) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
   auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
   return run(x, weight, bias, lora_A, lora_B, {slots, segments, scalings, scaling, ranks});
 }

@@ -17,7 +17,8 @@ namespace {
 
 constexpr int kDecodeTokens = 128;  // up to so many go in one launch
 constexpr int kLongTile = kTile * kWarps;
-constexpr int kRanks = 64;  // ranks that are in registers at once
+template <class T, class F>
+constexpr int kRanks = std::is_same_v<T, F> ? 64 : 32;  // ranks of a factor that are in registers at once
 constexpr int kColumns = 32 * kWarps;
 constexpr int kGradientRanks = 32, kGradientColumns = 64;
 constexpr int kBlocks = 1024;  // that a launch aims at where it may choose, whatever the device
@@ -45,11 +46,11 @@ __device__ __forceinline__ void put_row(const float (&d)[4][4], int half, float 
 // rows[c][q] = the lane's part of factor's rows `column` to column + 31, ranks first_rank + 16c to + 15, as T.
 // factor: [N, R]
 template <class T, bool vector, class F>
-__device__ __forceinline__ void load_factor(uint2 (&rows)[kRanks / 16][4], const F* factor, int column, int columns,
-                                            int first_rank, int ranks, int stride) {
+__device__ __forceinline__ void load_factor(uint2 (&rows)[kRanks<T, F> / 16][4], const F* factor, int column,
+                                            int columns, int first_rank, int ranks, int stride) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int c = 0; c < kRanks / 16; ++c)
+  for (int c = 0; c < kRanks<T, F> / 16; ++c)
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       int n = column + dealt_row(g, q), j = first_rank + 16 * c + 4 * t;
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T, F> b, int
     int column = item % column_blocks * kColumns + warp * 32;
     const F* factor = b.lora_B + int64_t(tile.adapter) * b.y.columns * rank;
     float own[4][4] = {};
-    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks) {
-      uint2 rows[kRanks / 16][4];
+    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks<T, F>) {
+      uint2 rows[kRanks<T, F> / 16][4];
       load_factor<T, vector>(rows, factor, column, b.y.columns, first_rank, tile.rank, rank);
       // lora_B is on its way; now wait for s.
       if (at_hand != item / column_blocks) {
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T, F> b, int
         __syncthreads();
       }
 #pragma unroll
-      for (int c = 0; c < kRanks / 16; ++c) {
+      for (int c = 0; c < kRanks<T, F> / 16; ++c) {
         int j = first_rank + 16 * c;
         if (j >= tile.rank) break;
         const float *upper = sums + g * stride + j + 4 * t, *lower = upper + 8 * stride;
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
   if (tile.count == 0 || column >= y.columns) return;
   const F* rows_at = factor + int64_t(tile.adapter) * y.columns * routing.rank;
   float scale = scaling ? scaling[tile.adapter] : 1.f;
-  uint2 rows[kRanks / 16][4];
+  uint2 rows[kRanks<T, F> / 16][4];
   for (int begin = 0; begin < tile.count; begin += kTile) {
     int64_t token[2];
     for (int half = 0; half < 2; ++half) {
@@ -242,11 +243,11 @@ __global__ void __launch_bounds__(kThreads)
       token[half] = i < tile.count ? routing.token(tile.first + i) : -1;
     }
     float own[4][4] = {};
-    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks) {
-      if (begin == 0 || tile.rank > kRanks)
+    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks<T, F>) {
+      if (begin == 0 || tile.rank > kRanks<T, F>)
         load_factor<T, vector>(rows, rows_at, column, y.columns, first_rank, tile.rank, routing.rank);
 #pragma unroll
-      for (int c = 0; c < kRanks / 16; ++c) {
+      for (int c = 0; c < kRanks<T, F> / 16; ++c) {
         int j = first_rank + 16 * c + 4 * t;
         if (first_rank + 16 * c >= tile.rank) break;
         uint2 left[2];
