@@ -68,7 +68,7 @@ plain_group = functools.partial(grouped, functools.partial(unfused_group, scalin
         (1, [(8, 1), (8, 1), (8, 1)]),
         (37, [(72, 8), (40, 16), (136, 8)]),
         (37, [(72, 8), (40, 5), (136, 3)]),
-        (130, [(264, 70), (72, 24), (520, 5)]),
+        (70, [(136, 70), (72, 24), (64, 5)]),
     ],
 )
 def test_lora_linear_group(dtype, adapter_dtype, rows, layers):
