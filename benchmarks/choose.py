@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shapes import DTYPES, IA3, Case, MultiLora
+from benchmarks.shapes import DTYPES, IA3, Case, MultiLora, MultiLoraLinear
 from pyfastpeft.ops import choice
 
 ROW = "our-addmm"  # how the suite calls our backend addmm, beside the peer of that name
@@ -35,7 +35,8 @@ def operands(case: Case, adapters: str) -> dict:
     elif isinstance(case, MultiLora):
         op, adapters = f"multi_lora_{way}", len(case.ranks)
         factors = empty(adapters, max(case.ranks), K), empty(adapters, N, max(case.ranks))
-        args = (first, None, *factors) if case.backward else (first, *factors)
+        weight = weight if isinstance(case, MultiLoraLinear) else None
+        args = (first, None, weight, *factors) if case.backward else (first, weight, None, *factors)
     else:
         op, factors = f"lora_{way}", (empty(case.rank, K), empty(N, case.rank))
         seed = empty(1) if case.dropout else None

@@ -10,14 +10,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.choose import ROW
-from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora, MultiLoraLayer
-from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora, route
+from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora, MultiLoraLinear
+from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora, multi_lora_linear, route
 
 SCALING = 2.0
 
@@ -93,7 +94,8 @@ class IA3Problem(Problem):
 
 
 class MultiLoraProblem(Problem):
-    """`y` is updated in place, by `formula` in a copy; tokens of the adapters stand in a random order."""
+    """`y` is updated in place, by `formula` in a copy; tokens of the adapters stand in a random order. Where the base
+    layer is included, its output takes the place of y."""
 
     def __init__(self, case, device, seed=0):
         super().__init__(case, device, seed)
@@ -112,24 +114,16 @@ class MultiLoraProblem(Problem):
         lora_A = self.random(*used.shape, K) / K**0.5 * used[:, :, None]
         return lora_A, self.random(len(ranks), N, used.shape[1]) / max(self.case.ranks) ** 0.5 * used[:, None, :]
 
-    def start(self, weight, x):
-        """What the adapters are added to."""
-        return self.y0.to(x.dtype, copy=True)
-
     def formula(self, weight, factor, x, lora_A, lora_B):
-        y = self.start(weight, x)
+        included = isinstance(self.case, MultiLoraLinear)
+        y = F.linear(x, weight) if included else self.y0.to(x.dtype, copy=True)
         for a, scale in enumerate(self.scaling.tolist()):
             tokens = self.slots == a
             y[tokens] += (scale * F.linear(F.linear(x[tokens].to(lora_A.dtype), lora_A[a]), lora_B[a])).to(y.dtype)
         return y
 
 
-class MultiLoraLayerProblem(MultiLoraProblem):
-    def start(self, weight, x):
-        return F.linear(x, weight)
-
-
-PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem, MultiLoraLayer: MultiLoraLayerProblem}
+PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem, MultiLoraLinear: MultiLoraProblem}
 
 
 def problem(case: Case, device: str, seed: int = 0) -> Problem:
@@ -155,12 +149,17 @@ def build_addmm(problem: Problem, adapters: str) -> Call:
     return Call(forward, leaves)
 
 
+def base_output(problem: MultiLoraProblem) -> Tensor:
+    """What adapters are added to."""
+    return F.linear(problem.x, problem.weight) if isinstance(problem.case, MultiLoraLinear) else problem.y
+
+
 def build_one_adapter_addmm(problem: MultiLoraProblem, adapters: str) -> Call:
     """One adapter for all tokens: no routing at all."""
     x, lora_A, lora_B = leaves = problem.leaves(adapters)
     rank, scale = problem.case.ranks[0], problem.scaling[0].item()
     shrink, expand = lora_A[0, :rank], lora_B[0, :, :rank].T
-    return Call(lambda: problem.y.addmm_(F.linear(x, shrink), expand, alpha=scale), leaves)
+    return Call(lambda: base_output(problem).addmm_(F.linear(x, shrink), expand, alpha=scale), leaves)
 
 
 def build_gather_bmm(problem: MultiLoraProblem, adapters: str) -> Call:
@@ -169,8 +168,9 @@ def build_gather_bmm(problem: MultiLoraProblem, adapters: str) -> Call:
 
     def forward():
         s = torch.bmm(lora_A[problem.slots], x.unsqueeze(2)) * problem.scaling[problem.slots, None, None].to(x.dtype)
-        problem.y.unsqueeze(2).baddbmm_(lora_B[problem.slots], s)
-        return problem.y
+        y = base_output(problem)
+        y.unsqueeze(2).baddbmm_(lora_B[problem.slots], s)
+        return y
 
     return Call(forward, leaves)
 
@@ -238,8 +238,9 @@ class Given(nn.Module):
 
 
 def build_peft_mixed(problem: MultiLoraProblem, adapters: str) -> Call:
-    """PEFT's forward with adapter_names, its base layer replaced by one that hands over y: PEFT's loop adds to y in
-    place, so that what is left is the adapter part alone, with all of PEFT's own code around it."""
+    """PEFT's forward with adapter_names. Where the base layer is not included, it is replaced by one that hands over y:
+    PEFT's loop adds to y in place, so that what is left is the adapter part alone, with all of PEFT's own code around
+    it."""
     from peft import LoraConfig
 
     x, lora_A, lora_B = leaves = problem.leaves(adapters)
@@ -249,7 +250,8 @@ def build_peft_mixed(problem: MultiLoraProblem, adapters: str) -> Call:
     for a, rank in enumerate(ranks):
         layer.lora_A[str(a)].weight = nn.Parameter(lora_A[a, :rank], requires_grad=False)
         layer.lora_B[str(a)].weight = nn.Parameter(lora_B[a, :, :rank].contiguous(), requires_grad=False)
-    layer.base_layer = Given(problem.y)
+    if not isinstance(problem.case, MultiLoraLinear):
+        layer.base_layer = Given(problem.y)
     layer.eval()
     names = [str(slot) for slot in problem.slots.tolist()]
     return Call(lambda: layer(x, adapter_names=names), leaves)
@@ -266,39 +268,30 @@ def build_ours(problem: Problem, adapters: str) -> Call:
     if isinstance(case, Lora):
         return Call(lambda: lora_linear(x, weight, None, *tensors, SCALING, case.dropout), leaves)
     ranks = problem.ranks if len(set(case.ranks)) > 1 else None
+    if isinstance(case, MultiLoraLinear):
+        routing = route(problem.slots, len(case.counts))
+        return Call(lambda: multi_lora_linear(x, weight, None, *tensors, routing, problem.scaling, ranks), leaves)
     return Call(lambda: multi_lora(problem.y, x, *tensors, problem.slots, problem.scaling, ranks), leaves)
 
 
-def build_layer(problem: MultiLoraLayerProblem, adapters: str) -> Call:
-    """The base layer, and multi_lora on its output."""
-    x, *tensors = leaves = problem.leaves(adapters)
-    routing = route(problem.slots, len(problem.case.counts))
-    ranks = problem.ranks if len(set(problem.case.ranks)) > 1 else None
-    weight, scaling = problem.weight, problem.scaling
-    return Call(lambda: multi_lora(F.linear(x, weight), x, *tensors, routing, scaling, ranks), leaves)
+def build_one_launch(problem: MultiLoraProblem, adapters: str) -> Call:
+    """The same by the Triton kernel that shrinks and expands in one launch; the op takes it only where measured."""
+    from pyfastpeft.kernels import blocks
 
-
-def build_one_launch(problem: MultiLoraLayerProblem, adapters: str) -> Call:
-    """The same by the Triton kernel that shrinks and expands in one launch, which the op does not ask for by itself."""
-    from pyfastpeft.kernels.multi_lora import counters_for, multi_lora_forward
-
-    x, lora_A, lora_B = leaves = problem.leaves(adapters)
-    order, segments = route(problem.slots, len(problem.case.counts))
-    ranks = problem.ranks if len(set(problem.case.ranks)) > 1 else None
-    counters = counters_for(len(x), len(lora_A), x.device)
+    call = build_ours(problem, adapters)
+    one_launch = {"half": [(blocks.ANY, blocks.entry(16, 64, 128, 4, 4))]}
 
     def forward():
-        y, s = F.linear(x, problem.weight), x.new_empty(len(x), lora_A.shape[1], dtype=torch.float32)
-        multi_lora_forward(x, lora_A, lora_B, problem.scaling, ranks, order, segments, y, s, counters)
-        return y
+        with mock.patch.dict(blocks.BLOCKS, multi_lora=one_launch):
+            return call.forward()
 
-    return Call(forward, leaves)
+    return Call(forward, call.leaves)
 
 
 def backends(op: str, device: str) -> list[str]:
     """Our backends that serve an op on a device and are worth timing: on CPUs Triton is its interpreter, and addmm is
     among the peers."""
-    rows = dispatch.TABLE[f"{op.removesuffix(' layer').removesuffix('_linear')}_forward"]
+    rows = dispatch.TABLE[f"{op.removesuffix('_linear')}_forward"]
     usable = [row.backend for row in rows if device in (row.devices or (device,))]
     return [name for name in usable if device == "cuda" or name not in ("triton", "addmm")]
 
@@ -314,7 +307,7 @@ def providers(case: Case, device: str) -> list[Provider]:
                 peers["peft"] = build_peft
                 if compiler:
                     peers["compile"] = build_compile
-            elif case.mode != "graph":  # it copies lists of token numbers to the device
+            elif case.mode != "graph" and not case.backward:  # it copies lists of token numbers to the device
                 peers["peft"] = build_peft_mixed
         if adapters == "16bit" or case.dtype == "fp32":  # torch's products take one dtype
             if isinstance(case, Lora):
@@ -333,5 +326,4 @@ def ours(case: Case, device: str, adapters: str) -> list[Provider]:
     names = backends(case.op, device)
     if isinstance(case, MultiLora) and case.mode == "graph":
         names.remove("reference")  # it reads the segments on the host
-    build = build_layer if isinstance(case, MultiLoraLayer) else build_ours
-    return [Provider(f"{ROW if name == 'addmm' else name}-{adapters}", build, adapters, name) for name in names]
+    return [Provider(f"{ROW if name == 'addmm' else name}-{adapters}", build_ours, adapters, name) for name in names]

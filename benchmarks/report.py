@@ -18,6 +18,7 @@ MEANING = {
     "lora_linear": "LoRA on a linear layer, base included",
     "ia3_linear": "IA3 on a linear layer, base included",
     "multi_lora": "Batched multi-LoRA, the adapter part alone (base + adapters over base is 1 + the ratio)",
+    "multi_lora_linear": "Batched multi-LoRA on a linear layer, base included",
 }
 
 

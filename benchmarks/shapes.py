@@ -5,6 +5,7 @@ Useful work counts what the formula needs, whoever computes it, so that GFLOP/s 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from math import ceil
 
@@ -115,16 +116,19 @@ class MultiLora(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiLoraLayer(MultiLora):
-    """The base layer and the adapters of tokens that are routed beforehand, as a model routes once for all layers."""
+class MultiLoraLinear(MultiLora):
+    """The base layer included; tokens are routed beforehand, as a model routes once for all its layers."""
 
-    op = "multi_lora layer"
+    op = "multi_lora_linear"
 
     def work(self, adapter_itemsize: int) -> tuple[int, int]:
-        """y is written once: whether the adapters are added to it on the way or after is up to the provider."""
-        added = sum(self.ranks) * (self.K + self.N)
+        """Base, s = x A^T and s B^T; backward: ds, dB, dA (which reads x once more) and ds A."""
         flop, traffic = self.base_work()
-        return flop + super().work(adapter_itemsize)[0], traffic + added * adapter_itemsize
+        features = self.K + self.N
+        passes = 3 if self.backward else 1
+        flop += passes * sum(2 * count * rank * features for count, rank in zip(self.counts, self.ranks))
+        traffic += passes * sum(self.ranks) * features * adapter_itemsize
+        return flop, traffic + self.backward * self.M * self.K * self.itemsize
 
 
 def popularity(mix: str, tokens: int) -> tuple[int, ...]:
@@ -203,7 +207,25 @@ def multi_lora_cases(size: str, device: str) -> list[MultiLora]:
     return cases
 
 
-CASES = {"lora_linear": lora_cases, "ia3_linear": ia3_cases, "multi_lora": multi_lora_cases}
+def multi_lora_linear_cases(size: str, device: str) -> list[MultiLora]:
+    """On a CPU the op is its two halves, which the other cases time."""
+    case = partial(decode, kind=MultiLoraLinear)
+    if size == "tiny":
+        return [case(6, 64, 48, 3, 4), case(6, 64, 48, 3, 4, dtype="bf16", backward=True)]
+    if device == "cpu":
+        return []
+    cases = [case(64, 4096, 4096, adapters, dtype="bf16") for adapters in (1, 8, 64)]
+    for tokens, backward in product((2048,) if size == "quick" else (2048, 8192), (False, True)):
+        cases.append(case(tokens, 4096, 4096, 8, dtype="bf16", backward=backward))
+    return cases
+
+
+CASES = {
+    "lora_linear": lora_cases,
+    "ia3_linear": ia3_cases,
+    "multi_lora": multi_lora_cases,
+    "multi_lora_linear": multi_lora_linear_cases,
+}
 
 
 def cases(op: str, size: str, device: str) -> list[Case]:

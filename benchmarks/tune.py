@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import machine, measure
 from benchmarks.providers import Provider, build_ours, problem
-from benchmarks.shapes import DTYPES, IA3, Case, Lora, decode
+from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora, MultiLoraLinear, decode
 from pyfastpeft.kernels import blocks, ia3, lora, multi_lora
 
 TOKENS, SIDES = (16, 64, 512, 2048, 8192), (1024, 4096, 14336)
@@ -36,6 +36,8 @@ CANDIDATES = {
     "shrink": [(16, 0, 64), (16, 0, 128), (32, 0, 128), (64, 0, 64), (64, 0, 128), (128, 0, 64)],
     "factor_gradient": [(32, 64, 0), (32, 128, 0), (64, 64, 0), (64, 128, 0)],
     "multi_expand": [(16, 32, 0), (16, 64, 0), (16, 128, 0), (64, 64, 0), (64, 128, 0)],
+    "multi_lora": [(16, 32, 128), (16, 64, 128), (16, 128, 128)],
+    "multi_linear": [(64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64)],
 }
 FUNCTIONS = {
     "linear": [lora.linear_kernel],
@@ -44,7 +46,10 @@ FUNCTIONS = {
     "shrink": [lora.shrink_kernel],
     "factor_gradient": [lora.factor_gradient_kernel],
     "multi_expand": [multi_lora.multi_expand_kernel],
+    "multi_lora": [multi_lora.multi_lora_kernel],
+    "multi_linear": [multi_lora.multi_linear_kernel],
 }
+RIVALS = "concat_linear", "multi_lora", "multi_linear"  # which do what others do
 
 
 def case_of(kernel: str, tokens: int, side: int, dtype: str, mode: str = "graph") -> Case:
@@ -53,13 +58,14 @@ def case_of(kernel: str, tokens: int, side: int, dtype: str, mode: str = "graph"
     if kernel == "ia3_linear":
         return IA3(M=tokens, feedforward=True, **shape)
     if kernel.startswith("multi_"):
-        return decode(tokens * ADAPTERS, side, side, ADAPTERS, dtype=dtype, mode=mode)
+        kind = MultiLoraLinear if kernel == "multi_linear" else MultiLora
+        return decode(tokens * ADAPTERS, side, side, ADAPTERS, kind=kind, dtype=dtype, mode=mode)
     return Lora(M=tokens, backward=kernel == "factor_gradient", **shape)
 
 
 def candidates(kernel: str, rule: dict | None, tokens: int) -> list[dict | None]:
     """Blocks to try: the rule's own first, and None where the kernel may be done without."""
-    found = [rule, None] if kernel == "concat_linear" else [rule]
+    found = [rule, None] if kernel in RIVALS else [rule]
     for (block_m, block_n, block_k), stages in product(CANDIDATES[kernel], (2, 3, 4) if "linear" in kernel else (3, 4)):
         warps = 8 if block_m * max(block_n, 16) >= 128 * 128 else 4
         if block_m <= max(16, 2 * tokens):
@@ -129,7 +135,7 @@ def tune(kernel: str, dtype: str, adapters: str, seconds: Callable = median_seco
     operands = blocks.kind(activations, parameters)
     if not {operands, "mixed"} & {*blocks.BLOCKS[kernel]}:
         return {}
-    table = blocks.measured(blocks.target()) | {"concat_linear": {operands: [(None, None, None)]}}  # linear's rival
+    table = blocks.measured(blocks.target()) | {rival: {operands: [(None, None, None)]} for rival in RIVALS}
     table.pop(kernel, None)
     found = {}
 

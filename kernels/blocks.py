@@ -55,7 +55,13 @@ BLOCKS = {
         "single": [(16, entry(16, 64, 0, 4, 1)), (ANY, entry(64, 64, 0, 4, 1))],
         "double": [(ANY, entry(32, 32, 0, 4, 1))],
     },
-    "multi_lora": {"half": [(64, entry(16, 64, 128, 4, 4)), (ANY, None)]},
+    "multi_linear": {
+        "half": [(32, None), (ANY, entry(128, 64, 64, 8, 3))],
+        "mixed": [(32, None), (ANY, entry(128, 64, 64, 8, 3))],
+        # The product alone takes so long that a pass over y does not count.
+        **dict.fromkeys(("mixed float16", "single", "double"), ((ANY, None),)),
+    },
+    "multi_lora": {"half": [(ANY, None)]},  # unless a measurement found it faster than shrink and multi_expand
     "factor_gradient": {
         "half": [(ANY, entry(32, 128, 0, 4, 3))],
         "mixed": [(ANY, entry(32, 128, 0, 8, 2))],

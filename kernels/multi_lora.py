@@ -122,6 +122,68 @@ def multi_expand_kernel(
 
 
 @triton.jit
+def adapter_at(segments, position, L):
+    """The adapter whose tokens are the first at `position` or behind it; L where there are none."""
+    adapter = 0
+    for first in range(0, L, SCAN):
+        ids = first + tl.arange(0, SCAN)
+        inside = ids < L
+        passed = inside & (tl.load(segments + ids + 1, mask=inside, other=0) <= position)
+        adapter += tl.sum(passed.to(tl.int32), 0)
+    return adapter
+
+
+@triton.jit
+def multi_linear_kernel(
+    x, weight, bias, s, factor, y, scaling, ranks, order, segments, T, L, N, K, R, x_row, w_row, w_column, f_adapter,
+    f_row, f_rank, y_row, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y[t] = x[t] weight^T + scaling[a] * s[t, :ranks[a]] factor[a]^T + bias on adapter a's tokens t; for tokens of no
+    adapter without the second term. One accumulator, rounded once.
+
+    x [T, K], weight [N, K], bias [N] or None, s [T, R], factor [L, N, R], scaling [L] or None, y [T, N]. A tile is
+    BLOCK_M positions of `order`, whichever adapters': all tiles together take a step for each adapter more than one.
+    """
+    tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
+    positions = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside, column_inside = positions < T, columns < N
+    column_at = columns.to(tl.int64)
+    rows = tl.load(order + positions, mask=row_inside, other=0)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty)
+    position, end = (tile_m * BLOCK_M).to(tl.int64), tl.minimum(tile_m * BLOCK_M + BLOCK_M, T).to(tl.int64)
+    while position < end:
+        adapter = adapter_at(segments, position, L)
+        found = adapter < L
+        start = tl.load(segments + adapter, mask=found, other=end)
+        position = tl.load(segments + adapter + 1, mask=found, other=end)
+        rank = R
+        if ranks is not None:
+            rank = tl.load(ranks + adapter, mask=found, other=0).to(tl.int32)
+        own = row_inside & (positions >= start) & (positions < position)
+        branch = product(
+            tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty),
+            factor + adapter.to(tl.int64) * f_adapter + column_at * f_row, f_rank, column_inside, s + rows * R, own, 0,
+            tl.where(start < end, rank, 0), DOT, PRECISION, BLOCK_R, STAGES=1,
+        )  # fmt: skip
+        if scaling is not None:
+            branch *= tl.load(scaling + adapter, mask=found, other=0.0).to(acc.dtype)
+        # Tokens of others are zero in the product, and zero times what is not finite is to reach nobody.
+        acc += tl.where(own[None, :], branch, 0.0)
+    acc = product(
+        acc, weight + column_at * w_row, w_column, column_inside, x + rows * x_row, row_inside, 0, K,
+        x.dtype.element_ty, "ieee", BLOCK_K,
+    )  # fmt: skip
+    if bias is not None:
+        acc += tl.load(bias + columns, mask=column_inside, other=0.0).to(acc.dtype)[:, None]
+    out = y + rows[None, :] * y_row + columns[:, None]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=column_inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
 def multi_lora_kernel(
     x, lora_A, lora_B, y, planes, s, scaling, ranks, order, segments, counters, T, L, R, K, N, tiles, part, x_row,
     a_adapter, a_rank, a_column, b_adapter, b_row, b_rank, y_row, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -227,27 +289,30 @@ def multi_factor_gradient_kernel(
 
 
 @launcher
-def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s, counters=None):
-    """For every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
+def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s):
+    """y = x weight^T + bias;  for every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;
+    y[t] += scaling[a] * s[t] lora_B[a]^T.  Without weight, the latter alone.
 
-    x [T, K], lora_A [L, r, K], lora_B [L, N, r], scaling [L], ranks [L] or None, order [T], segments [L + 1];
-    written: y [T, N], s [T, r]. Rank rows beyond ranks[a] are not read. Grids follow from shapes alone.
-
-    Given the zeros that `counters_for` makes, 16-bit tokens under adapters of their dtype take one launch instead of
-    two while there are few for each adapter. They are zero again afterwards, so that they serve call after call and in
-    CUDA graphs, but not two calls at a time.
+    x [T, K], weight [N, K] of any strides, bias [N] or None, lora_A [L, r, K], lora_B [L, N, r], scaling [L], ranks [L]
+    or None, order [T], segments [L + 1]; written: y [T, N], s [T, r]. Rank rows beyond ranks[a] are not read. Grids
+    follow from shapes alone.
     """
     routing = ranks, order, segments
-    if counters is not None and _together(x, lora_A, lora_B, scaling, *routing, y, s, counters):
+    if weight is not None:
+        if sizes := _sizes("multi_linear", y, lora_B, lora_B.shape[2]):
+            _shrink(x, lora_A, s, None, *routing)
+            return _linear(x, weight, bias, s, lora_B, y, scaling, *routing, sizes)
+        torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
+    if _together(x, lora_A, lora_B, scaling, *routing, y, s):
         return
     _shrink(x, lora_A, s, None, *routing)
     _expand(s, lora_B, y, scaling, *routing, add=True)
 
 
 @launcher
-def multi_lora_backward(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B):
-    """On the tokens of every adapter a:  ds = scaling[a] * dy lora_B[a];  dx = ds lora_A[a];
-    dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s. Zero for base-only tokens, idle adapters and unused ranks.
+def multi_lora_backward(dy, x, weight, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B):
+    """dx = dy weight, without weight 0;  on the tokens of every adapter a:  ds = scaling[a] * dy lora_B[a];
+    dx += ds lora_A[a];  dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s.  Zero for idle adapters, unused ranks.
 
     dy [T, N], the rest as in multi_lora_forward; written, each unless None: dx [T, K], dlora_A, dlora_B.
     """
@@ -260,9 +325,17 @@ def multi_lora_backward(dy, x, lora_A, lora_B, scaling, ranks, order, segments, 
     _shrink(dy, lora_B.transpose(1, 2), ds, scaling, *routing)
     if dlora_A is not None:
         _factor_gradient(x, ds, dlora_A, 0, None, *routing)
-    if dx is not None:
+    if dx is None:
+        return
+    factor = lora_A.transpose(1, 2)
+    if weight is None:
         dx.zero_()
-        _expand(ds, lora_A.transpose(1, 2), dx, None, *routing)
+        _expand(ds, factor, dx, None, *routing)
+    elif sizes := _sizes("multi_linear", dx, factor, factor.shape[2]):
+        _linear(dy, weight.T, None, ds, factor, dx, None, *routing, sizes)
+    else:
+        torch.mm(dy, weight, out=dx)
+        _expand(ds, factor, dx, None, *routing, add=True)
 
 
 def _tiles(tokens, num_adapters, sizes):
@@ -276,20 +349,31 @@ def _sizes(kernel, tensor, factor, rank):
     return blocks(kernel, tensor.dtype, tokens, tensor.shape[1], factor.dtype, rank)
 
 
-def counters_for(tokens: int, num_adapters: int, device) -> torch.Tensor:
-    """What multi_lora_forward needs for one launch with at most so many tokens and adapters: int32 zeros."""
-    return torch.zeros(2 + tokens + min(num_adapters, tokens), dtype=torch.int32, device=device)
+COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}  # (device, stream) -> zeros
 
 
-def _together(x, lora_A, lora_B, scaling, ranks, order, segments, y, s, counters):
-    """multi_lora_forward in one launch; False, and nothing done, where BLOCKS has none for it."""
+def counters_on(device: torch.device, count: int) -> torch.Tensor:
+    """At least `count` int32 zeros for a launch on the current stream, which leaves them zero.
+
+    Launches on one stream share theirs, since they follow each other. One that is captured into a graph, which may be
+    replayed on any stream, gets its own, and the graph clears them.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in COUNTERS or len(COUNTERS[key]) < count:
+        COUNTERS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return COUNTERS[key]
+
+
+def _together(x, lora_A, lora_B, scaling, ranks, order, segments, y, s):
+    """multi_lora_forward in one launch; False, and nothing done, where two are to be taken."""
     (tokens, depth), (num_adapters, columns, rank) = x.shape, lora_B.shape
     sizes = _sizes("multi_lora", y, lora_B, rank)
     if sizes is None:
         return False
     tiles = _tiles(tokens, num_adapters, sizes)
-    if len(counters) < 2 + tiles:
-        raise ValueError(f"multi_lora: counters has {len(counters)} elements; {2 + tiles} are needed")
+    counters = counters_on(x.device, 2 + tiles)
     rank_blocks = triton.cdiv(rank, sizes["BLOCK_R"])
     parts, _ = split(depth, sizes["BLOCK_K"], tiles * rank_blocks)
     parts = 1 << min(MOST_PARTS, parts).bit_length() - 1
@@ -325,6 +409,17 @@ def _expand(s, factor, y, scaling, ranks, order, segments, add=False):
     multi_expand_kernel[(programs,)](
         s, factor, y, scaling, ranks, order, segments, num_adapters, rank, columns, *factor.stride(), y.stride(0),
         ADD=add, **dots(y.dtype, factor.dtype, rounded=True), **sizes,
+    )  # fmt: skip
+
+
+def _linear(x, weight, bias, s, factor, y, scaling, ranks, order, segments, sizes):
+    """y[t] = x[t] weight^T + scaling[a] * s[t] factor[a]^T + bias:  weight [N, K], factor [L, N, r]."""
+    (tokens, depth), (num_adapters, columns, rank) = x.shape, factor.shape
+    programs = triton.cdiv(tokens, sizes["BLOCK_M"]) * triton.cdiv(columns, sizes["BLOCK_N"])
+    multi_linear_kernel[(programs,)](
+        x, weight, bias, s, factor, y, scaling, ranks, order, segments, tokens, num_adapters, columns, depth, rank,
+        x.stride(0), *weight.stride(), *factor.stride(), y.stride(0), **dots(x.dtype, factor.dtype, rounded=True),
+        **sizes,
     )  # fmt: skip
 
 

@@ -15,6 +15,20 @@ def multi_lora(tokens: int) -> None:
     out.float().square().sum().backward()
 
 
+def multi_lora_linear(tokens: int, dtype: torch.dtype) -> None:
+    x, weight = random(tokens, 72, dtype=torch.bfloat16), random(40, 72, dtype=torch.bfloat16, grad=False)
+    lora_A, lora_B = random(3, 8, 72, dtype=dtype), random(3, 40, 8, dtype=dtype)
+    out = ops.multi_lora_linear(x, weight, None, lora_A, lora_B, torch.arange(tokens) % 4 - 1, 0.5)
+    out.float().square().sum().backward()
+
+
+def group(tokens: int, dtype: torch.dtype) -> None:
+    x, weights = random(tokens, 72, dtype=torch.bfloat16), [random(40, 72, dtype=torch.bfloat16, grad=False)] * 2
+    lora_As, lora_Bs = [random(8, 72, dtype=dtype) for _ in range(2)], [random(40, 8, dtype=dtype) for _ in range(2)]
+    outs = ops.lora_linear_group(x, weights, [None, None], lora_As, lora_Bs, [0.5, 2.0])
+    sum(out.float().square().sum() for out in outs).backward()
+
+
 def ia3(feedforward: bool) -> None:
     x, weight, ia3_l = random(50, 24), random(16, 24, grad=False), random(24 if feedforward else 16)
     ops.ia3_linear(x, weight, None, ia3_l, feedforward).square().sum().backward()
@@ -44,6 +58,10 @@ if __name__ == "__main__":
     with ops.use_backend("cuda"):
         multi_lora(9)
         multi_lora(140)
+        multi_lora_linear(20, torch.bfloat16)
+        multi_lora_linear(140, torch.float32)
+        group(20, torch.bfloat16)
+        group(70, torch.float32)
         ia3(False)
         ia3(True)
         lora(5, torch.bfloat16)

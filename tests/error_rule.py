@@ -143,6 +143,12 @@ def unfused_multi_lora(y, x, lora_A, lora_B, slots, scaling, ranks=None):
     return y
 
 
+def unfused_multi_lora_linear(x, weight, bias, lora_A, lora_B, slots, scaling, ranks=None):
+    rows = x.flatten(0, -2)
+    y = unfused_multi_lora(F.linear(rows, weight, bias), rows, lora_A, lora_B, slots, scaling, ranks)
+    return y.view(*x.shape[:-1], -1)
+
+
 # --- inputs ---
 
 
@@ -174,6 +180,14 @@ def group_inputs(m, k, layers, dtype, adapter_dtype=None, frozen=True, device="c
     for i, (n, r) in enumerate(layers):
         layer = lora_inputs(m, k, n, r, dtype, adapter_dtype, i != 1, frozen, device)
         inputs |= {name if name == "x" else f"{name}{i}": tensor for name, tensor in layer.items()}
+    return inputs
+
+
+def multi_layer_inputs(m, k, n, r, num_adapters, dtype, adapter_dtype=None, **options) -> dict[str, Tensor]:
+    """Those of a layer with an adapter for each token; `options` as in lora_inputs."""
+    inputs, device = lora_inputs(m, k, n, r, dtype, adapter_dtype, **options), options.get("device", "cpu")
+    for name, shape in (("lora_A", (r, k)), ("lora_B", (n, r))):
+        inputs[name] = random(num_adapters, *shape, dtype=adapter_dtype or dtype, device=device)
     return inputs
 
 

@@ -6,11 +6,21 @@ import math
 
 import pytest
 import torch
-from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, group_inputs, lora_inputs, random
+from error_rule import (
+    DTYPES,
+    MIXED,
+    assert_error_rule,
+    bottleneck_inputs,
+    group_inputs,
+    lora_inputs,
+    multi_layer_inputs,
+    random,
+)
 from test_ops import (
     assert_bottleneck,
     assert_dora,
     assert_multi_lora,
+    assert_multi_lora_linear,
     dora_inputs,
     group,
     lora,
@@ -97,8 +107,8 @@ def test_tokens_of_no_segment_are_left_alone():
     results = []
     for namespace in (triton_ops, reference):
         y, s, dx = torch.ones(6, 5), torch.zeros(6, 3), torch.full((6, 8), float("nan"))
-        namespace.multi_lora_forward(x, *common, y, s)
-        namespace.multi_lora_backward(dy, x, *common, s, dx, None, None)
+        namespace.multi_lora_forward(x, None, None, *common, y, s)
+        namespace.multi_lora_backward(dy, x, None, *common, s, dx, None, None)
         assert (y[[4, 1, 3]] == 1).all()
         assert not dx[[4, 1, 3]].any()
         results.append((y, dx))
@@ -116,6 +126,47 @@ def test_unused_ranks_get_zero_gradients_from_nan_too():
     assert inputs["lora_B"].grad[0, :, :2].isnan().all()
     assert not inputs["lora_A"].grad[0, 2:].any()
     assert not inputs["lora_B"].grad[0, :, 2:].any()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """A layer under many adapters goes in tiles of 16 positions, however few tokens an adapter has."""
+    rows = [(blocks.ANY, blocks.entry(16, 16, 32, 4, 1))]
+    monkeypatch.setitem(blocks.BLOCKS, "multi_linear", {kind: rows for kind in blocks.BLOCKS["multi_linear"]})
+
+
+def without_factor_gradients(inputs):
+    """They are formed by kernels that know no tiles."""
+    return {name: t.detach().requires_grad_(name == "x") for name, t in inputs.items()}
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(torch.bfloat16, None), (torch.float16, torch.float32)])
+def test_tiles_that_several_adapters_meet_in(small_tiles, dtype, adapter_dtype):
+    slots = torch.cat([torch.full((9,), 3), torch.randint(-1, 4, (21,))])
+    inputs = without_factor_gradients(multi_layer_inputs(30, 40, 20, 20, 4, dtype, adapter_dtype))
+    assert_multi_lora_linear(inputs, slots, torch.randn(4), torch.tensor([20, 0, 3, 17]))
+
+
+def test_tiles_among_more_adapters_than_one_scan_of_the_segments(small_tiles):
+    num_adapters = 2 * SCAN.value + 3
+    slots = torch.tensor([num_adapters - 1, 0, -1, SCAN.value, 5, SCAN.value - 1, num_adapters - 1])
+    inputs = without_factor_gradients(multi_layer_inputs(7, 20, 9, 2, num_adapters, torch.float32))
+    assert_multi_lora_linear(inputs, slots, torch.randn(num_adapters))
+
+
+def test_tiles_of_no_adapter_and_rows_that_lie_apart(small_tiles):
+    inputs = without_factor_gradients(multi_layer_inputs(50, 40, 30, 3, 2, torch.float32))
+    inputs |= {"x": random(50, 75)[:, 2:42].detach().requires_grad_(), "weight": random(40, 30, grad=False).T}
+    assert_multi_lora_linear(inputs, torch.tensor([-1] * 40 + [1] * 10), torch.randn(2))
+    assert_multi_lora_linear(inputs, torch.full((50,), -1), torch.randn(2))
+
+
+def test_a_bad_adapter_in_a_tile_of_several_reaches_its_own_tokens_alone(small_tiles):
+    inputs = {n: t.detach() for n, t in multi_layer_inputs(20, 24, 40, 4, 3, torch.float32).items()}
+    inputs["lora_B"][1, 3] = float("inf")
+    slots = torch.arange(20) % 4 - 1
+    y = ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5)
+    assert torch.equal(~torch.isfinite(y), (slots == 1)[:, None] & (torch.arange(40) == 3))
 
 
 # --- tensor descriptors ---
@@ -188,9 +239,18 @@ def test_what_tensor_descriptors_do_not_take_goes_by_pointers(descriptors, shape
 # --- one launch ---
 
 
+@pytest.fixture
+def counters(monkeypatch):
+    """One launch is taken, as where it was measured to be the faster one. Its counters, the same for every call."""
+    monkeypatch.setitem(blocks.BLOCKS, "multi_lora", {"half": [(blocks.ANY, blocks.entry(16, 64, 128, 4, 4))]})
+    zeros = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(multi_lora_kernels, "counters_on", lambda device, count: zeros if count <= 64 else None)
+    return zeros
+
+
 @halves
 @pytest.mark.parametrize("shape", [(20, 40, 56, 40, 2), (9, 2100, 70, 17, 3), (1, 1, 1, 1, 1)])
-def test_multi_lora_in_one_launch(monkeypatch, dtype, shape):
+def test_multi_lora_in_one_launch(monkeypatch, counters, dtype, shape):
     """What two launches give; counters are zero again, so that a second call does the same."""
     tokens, k, n, rank, num_adapters = shape
     x, lora_A, lora_B, y = (
@@ -201,30 +261,37 @@ def test_multi_lora_in_one_launch(monkeypatch, dtype, shape):
     slots = torch.randint(-1, num_adapters, (tokens,))
     slots[0], ranks[0] = 0, rank
     order, segments = ops.route(slots, num_adapters)
-    counters = multi_lora_kernels.counters_for(tokens, num_adapters, "cpu")
-    results = []
-    for given in (None, counters, counters):
+    arguments = lora_A, lora_B, torch.linspace(-1, 2, num_adapters), ranks, order, segments
+
+    def run():
         out, s = y.clone(), torch.full((tokens, rank), float("nan"))
-        multi_lora_kernels.multi_lora_forward(
-            x, lora_A, lora_B, torch.linspace(-1, 2, num_adapters), ranks, order, segments, out, s, given
-        )
+        multi_lora_kernels.multi_lora_forward(x, None, None, *arguments, out, s)
         used = (slots[:, None] >= 0) & (torch.arange(rank) < ranks[slots][:, None])
-        results.append((out, s[used]))
-        assert not counters.any()
-        monkeypatch.setattr(multi_lora_kernels, "_shrink", None)  # the first of two
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=2e-3 if dtype == torch.float16 else 1e-2, atol=1e-2)
-    assert all(map(torch.equal, *results[1:]))
+        return out, s[used]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multi_lora_kernels, "_together", lambda *_: False)
+        two = run()
+    monkeypatch.setattr(multi_lora_kernels, "_shrink", None)  # the first of two
+    once, again = run(), run()
+    assert not counters.any()
+    torch.testing.assert_close(once, two, rtol=2e-3 if dtype == torch.float16 else 1e-2, atol=1e-2)
+    assert all(map(torch.equal, once, again))
 
 
-def test_one_launch_says_what_counters_it_needs():
-    x, y, s = (torch.zeros(*shape, dtype=torch.float16) for shape in ((20, 8), (20, 8), (20, 4)))
-    lora_A, lora_B = torch.zeros(3, 4, 8, dtype=torch.float16), torch.zeros(3, 8, 4, dtype=torch.float16)
-    routing = ops.route([0] * 20, 3)
-    with pytest.raises(ValueError, match="counters has 6 elements; 7 are needed"):
-        multi_lora_kernels.multi_lora_forward(
-            x, lora_A, lora_B, torch.ones(3), None, *routing, y, s, torch.zeros(6, dtype=torch.int32)
+def test_one_launch_beside_the_base_layer(counters):
+    inputs = multi_layer_inputs(20, 40, 56, 16, 3, torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multi_lora_kernels, "_expand", None)
+        y = ops.multi_lora_linear(
+            **{n: t.detach() for n, t in inputs.items()}, slots=torch.arange(20) % 4 - 1, scaling=0.5
         )
+    assert torch.isfinite(y).all()
+    assert_multi_lora_linear(inputs, torch.arange(20) % 4 - 1, torch.tensor([0.7, -1.3, 0.4]))
+
+
+def test_counters_are_zeros():
+    assert multi_lora_kernels.counters_on(torch.device("cpu"), 7).tolist() == [0] * 7
 
 
 # --- dropout ---
@@ -297,7 +364,18 @@ def test_every_choice_of_gradients(op, rank):
             [(m, k), (rank, k), (rank,), (n, rank)],
         ),
         "multi_lora_backward": (
-            (dy, x, lora_A, lora_B, torch.tensor([0.7, 2.0]), None, torch.arange(m), torch.tensor([2, 9, m]), s),
+            (
+                dy,
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                torch.tensor([0.7, 2.0]),
+                None,
+                torch.arange(m),
+                torch.tensor([2, 9, m]),
+                s,
+            ),
             [(m, k), (2, rank, k), (2, n, rank)],
         ),
         "lora_group_backward": (

@@ -64,6 +64,12 @@ def group_arguments(**changed):
     return arguments | changed
 
 
+def multi_layer_arguments(**changed):
+    arguments = {"weight": random(6, 8), "bias": random(6)} | multi_arguments()
+    del arguments["y"]
+    return arguments | changed
+
+
 def multi_arguments(**changed):
     arguments = {
         "y": random(4, 6, grad=False),
@@ -248,6 +254,17 @@ MULTI = [
     ({"y": random(4, 6).bfloat16()}, TypeError, "y is a torch.bfloat16 tensor of shape [4, 6] on cpu; it must be of dtype torch.float32"),
     ({"y": torch.zeros(1, 6).expand(4, 6)}, ValueError, "y is a tensor whose elements share memory"),
 ]
+
+MULTI_LAYER = [
+    ({"x": random(4, 7)}, ValueError, "weight is a torch.float32 tensor of shape [6, 8] on cpu; it must be of shape [N, K] = [6, 7]"),
+    ({"x": random(3, 8)}, ValueError, "slots is a torch.int64 tensor of shape [4] on cpu; it must be of shape [T] = [3]"),
+    ({"weight": random(6)}, ValueError, "weight is a torch.float32 tensor of shape [6] on cpu; it must be of shape [N, K]"),
+    ({"weight": random(6, 8).bfloat16()}, TypeError, "weight is a torch.bfloat16 tensor of shape [6, 8] on cpu; it must be of dtype torch.float32"),
+    ({"bias": random(5)}, ValueError, "bias is a torch.float32 tensor of shape [5] on cpu; it must be of shape [N] = [6]"),
+    ({"lora_A": random(3, 2, 7)}, ValueError, "lora_A is a torch.float32 tensor of shape [3, 2, 7] on cpu; it must be of shape [L, r, K] = [3, 2, 8]"),
+    ({"lora_B": random(3, 5, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [3, 5, 2] on cpu; it must be of shape [L, N, r] = [3, 6, 2]"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+]
 # fmt: on
 
 
@@ -300,11 +317,17 @@ def test_multi_lora(changed, error, message):
     refused(ops.multi_lora, multi_arguments(**changed), error, message)
 
 
+@pytest.mark.parametrize(("changed", "error", "message"), [*MULTI_LAYER, *(row for row in MULTI if "y" not in row[0])])
+def test_multi_lora_linear(changed, error, message):
+    refused(ops.multi_lora_linear, multi_layer_arguments(**changed), error, message)
+
+
 def test_what_the_tables_change_is_all_that_was_wrong():
     ops.lora_linear(**lora_arguments())
     ops.lora_linear_group(**group_arguments())
     ops.ia3_linear(**ia3_arguments())
     ops.multi_lora(**multi_arguments())
+    ops.multi_lora_linear(**multi_layer_arguments())
     ops.bottleneck(**bottleneck_arguments())
     ops.dora_linear(**dora_arguments())
     ops.adalora_linear(**adalora_arguments())

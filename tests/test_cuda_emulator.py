@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from error_rule import TOLERANCE, assert_error_rule, poisoned_memory, random, unfused_ia3, unfused_multi_lora
+from error_rule import (
+    TOLERANCE,
+    assert_error_rule,
+    multi_layer_inputs,
+    poisoned_memory,
+    random,
+    unfused_ia3,
+    unfused_multi_lora,
+    unfused_multi_lora_linear,
+)
 
 from pyfastpeft import ops
 from pyfastpeft.ops import dispatch, native, reference
@@ -21,6 +30,12 @@ if platform.machine() != "x86_64" or not shutil.which("g++") or not native.AVAIL
 import emulated_cuda
 
 SHORT = [torch.bfloat16, torch.float16]
+ADAPTERS = [
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,12 +120,13 @@ def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
 # --- multi-LoRA ---
 
 
-def multi_inputs(t, k, n, r, num_adapters, dtype):
+def multi_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
+    adapter_dtype = adapter_dtype or dtype
     return {
         "y": random(t, n, dtype=dtype),
         "x": random(t, k, dtype=dtype),
-        "lora_A": random(num_adapters, r, k, dtype=dtype),
-        "lora_B": random(num_adapters, n, r, dtype=dtype),
+        "lora_A": random(num_adapters, r, k, dtype=adapter_dtype),
+        "lora_B": random(num_adapters, n, r, dtype=adapter_dtype),
     }
 
 
@@ -131,27 +147,55 @@ def assert_multi_lora(inputs, slots, scaling, ranks=None, hidden=None):
     assert_error_rule(fused, functools.partial(unfused_multi_lora, slots=slots, scaling=scaling, ranks=ranks), inputs)
 
 
-@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), ADAPTERS)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1, 1, 1, 1), (9, 33, 20, 5, 3), (40, 1096, 264, 16, 7), (20, 72, 300, 72, 2), (150, 96, 130, 8, 3)],
 )
-def test_multi_lora(dtype, shape):
+def test_multi_lora(dtype, adapter_dtype, shape):
     slots = torch.randint(-1, shape[-1], (shape[0],))
-    assert_multi_lora(multi_inputs(*shape, dtype), slots, torch.randn(shape[-1]))
+    assert_multi_lora(multi_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
 
 
+# Few tokens of adapters of the base layer's dtype go through one kernel, if all sides are multiples of 8.
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), ADAPTERS)
+@pytest.mark.parametrize("shape", [(9, 33, 20, 5, 3), (37, 136, 72, 8, 4), (70, 72, 136, 24, 3), (150, 96, 130, 8, 3)])
+def test_multi_lora_linear(dtype, adapter_dtype, shape):
+    slots, ranks = torch.randint(-1, shape[-1], (shape[0],)), torch.randint(0, shape[3] + 1, shape[-1:])
+    options = {"slots": routed(slots, shape[-1]), "scaling": torch.randn(shape[-1]), "ranks": ranks}
+    assert_error_rule(
+        functools.partial(ops.multi_lora_linear, **options),
+        functools.partial(unfused_multi_lora_linear, **options | {"slots": slots}),
+        multi_layer_inputs(*shape, dtype, adapter_dtype),
+    )
+
+
+@pytest.mark.parametrize("tokens", [20, 100])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_adapter_reaches_its_own_tokens_alone(tokens, value):
+    inputs = {n: t.detach() for n, t in multi_layer_inputs(tokens, 64, 40, 8, 3, torch.bfloat16).items()}
+    slots = torch.arange(tokens) % 4 - 1
+    for bad in ("lora_A", "lora_B"):
+        changed = inputs | {bad: inputs[bad].clone()}
+        changed[bad][1, 0, 0] = value
+        y = ops.multi_lora_linear(**changed, slots=routed(slots, 3), scaling=0.5)
+        reached = ~torch.isfinite(y)
+        assert reached[slots == 1, 0].all()
+        assert not reached[slots != 1].any()
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(45, 64, 80, 16, 30), (300, 136, 72, 40, 4)])
-def test_multi_lora_true_ranks_and_idle_adapters(shape):
+def test_multi_lora_true_ranks_and_idle_adapters(shape, adapter_dtype):
     t, _, _, r, num_adapters = shape
     ranks = torch.randint(0, r + 1, (num_adapters,))
     ranks[0] = 0
     used = torch.randint(0, num_adapters, (3,))
     used[0] = 0
     slots = torch.cat([used, torch.tensor([-1])])[torch.randint(0, 4, (t,))]
-    inputs = multi_inputs(*shape, torch.bfloat16)
+    inputs = multi_inputs(*shape, torch.bfloat16, adapter_dtype)
     beyond = torch.arange(r) >= ranks[:, None]
-    nan = torch.tensor(torch.nan, dtype=torch.bfloat16)
+    nan = torch.tensor(torch.nan, dtype=adapter_dtype)
     hidden = {
         "lora_A": torch.where(beyond[:, :, None], nan, inputs["lora_A"].detach()),
         "lora_B": torch.where(beyond[:, None, :], nan, inputs["lora_B"].detach()),

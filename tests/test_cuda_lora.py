@@ -6,7 +6,16 @@ import shutil
 
 import pytest
 import torch
-from error_rule import assert_error_rule, lora_inputs, random, unfused_delta, unfused_lora
+from error_rule import (
+    assert_error_rule,
+    group_inputs,
+    grouped,
+    lora_inputs,
+    random,
+    unfused_delta,
+    unfused_group,
+    unfused_lora,
+)
 
 from pyfastpeft import ops
 from pyfastpeft.ops import dispatch, native, reference
@@ -40,6 +49,69 @@ def _cuda():
 @pytest.mark.parametrize("shape", [(1, 8, 8, 1), (65, 264, 520, 5), (130, 520, 136, 24), (70, 136, 264, 70)])
 def test_lora_linear(dtype, adapter_dtype, shape):
     assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype, adapter_dtype))
+
+
+def group(dropout_p=0.0, **inputs):
+    function = functools.partial(ops.lora_linear_group, scalings=[0.7, -1.3, 0.4], dropout_p=dropout_p)
+    return grouped(function, **inputs)
+
+
+plain_group = functools.partial(grouped, functools.partial(unfused_group, scalings=[0.7, -1.3, 0.4]))
+
+
+# Layers of 8, 5 and 3 ranks lie askew in s; few tokens go through one kernel for each layer, if all ranks are multiples
+# of 8; ranks above 16 go another way.
+@dtypes
+@pytest.mark.parametrize(
+    ("rows", "layers"),
+    [
+        (1, [(8, 1), (8, 1), (8, 1)]),
+        (37, [(72, 8), (40, 16), (136, 8)]),
+        (37, [(72, 8), (40, 5), (136, 3)]),
+        (70, [(136, 70), (72, 24), (64, 5)]),
+    ],
+)
+def test_lora_linear_group(dtype, adapter_dtype, rows, layers):
+    assert_error_rule(group, plain_group, group_inputs(rows, 136, layers, dtype, adapter_dtype))
+
+
+@pytest.mark.parametrize("only", ["x", "lora_A0", "lora_A1", "lora_B2"])
+def test_a_group_forms_one_gradient_alone(only):
+    inputs = group_inputs(40, 72, [(64, 8), (40, 5), (24, 20)], brain, single)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name == only)
+    assert_error_rule(group, plain_group, inputs)
+
+
+@dtypes
+@pytest.mark.parametrize("capability", ["8", "9"])
+def test_layers_of_a_group_share_one_mask(monkeypatch, dtype, adapter_dtype, capability):
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", capability)
+
+    def seeded(run, **inputs):
+        torch.manual_seed(9)
+        return run(**inputs)
+
+    def unfused(x, **rest):
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+        dropped = x.to(rest["lora_A0"].dtype)
+        dropped = dropped * reference.dropout_factor(seed, 0.25, *x.shape, dropped.dtype)
+        layers = (
+            (*(rest.get(f"{kind}{i}") for kind in ("weight", "bias", "lora_A", "lora_B")), scaling)
+            for i, scaling in enumerate([0.7, -1.3, 0.4])
+        )
+        return torch.cat(
+            [
+                (torch.nn.functional.linear(x, w, b) + unfused_delta(dropped, A, B, scaling)).to(x.dtype)
+                for w, b, A, B, scaling in layers
+            ],
+            -1,
+        )
+
+    inputs = group_inputs(67, 264, [(136, 3), (40, 20), (64, 8)], dtype, adapter_dtype)
+    assert_error_rule(
+        functools.partial(seeded, functools.partial(group, 0.25)), functools.partial(seeded, unfused), inputs
+    )
 
 
 @pytest.mark.parametrize("adapter_dtype", [brain, single])
@@ -160,6 +232,10 @@ def test_what_the_kernels_do_not_take_is_named(change, reason):
 def test_ranks_and_dtypes_that_the_kernels_do_not_take_are_named():
     with pytest.raises(RuntimeError, match="r=257"):
         lora(**lora_inputs(9, 64, 48, 257, brain))
+    with pytest.raises(RuntimeError, match="takes ranks up to 432 together, not 440"):
+        group(**group_inputs(9, 64, [(48, 200), (48, 200), (48, 40)], brain))
+    with pytest.raises(RuntimeError, match="N=44"):
+        group(**group_inputs(9, 64, [(48, 8), (44, 8), (8, 8)], brain))
     with pytest.raises(RuntimeError, match="bfloat16 and float16 activations"):
         lora(**lora_inputs(9, 64, 48, 8, single))
     with pytest.raises(RuntimeError, match=r"adapters of torch\.bfloat16 or float32"):

@@ -12,6 +12,7 @@ from error_rule import (
     group_inputs,
     grouped,
     lora_inputs,
+    multi_layer_inputs,
     random,
     unfused_bottleneck,
     unfused_delta,
@@ -20,6 +21,7 @@ from error_rule import (
     unfused_ia3,
     unfused_lora,
     unfused_multi_lora,
+    unfused_multi_lora_linear,
 )
 
 from pyfastpeft import ops
@@ -75,6 +77,11 @@ def test_aligned_operands_are_served(backend, dtype):
     slots = torch.randint(-1, 4, (m,), device="cuda")
     inputs = multi_lora_inputs(m, k, n, r, 4, dtype)
     ops.multi_lora(inputs.pop("y").clone(), **inputs, slots=slots, scaling=0.5).sum().backward()
+    for adapter_dtype in (dtype, torch.float32):
+        inputs = multi_layer_inputs(*ALIGNED, 4, dtype, adapter_dtype, device="cuda")
+        ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5).sum().backward()
+    layers = group_inputs(m, k, [(n, r), (n, r)], dtype, torch.float32, device="cuda")
+    grouped(functools.partial(ops.lora_linear_group, scalings=[0.5, 2.0]), **layers).sum().backward()
     if backend != "addmm":
         x, weight, ia3_l = (gpu_random(*shape, dtype=dtype) for shape in ((m, k), (n, k), (n,)))
         ops.ia3_linear(x, weight.detach(), None, ia3_l, False).sum().backward()
@@ -212,10 +219,36 @@ def test_multi_lora(dtype, adapter_dtype, shape, ranked):
     )
 
 
+@dtypes
+@pytest.mark.parametrize(
+    "shape", [(9, 33, 20, 4, 3), (64, 1024, 512, 16, 40), (40, 520, 264, 8, 2), (700, 136, 264, 24, 5)]
+)
+@pytest.mark.parametrize("ranked", [False, True])
+def test_multi_lora_linear(dtype, adapter_dtype, shape, ranked):
+    t, _, _, r, num_adapters = shape
+    slots = torch.randint(-1, num_adapters, (t,), device="cuda")
+    ranks = torch.randint(0, r + 1, (num_adapters,), device="cuda") if ranked else None
+    options = {"slots": slots, "scaling": torch.randn(num_adapters, device="cuda"), "ranks": ranks}
+    ours, theirs = (functools.partial(f, **options) for f in (ops.multi_lora_linear, unfused_multi_lora_linear))
+    assert_error_rule(ours, theirs, multi_layer_inputs(*shape, dtype, adapter_dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("tokens", [40, 500])
+def test_a_bad_adapter_reaches_its_own_tokens_alone(tokens):
+    inputs = multi_layer_inputs(tokens, 64, 136, 8, 3, torch.bfloat16, device="cuda")
+    slots = torch.arange(tokens, device="cuda") % 4 - 1
+    with torch.no_grad():
+        inputs["lora_B"][1] = float("nan")
+        y = ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5)
+    assert y[slots == 1].isnan().all()
+    assert torch.isfinite(y[slots != 1]).all()
+
+
 @pytest.mark.parametrize("shape", [(64, 4096, 4096, 16, 64), (64, 4096, 513, 64, 1), (7, 300, 65, 33, 3)])
-def test_multi_lora_in_one_launch(shape):
-    """As a CUDA graph, replayed with other slots: what two launches give, the same bits every time."""
-    from pyfastpeft.kernels.multi_lora import counters_for, multi_lora_forward
+def test_multi_lora_in_one_launch(monkeypatch, shape):
+    """Two calls on two streams at a time, and a CUDA graph, replayed with other slots: what two launches give, the same
+    bits every time."""
+    from pyfastpeft.kernels import blocks, multi_lora
 
     tokens, _, _, rank, num_adapters = shape
     inputs = multi_lora_inputs(*shape, torch.bfloat16)
@@ -224,31 +257,43 @@ def test_multi_lora_in_one_launch(shape):
     ranks = torch.randint(1, rank + 1, (num_adapters,), device="cuda")
     slots = torch.zeros(tokens, dtype=torch.int64, device="cuda")
     order, segments = ops.route(slots, num_adapters)
-    counters = counters_for(tokens, num_adapters, "cuda")
-    out, s = torch.empty_like(y), torch.empty(tokens, rank, device="cuda")
+    out = torch.empty_like(y)
 
-    def run(given):
+    def run(out):
         out.copy_(y)
-        multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, out, s, given)
+        s = torch.empty(tokens, rank, device="cuda")
+        multi_lora.multi_lora_forward(x, None, None, lora_A, lora_B, scaling, ranks, order, segments, out, s)
         return out.clone()
 
-    run(counters)
+    blocks_of_one = [(blocks.ANY, blocks.entry(16, 64, 128, 4, 4))]
+    monkeypatch.setitem(blocks.BLOCKS, "multi_lora", {"half": blocks_of_one})
+    run(out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(counters)
+        run(out)
     for _ in range(3):
         slots = torch.randint(-1, num_adapters, (tokens,), device="cuda")
         for own, new in zip((order, segments), ops.route(slots, num_adapters)):
             own.copy_(new)
-        two = run(None)
+        with monkeypatch.context() as patch:
+            patch.setitem(blocks.BLOCKS, "multi_lora", {"half": [(blocks.ANY, None)]})
+            two = run(out)
         results = []
         for _ in range(100):
             out.fill_(float("nan"))
             graph.replay()
             results.append(out.clone())
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(run(torch.empty_like(y)))
+        torch.cuda.synchronize()
         assert all(torch.equal(result, results[0]) for result in results)
         torch.testing.assert_close(results[0], two, rtol=1e-2, atol=1e-2)
-        assert not counters.any()
+    assert len(multi_lora.COUNTERS) >= 2
+    assert not any(counters.any() for counters in multi_lora.COUNTERS.values())
 
 
 def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypatch):

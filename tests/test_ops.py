@@ -19,6 +19,7 @@ from error_rule import (
     group_inputs,
     grouped,
     lora_inputs,
+    multi_layer_inputs,
     poisoned_memory,
     random,
     unfused_adalora,
@@ -29,6 +30,7 @@ from error_rule import (
     unfused_ia3,
     unfused_lora,
     unfused_multi_lora,
+    unfused_multi_lora_linear,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -402,6 +404,39 @@ def test_multi_lora(backend, dtype, adapter_dtype, shape):
     assert_multi_lora(multi_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
 
 
+def assert_multi_lora_linear(inputs, slots, scaling, ranks=None):
+    options = {"bias": None} if "bias" not in inputs else {}
+    options |= {"slots": slots, "scaling": scaling, "ranks": ranks}
+    ours, theirs = (functools.partial(f, **options) for f in (ops.multi_lora_linear, unfused_multi_lora_linear))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@branch_backends
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 5, 3, 1, 1), (9, 33, 20, 4, 3), (70, 40, 33, 3, 2)])
+def test_multi_lora_linear(backend, dtype, adapter_dtype, shape):
+    slots = torch.randint(-1, shape[-1], (shape[0],))
+    ranks = torch.randint(0, shape[3] + 1, shape[-1:])
+    assert_multi_lora_linear(multi_layer_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]), ranks)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_under_many_adapters_trains_its_weight_and_bias(backend, dtype):
+    slots = torch.randint(-1, 3, (2 * 3 * 5,))
+    assert_multi_lora_linear(multi_layer_inputs((2, 3, 5), 24, 30, 4, 3, dtype, frozen=False), slots, torch.randn(3))
+    assert_multi_lora_linear(multi_layer_inputs((30,), 24, 30, 4, 3, dtype, bias=False), slots, torch.randn(3))
+
+
+@backends
+@pytest.mark.parametrize("tokens", [12, 90])
+@pytest.mark.parametrize("only", ["x", "weight", "bias", "lora_A", "lora_B"])
+def test_a_layer_under_many_adapters_forms_one_gradient_alone(backend, tokens, only):
+    inputs = multi_layer_inputs(tokens, 20, 18, 4, 2, torch.float32)
+    inputs = {name: t.detach().requires_grad_(name == only) for name, t in inputs.items()}
+    assert_multi_lora_linear(inputs, torch.randint(-1, 2, (tokens,)), torch.randn(2))
+
+
 @branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
@@ -647,6 +682,12 @@ def test_empty_batches_give_empty_outputs_and_zero_gradients(backend):
         torch.zeros(0, 6), random(0, 8), random(3, 2, 8), random(3, 6, 2), torch.zeros(0, dtype=int), 1.0
     )
     assert y.shape == (0, 6)
+    for lead in ((0,), (2, 0)):
+        inputs = multi_layer_inputs(lead, 8, 6, 2, 3, torch.float32)
+        out = ops.multi_lora_linear(**inputs, slots=torch.zeros(0, dtype=int), scaling=1.0)
+        assert out.shape == (*lead, 6)
+        out.sum().backward()
+        assert not any(t.grad.any() for t in inputs.values() if t.requires_grad)
 
 
 # --- gradients, registration, compilation ---
@@ -697,7 +738,10 @@ def test_gradcheck(backend):
     slots = torch.tensor([1, -1, 0, 2, 2, 0])
     ranks = torch.tensor([2, 1, 2])
     multi = lambda y, *a: ops.multi_lora(y.clone(), *a, slots, torch.tensor([0.5, -1.0, 2.0]), ranks)  # noqa: E731
-    assert torch.autograd.gradcheck(multi, (y, x, double(3, 2, 5), double(3, 4, 2)))
+    factors = double(3, 2, 5), double(3, 4, 2)
+    assert torch.autograd.gradcheck(multi, (y, x, *factors))
+    layer = lambda *a: ops.multi_lora_linear(*a, slots, torch.tensor([0.5, -1.0, 2.0]), ranks)  # noqa: E731
+    assert torch.autograd.gradcheck(layer, (x, weight, bias, *factors))
 
 
 def raw_arguments():
@@ -734,8 +778,9 @@ def raw_arguments():
             *(empty(x), empty(lora_A), empty(lora_B), torch.empty(5)),
         ),
         "group_tokens": (torch.tensor([0, -1, 1, 0, 1, 0]), order.clone(), segments.clone()),
-        "multi_lora_forward": (x, *common, y, s),
-        "multi_lora_backward": (y, x, *common, s, empty(x), empty(many_A), empty(many_B)),
+        # Of s nothing is written for tokens of no adapter and for unused ranks.
+        "multi_lora_forward": (x, weight, bias, *common[:3], None, order, torch.tensor([0, 4, 6]), y, s),
+        "multi_lora_backward": (y, x, weight, *common, torch.zeros_like(s), empty(x), empty(many_A), empty(many_B)),
     }
 
 
@@ -783,6 +828,7 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
         h = ops.ia3_linear(h, weight, bias, ia3_l, True)
         y = torch.nn.functional.linear(h, weight)
         y = ops.multi_lora(y, h, many_A, many_B, slots, 0.5)
+        y = ops.multi_lora_linear(y, weight, bias, many_A, many_B, slots, 0.5)
         y = ops.dora_linear(y, weight, bias, lora_A, lora_B, ia3_l, 0.4)
         y = ops.adalora_linear(y, weight, bias, lora_A, ia3_l[:2], lora_B, 0.4)
         y = ops.bottleneck(y, y, lora_A, None, lora_B, bias, 0.6, "silu")
@@ -962,6 +1008,18 @@ def test_autocast_of_a_group(backend):
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in inputs.values())
 
 
+@branch_backends
+def test_autocast_of_a_layer_under_many_adapters(backend):
+    inputs = multi_layer_inputs(6, 16, 12, 4, 3, torch.float32, frozen=False)
+    options = {"slots": torch.tensor([0, -1, 2, 1, 1, 0]), "scaling": torch.tensor([0.5, -1.3, 0.4])}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.multi_lora_linear(**inputs, **options)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), unfused_multi_lora_linear(**inputs, **options), atol=0.03, rtol=0.03)
+    out.float().square().sum().backward()
+    assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in inputs.values())
+
+
 @backends
 def test_autocast_keeps_the_dtype_of_a_residual(backend):
     inputs = bottleneck_inputs(6, 16, 12, 4, torch.float32)
@@ -1003,6 +1061,14 @@ def test_a_group_keeps_x_once(backend):
     inputs = group_inputs(64, 256, [(128, 8), (96, 5)], torch.bfloat16, torch.float32)
     kept = saved_bytes(lambda: group(**inputs, dropout_p=0.1), [t for name, t in inputs.items() if name != "x"])
     assert kept == 64 * 256 * 2 + 64 * 13 * 4 + 8
+
+
+@branch_backends
+def test_a_layer_under_many_adapters_keeps_x_s_and_a_routing(backend):
+    inputs = multi_layer_inputs(64, 256, 128, 8, 3, torch.bfloat16, torch.float32)
+    run = functools.partial(ops.multi_lora_linear, **inputs, slots=torch.arange(64) % 4 - 1, scaling=0.5)
+    kept = saved_bytes(run, [inputs[name] for name in ("weight", "bias", "lora_A", "lora_B")])
+    assert kept == 64 * 256 * 2 + 64 * 8 * 4 + (64 + 4) * 8 + 3 * 4
 
 
 @backends
@@ -1113,6 +1179,25 @@ def test_base_only_tokens_never_meet_a_nan_adapter(backend):
     assert out[slots >= 0].isnan().all()
 
 
+@branch_backends
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [6, 100])
+def test_a_bad_adapter_reaches_its_own_tokens_alone(backend, value, tokens):
+    inputs = {n: t.detach() for n, t in multi_layer_inputs(tokens, 24, 40, 4, 2, torch.bfloat16).items()}
+    slots = torch.arange(tokens) % 3 - 1
+    for bad in ("lora_A", "lora_B"):
+        changed = inputs | {bad: inputs[bad].clone()}
+        changed[bad][1, 0, 0] = value
+        x, own = changed["x"].clone().requires_grad_(), slots == 1
+        y = ops.multi_lora_linear(**changed | {"x": x}, slots=slots, scaling=0.5)
+        y.sum().backward()
+        reached, gradients = (~torch.isfinite(t) for t in (y, x.grad))
+        assert reached[own].any(1).all()
+        assert gradients[own].any(1).all()
+        assert not reached[~own].any()
+        assert not gradients[~own].any()
+
+
 # --- routing ---
 
 
@@ -1178,7 +1263,7 @@ def alike(run, tensors):
 def native_calls(monkeypatch):
     """Whether every native inference call that was made did its work."""
     done = []
-    for name in ("lora", "lora_training", "ia3", "ia3_gradients", "lora_", "multi_lora_"):
+    for name in ("lora", "lora_training", "ia3", "ia3_gradients", "lora_", "multi_lora", "multi_lora_"):
 
         def call(op, *args):
             result = op(*args)
@@ -1212,13 +1297,17 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
     for ranks in (None, torch.tensor([shape[3] // 2, shape[3]])):
         for routing in (slots, ops.route(slots, 2)):
             for scaling in (scalings, 0.3):
-                alike(lambda **t: ops.multi_lora(y.clone(), **t, slots=routing, scaling=scaling, ranks=ranks), stacked)  # noqa: B023
+                options = {"slots": routing, "scaling": scaling, "ranks": ranks}
+                alike(lambda options=options, **t: ops.multi_lora(y.clone(), **t, **options), stacked)
+                layer = functools.partial(ops.multi_lora_linear, **options, weight=inputs["weight"])
+                alike(functools.partial(layer, bias=inputs["bias"]), stacked)
+                alike(functools.partial(layer, bias=None), stacked)
     for feedforward in (False, True):
         vector = random(shape[1] if feedforward else shape[2], dtype=adapter_dtype or dtype, grad=False)
         scaled = {"x": inputs["x"], "weight": inputs["weight"], "ia3_l": vector}
         alike(functools.partial(ops.ia3_linear, feedforward=feedforward), scaled | {"bias": inputs["bias"]})
         alike(functools.partial(ops.ia3_linear, bias=None, feedforward=feedforward), scaled)
-    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 2 * 2 * 2 + 2 * 2 * 3)
+    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -1254,7 +1343,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
     zeros, slots = torch.zeros(4, 6), torch.tensor([0, -1, 0, 0])
 
     def native_by(y=zeros, scaling=0.5, dropout_p=0.0, **changed):
-        """Whether all four ops (True) or none (False) are done by their native calls."""
+        """Whether all five ops (True) or none (False) are done by their native calls."""
         x, weight, lora_A, lora_B, bias = (inputs | changed).values()
         native_calls.clear()
         with suppress(Exception):  # what the general path makes of it is for other tests
@@ -1264,10 +1353,12 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         if dropout_p == 0:
             with suppress(Exception):
                 ops.multi_lora(y, x, lora_A[None], lora_B[None], slots, scaling)
+            with suppress(Exception):
+                ops.multi_lora_linear(x, weight, bias, lora_A[None], lora_B[None], slots, scaling)
         if not changed.keys() - {"x"} and scaling == 0.5 and dropout_p == 0:
             with suppress(Exception):
                 ops.ia3_linear(x, weight, bias, bias, False)
-        assert sum(native_calls) in (0, 4) or (torch.is_grad_enabled() and x.requires_grad)
+        assert sum(native_calls) in (0, 5) or (torch.is_grad_enabled() and x.requires_grad)
         return any(native_calls)
 
     x = inputs["x"]
@@ -1276,7 +1367,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by()
     with torch.autocast("cpu"):
         assert native_by()
-        assert native_calls == [False, True] * 4  # the op casts and calls itself without autocast
+        assert native_calls == [False, True] * 5  # the op casts and calls itself without autocast
     with ops.use_backend("reference"):
         assert not native_by()
     with ops.use_backend("cpu"):
@@ -1376,6 +1467,40 @@ def test_multi_lora_inference_that_is_out_of_the_ordinary_writes_nothing():
     assert inference.multi_lora_(**plain)
     beside = plain | {"y": shared.view(-1)[:24].view(4, 6), "lora_A": shared.view(-1)[24:72].view(3, 2, 8)}
     assert inference.multi_lora_(**beside)
+
+
+def test_inference_of_a_layer_under_many_adapters_that_is_out_of_the_ordinary_is_left_to_python():
+    x, weight, bias = random(4, 8, grad=False), random(6, 8, grad=False), random(6, grad=False)
+    lora_A, lora_B = random(3, 2, 8, grad=False), random(3, 6, 2, grad=False)
+    plain = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+    plain |= {"slots": torch.tensor([0, -1, 2, 1]), "segments": None, "scalings": None, "scaling": 0.5, "ranks": None}
+    for changed in (
+        {"slots": torch.tensor([0, 3, 2, 1])},
+        {"slots": torch.arange(4), "segments": torch.tensor([0, 3, 2, 4])},
+        {"ranks": torch.tensor([2, 1, 3])},
+        {"scalings": torch.ones(2)},
+        {"x": torch.randn(8, 4).T},
+        {"x": torch.randn(4, 7)},
+        {"x": torch.tensor(1.0)},
+        {"x": x[:0], "slots": torch.zeros(0, dtype=torch.int64)},
+        {"x": x.double()},
+        {"x": None},
+        {"weight": weight[:5]},
+        {"weight": weight[:, :7]},
+        {"weight": weight[0]},
+        {"weight": weight.bfloat16()},
+        {"weight": weight.to("meta")},
+        {"weight": None},
+        {"bias": bias[:5]},
+        {"bias": bias.double()},
+        {"bias": random(12, grad=False)[::2]},
+        {"lora_A": lora_A.bfloat16()},
+        {"lora_A": torch.randn(3, 8, 2).mT},
+        {"lora_B": lora_B[:, :5]},
+    ):
+        assert inference.multi_lora(**plain | changed) is None, changed
+    assert inference.multi_lora(**plain).shape == (4, 6)
+    assert inference.multi_lora(**plain | {"bias": None, "weight": random(8, 6, grad=False).T}).shape == (4, 6)
 
 
 def test_lora_inference_that_is_out_of_the_ordinary_is_left_to_python():
@@ -1548,7 +1673,14 @@ def test_operands_are_described_by_kind_and_sizes():
     assert kind == "bfloat16, no weight, adapters float32, dropout"
     assert sizes == (8192, 4096, 4096, 16, 1)
     many = [torch.empty(shape, device="meta") for shape in ((64, 48), (5, 8, 48), (5, 32, 8), (5,))]
-    assert choice.described("multi_lora_forward", tuple(many)) == ("float32, adapters float32", (64, 48, 32, 8, 5))
+    sizes = 64, 48, 32, 8, 5
+    assert choice.described("multi_lora_forward", (many[0], None, None, *many[1:])) == (
+        *("float32, no weight, adapters float32", sizes),
+    )
+    weight = torch.empty(32, 48, device="meta")
+    assert choice.described("multi_lora_forward", (many[0], weight, None, *many[1:])) == (
+        *("float32, adapters float32", sizes),
+    )
     x, weight, ia3_l = (torch.empty(shape, device="meta") for shape in ((3, 5), (4, 5), (5,)))
     assert choice.described("ia3_forward", (x, weight, None, ia3_l, True, x, None)) == ("float32, ff", (3, 5, 4, 1, 1))
 

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from ahead_of_time import TARGETS, faults, kernels_of
 
 from pyfastpeft.kernels import bottleneck, dora, ia3, lora, lora_group, multi_lora
-from pyfastpeft.kernels.blocks import BLOCKS, RANK_BLOCKS, accumulation, tensor_descriptors
+from pyfastpeft.kernels.blocks import ANY, BLOCKS, RANK_BLOCKS, accumulation, entry, tensor_descriptors
 from pyfastpeft.ops.reference import ACTIVATIONS
 
 KERNELS = [
@@ -27,6 +27,7 @@ KERNELS = [
     "column_sums",
     "multi_shrink",
     "multi_expand",
+    "multi_linear",
     "multi_lora",
     "multi_factor_gradient",
 ]
@@ -112,16 +113,23 @@ def launch_multi_lora(tokens, rank, dtype, adapters, k=512, n=512, num_adapters=
     s = meta(tokens, rank, dtype=accumulation(dtype))
     factors = meta(num_adapters, rank, k, dtype=adapters), meta(num_adapters, n, rank, dtype=adapters)
     arguments = *factors, meta(num_adapters, dtype=s.dtype), *integers
-    multi_lora.multi_lora_forward(x, *arguments, y, s)
-    multi_lora.multi_lora_backward(y, x, *arguments, s, x, *factors)
+    weight, bias = meta(n, k, dtype=dtype), meta(n, dtype=dtype)
+    multi_lora.multi_lora_forward(x, None, None, *arguments, y, s)
+    multi_lora.multi_lora_backward(y, x, None, *arguments, s, x, *factors)
+    if tokens >= 128 * num_adapters:
+        multi_lora.multi_lora_forward(x, weight, bias, *arguments, y, s)
+    if tokens >= 128 * num_adapters and rank == 64 and dtype == adapters:
+        multi_lora.multi_lora_backward(y, x, weight, *arguments, s, x, None, None)
 
 
 def launch_decode(tokens, rank, dtype=half, k=8192, n=512, num_adapters=4):
     integers = [meta(size, dtype=torch.int64) for size in (num_adapters, tokens, num_adapters + 1)]
     x, y, s = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype), meta(tokens, rank, dtype=single)
     factors = meta(num_adapters, rank, k, dtype=dtype), meta(num_adapters, n, rank, dtype=dtype)
-    counters = multi_lora.counters_for(tokens, num_adapters, "meta")
-    multi_lora.multi_lora_forward(x, *factors, meta(num_adapters, dtype=single), *integers, y, s, counters)
+    arguments = *factors, meta(num_adapters, dtype=single), *integers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BLOCKS, "multi_lora", {"half": [(ANY, entry(16, 64, 128, 4, 4))]})
+        multi_lora.multi_lora_forward(x, None, None, *arguments, y, s)
 
 
 def launch_all():
@@ -185,7 +193,7 @@ def test_compiles_without_spills_inside_shared_memory(compiled, target, name):
 def test_every_configuration_is_asked_for(name):
     asked = [kernel.constants | kernel.options for kernel in asked_for() if kernel.name == f"{name}_kernel"]
     for kind, entries in (BLOCKS.get(name) or BLOCKS[name.removeprefix("multi_")]).items():
-        for most, entry in entries:
+        for most, sizes in entries:
             for rank_block in RANK_BLOCKS[kind]:
-                wanted = (entry or {}) | ({"BLOCK_R": rank_block} if "BLOCK_R" in asked[0] else {})
+                wanted = (sizes or {}) | ({"BLOCK_R": rank_block} if "BLOCK_R" in asked[0] else {})
                 assert any(wanted.items() <= one.items() for one in asked), (kind, most, wanted)

@@ -42,11 +42,12 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       " Tensor(c!)? dlora_B, Tensor(d!)? dscale) -> ()");
   m.def("group_tokens(Tensor slots, Tensor(a!) order, Tensor(b!) segments) -> ()");
   m.def(
-      "multi_lora_forward(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks, Tensor order,"
-      " Tensor segments, Tensor(a!) y, Tensor(b!) s) -> ()");
+      "multi_lora_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling,"
+      " Tensor? ranks, Tensor order, Tensor segments, Tensor(a!) y, Tensor(b!) s) -> ()");
   m.def(
-      "multi_lora_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks,"
-      " Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()");
+      "multi_lora_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling,"
+      " Tensor? ranks, Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A,"
+      " Tensor(c!)? dlora_B) -> ()");
   // An ordinary call whole, checks included; false or none, with nothing written, where it is out of the ordinary.
   m.def(
       "lora_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor?");
@@ -54,6 +55,9 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       "lora_training(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling)"
       " -> (Tensor?, Tensor?)");
   m.def("lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> bool");
+  m.def(
+      "multi_lora_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor slots,"
+      " Tensor? segments, Tensor? scalings, float scaling, Tensor? ranks) -> Tensor?");
   m.def(
       "multi_lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
       " Tensor? scalings, float scaling, Tensor? ranks) -> bool");
@@ -85,6 +89,7 @@ void refuse_all(torch::stable::detail::StableLibrary& m) {
   m.impl("lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, double>)));
   m.impl("ia3_call", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, bool, bool>)));
   m.impl("ia3_gradients", TORCH_BOX((&refuse<std::tuple<O, O>, T, O, T, T, bool, O, bool, bool>)));
+  m.impl("multi_lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
   m.impl("multi_lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
 }
 

@@ -58,7 +58,7 @@ class _Adapter(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """What `ops.multi_lora` takes of several adapters, zero-padded to the largest rank."""
+    """What `ops.multi_lora_linear` takes of several adapters, zero-padded to the largest rank."""
 
     lora_A: Tensor  # [L, r, K]
     lora_B: Tensor  # [L, N, r]
@@ -93,7 +93,7 @@ class FusedLoraLinear(lora.Linear):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         lora_A, lora_B, scaling, ranks = _stacked(self, covered[1], adapter_names, accumulation(x.dtype))
         slots = _slots(tuple(adapter_names), names, x.shape[1:-1].numel(), x.device)
-        return ops.multi_lora(self.base_layer(x), x, lora_A, lora_B, slots, scaling, ranks)
+        return ops.multi_lora_linear(x, *covered[0], lora_A, lora_B, slots, scaling, ranks)
 
     def _active(self, x: Tensor) -> tuple[_Base, list[_Adapter]] | None:
         """The base and the active adapters; None where PEFT's own forward pass has to run."""

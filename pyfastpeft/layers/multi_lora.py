@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import Routing, checks, multi_lora
+from ..ops import Routing, checks, multi_lora_linear
 from ..ops.reference import accumulation
 from .frozen import FrozenLinear
 
@@ -72,12 +72,12 @@ class MultiLoRALinear(FrozenLinear):
         """
         if self.merged and slots is not None:
             raise RuntimeError("MultiLoRALinear: slots need an unmerged weight; call unmerge() first")
-        y = F.linear(x, self.weight, self.bias)
         if slots is None:
-            return y
+            return F.linear(x, self.weight, self.bias)
         if isinstance(slots, Tensor):
             slots = slots.flatten()
-        return multi_lora(y, x, self.lora_A, self.lora_B, slots, self.scaling, self.ranks)
+        adapters = self.lora_A, self.lora_B, slots, self.scaling, self.ranks
+        return multi_lora_linear(x, self.weight, self.bias, *adapters)
 
     @torch.no_grad()
     def load_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:

@@ -8,7 +8,7 @@ from .dora import dora_linear, dora_norm
 from .ia3 import ia3_linear
 from .lora import lora_delta_, lora_linear
 from .lora_group import lora_linear_group
-from .multi_lora import Routing, multi_lora, route
+from .multi_lora import Routing, multi_lora, multi_lora_linear, route
 
 backends.register_all()
 
@@ -23,6 +23,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "multi_lora",
+    "multi_lora_linear",
     "route",
     "use_backend",
 ]

@@ -98,14 +98,17 @@ def _add_dropped(dx: Tensor, ds: Tensor, lora_A: Tensor, p: float, seed: Tensor 
         dx.add_(_dropped(ds @ lora_A, p, seed))
 
 
-def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
-    """For every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
+def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
+    """y = x weight^T + bias;  for every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;
+    y[t] += scaling[a] * s[t] lora_B[a]^T.  Without weight, the latter alone.
 
     Every token's adapter is gathered, so that nothing has to be known on the host, while that stays small.
     """
     (tokens, _), (num_adapters, rank, _) = x.shape, lora_A.shape
     if tokens * rank * (x.shape[1] + y.shape[1]) > GATHERED:
-        return reference.multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s)
+        return reference.multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s)
+    if weight is not None:
+        _linear(x, weight, bias, y)
     positions = torch.arange(tokens, device=x.device)
     adapter = torch.searchsorted(segments, positions, right=True) - 1
     served = ((adapter >= 0) & (adapter < num_adapters))[:, None]

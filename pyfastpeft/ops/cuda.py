@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SHORT = (torch.bfloat16, torch.float16)
-MAX_RANK = 256
+MAX_RANK, MAX_RANKS = 256, 432  # of a layer, and of the layers of a group together
 SHARED = 112 * 1024  # bytes of shared memory that a block takes
 
 
@@ -20,6 +20,15 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
     return _low_rank(dy, lora_A, lora_B) or _rows(dy=dy, dx=dx, **read)
 
 
+def lora_group_forward(x, weights, biases, lora_A, lora_Bs, scalings, dropout_p, seed, ys, s) -> str:
+    return _group(x, lora_A, lora_Bs) or _rows(x=x, **_numbered(ys=ys, weights=weights))
+
+
+def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, seed, s, dx, dlora_A, dlora_Bs) -> str:
+    read = {"x": x if dlora_A is not None else None, **_numbered(dys=dys, weights=weights if dx is not None else [])}
+    return _group(dys[0], lora_A, lora_Bs) or _rows(dx=dx, **read)
+
+
 def ia3_forward(*args) -> str:
     return ""
 
@@ -28,17 +37,17 @@ def ia3_backward(*args) -> str:
     return ""
 
 
-def multi_lora_forward(x, lora_A, *rest) -> str:
-    """Tensor cores multiply the activations with adapters of their own 16-bit dtype, any shape of them."""
-    if x.dtype not in SHORT or lora_A.dtype != x.dtype:
-        return "takes bfloat16 and float16, with adapters of the same dtype"
+def multi_lora_forward(x, weight, bias, lora_A, *rest) -> str:
+    """Any shapes, and any strides of weight."""
+    if lacking := _short(x, lora_A):
+        return lacking
     if len(lora_A) > 65535:
         return f"takes up to 65535 adapters, not {len(lora_A)}"
     return _tensor_cores(x.device)
 
 
-def multi_lora_backward(dy, x, lora_A, *rest) -> str:
-    return multi_lora_forward(dy, lora_A)
+def multi_lora_backward(dy, x, weight, lora_A, *rest) -> str:
+    return multi_lora_forward(dy, weight, None, lora_A)
 
 
 def group_tokens(slots, order, segments) -> str:
@@ -46,11 +55,28 @@ def group_tokens(slots, order, segments) -> str:
     return "" if len(slots) + len(segments) <= 2**14 else "takes up to 16384 tokens and adapters"
 
 
-def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
+def _short(x: Tensor, lora_A: Tensor) -> str:
+    """The dtypes that tensor cores multiply."""
     if x.dtype not in SHORT:
         return "takes bfloat16 and float16 activations"
-    if lora_A.dtype not in (x.dtype, torch.float32):
-        return f"takes adapters of {x.dtype} or float32"
+    return "" if lora_A.dtype in (x.dtype, torch.float32) else f"takes adapters of {x.dtype} or float32"
+
+
+def _group(x: Tensor, lora_A: Tensor, lora_Bs: list[Tensor]) -> str:
+    """lora_A is that of all layers, one below the other."""
+    if len(lora_A) > MAX_RANKS:
+        return f"takes ranks up to {MAX_RANKS} together, not {len(lora_A)}"
+    lacking = (_low_rank(x, lora_A[: lora_B.shape[1]], lora_B) for lora_B in lora_Bs)
+    return next(filter(None, lacking), "")
+
+
+def _numbered(**lists: list[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}[{i}]": tensor for name, tensors in lists.items() for i, tensor in enumerate(tensors)}
+
+
+def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
+    if lacking := _short(x, lora_A):
+        return lacking
     (rank, features), outputs = lora_A.shape, lora_B.shape[0]
     if features % 8 or outputs % 8 or rank > MAX_RANK:
         needed = f"K and N that are multiples of 8 and ranks up to {MAX_RANK}"

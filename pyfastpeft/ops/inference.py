@@ -8,11 +8,12 @@ and gradients. What is computed is the same either way, bit by bit.
     ia3(x, weight, bias, ia3_l, feedforward, keep_base)     (y, base or None), or (None, None)
     ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)    (dx, dia3_l) as wanted, or (None, None)
     lora_(y, x, lora_A, lora_B, scaling)                    whether it is done
-    multi_lora_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    the same
+    multi_lora(x, weight, bias, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    y, or None
+    multi_lora_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    whether it is done
 
-`multi_lora_` takes a routing's order for `slots` where `segments` is given, and one number `scaling` where `scalings`
-is None. They take any tensor, or None, for a tensor, and find out themselves whether autocast, a mode, a transform or
-a trace has to see what the op consists of. The rest is for `call` and `writable` to find.
+`multi_lora` and `multi_lora_` take a routing's order for `slots` where `segments` is given, and one number `scaling`
+where `scalings` is None. They take any tensor, or None, for a tensor, and find out themselves whether autocast, a mode,
+a transform or a trace has to see what the op consists of. The rest is for `call` and `writable` to find.
 """
 
 import torch
@@ -30,10 +31,11 @@ if native.AVAILABLE:
     ia3 = torch.ops.pyfastpeft.ia3_call.default
     ia3_gradients = torch.ops.pyfastpeft.ia3_gradients.default
     lora_ = torch.ops.pyfastpeft.lora_inference_.default
+    multi_lora = torch.ops.pyfastpeft.multi_lora_inference.default
     multi_lora_ = torch.ops.pyfastpeft.multi_lora_inference_.default
 else:
-    lora, lora_training, ia3, ia3_gradients, lora_, multi_lora_ = (
-        lambda *_, nothing=nothing: nothing for nothing in (None, *[(None, None)] * 3, False, False)
+    lora, lora_training, ia3, ia3_gradients, lora_, multi_lora, multi_lora_ = (
+        lambda *_, nothing=nothing: nothing for nothing in (None, *[(None, None)] * 3, False, None, False)
     )
 
 

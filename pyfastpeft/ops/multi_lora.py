@@ -11,7 +11,17 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import checks, dispatch, host, inference, reference
-from .rows import as_rows, autocast_off, autocasting, needs_gradient, shaped, without_autocast, writable_rows, written
+from .rows import (
+    as_rows,
+    autocast,
+    autocast_off,
+    autocasting,
+    needs_gradient,
+    shaped,
+    without_autocast,
+    writable_rows,
+    written,
+)
 
 
 class Routing(NamedTuple):
@@ -44,6 +54,10 @@ def route(
         checks.need(slots.ndim == 1, op, "slots", f"of shape {list(slots.shape)}", "of shape [T]")
         _check_range(op, slots, num_adapters)
         return Routing(*(torch.from_numpy(a).to(device or "cpu") for a in host.group_tokens(slots, num_adapters)))
+    return _grouped(op, slots, num_adapters)
+
+
+def _grouped(op: str, slots: Tensor, num_adapters: int) -> Routing:
     integer = not (slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool)
     checks.need(integer, op, "slots", slots, "an integer tensor", TypeError)
     checks.need(slots.dim() == 1, op, "slots", slots, "of shape [T]")
@@ -64,24 +78,27 @@ def _check_range(op, slots, num_adapters):
         checks.need(False, op, "slots", given, f"in [-1, {num_adapters}) (-1: base only)")
 
 
-def _forward(y, x, lora_A, lora_B, scaling, ranks, order, segments):
-    """(y, s, backend); y is written in place."""
+def _forward(y, x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments):
+    """(y, s, backend). With weight, y is None and the result is new; without, y is written in place."""
     rows, backend = as_rows(x), None
     s = rows.new_empty(rows.shape[0], lora_A.shape[1], dtype=reference.accumulation(x.dtype))
+    if weight is not None:
+        y = rows.new_empty(*x.shape[:-1], weight.shape[0])
     if rows.shape[0]:
-        out = y.view(-1, y.shape[-1])
-        backend = dispatch.run("multi_lora_forward", rows, lora_A, lora_B, scaling, ranks, order, segments, out, s)
+        arguments = rows, weight, bias, lora_A, lora_B, scaling, ranks, order, segments
+        backend = dispatch.run("multi_lora_forward", *arguments, y.view(-1, y.shape[-1]), s)
     return y, s, backend
 
 
 class _MultiLoRA(Function):
     @staticmethod
-    def forward(ctx, y, x, lora_A, lora_B, scaling, ranks, order, segments):
-        ctx.mark_dirty(y)
-        y, s, backend = _forward(y, x, lora_A, lora_B, scaling, ranks, order, segments)
-        _, _, need_A, need_B, *_ = ctx.needs_input_grad
-        kept = x if need_A else None, s if need_B else None
-        ctx.save_for_backward(*kept, lora_A, lora_B, scaling, ranks, order, segments)
+    def forward(ctx, y, x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments):
+        if weight is None:
+            ctx.mark_dirty(y)
+        y, s, backend = _forward(y, x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments)
+        _, _, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
+        kept = x if need_A or need_weight else None, s if need_B else None
+        ctx.save_for_backward(*kept, weight, lora_A, lora_B, scaling, ranks, order, segments)
         ctx.options = backend, x.shape
         return y
 
@@ -89,21 +106,72 @@ class _MultiLoRA(Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, dy):
-        x, s, lora_A, lora_B, scaling, ranks, order, segments = ctx.saved_tensors
+        x, s, weight, lora_A, lora_B, scaling, ranks, order, segments = ctx.saved_tensors
         backend, shape = ctx.options
-        need_y, need_x, need_A, need_B, *_ = ctx.needs_input_grad
-        rows = as_rows(dy)
-        dx = rows.new_empty(rows.shape[0], shape[-1]) if need_x else None
+        need_y, need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+        dy_rows = as_rows(dy)
+        x_rows = None if x is None else as_rows(x)
+        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
         dlora_A = torch.empty_like(lora_A) if need_A else None
         dlora_B = torch.empty_like(lora_B) if need_B else None
         if dy.numel() == 0:
             for gradient in (dlora_A, dlora_B):
                 gradient is None or gradient.zero_()
         elif need_x or need_A or need_B:
-            x_rows = None if x is None else as_rows(x)
-            arguments = rows, x_rows, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B
-            dispatch.run("multi_lora_backward", *arguments, backend=backend)
-        return (dy if need_y else None), shaped(dx, shape), dlora_A, dlora_B, None, None, None, None
+            arguments = dy_rows, x_rows, weight, lora_A, lora_B, scaling, ranks, order, segments, s
+            dispatch.run("multi_lora_backward", *arguments, dx, dlora_A, dlora_B, backend=backend)
+        dweight = dy_rows.T @ x_rows if need_weight else None
+        dbias = dy_rows.sum(0) if need_bias else None
+        return (dy if need_y else None), shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, *[None] * 4
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    slots: Tensor | Routing,
+    scaling: Tensor | float,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """y[t] = x[t] weight^T + bias + scaling[a] * x[t] lora_A[a]^T lora_B[a]^T with a = slots[t]; for slot -1 the base
+    layer alone (Chen et al. 2023, section 4).
+
+    Args:
+        x: [..., K], float64, float32, bfloat16 or float16, any strides; T tokens in all.
+        weight: [N, K], of x's dtype; any strides.
+        bias: [N], of x's dtype, or None.
+        lora_A, lora_B, slots, scaling, ranks: as in `multi_lora`.
+
+    Returns y [..., N] in x's dtype. Gradients reach x, lora_A, lora_B and, where they require it, weight and bias. Kept
+    for the backward pass: x and s = x lora_A^T [T, r]. Under autocast x, weight and bias are cast first. Raises as
+    `multi_lora` does.
+    """
+    order, segments = slots if type(slots) is Routing else (slots, None)
+    scalings, number = (None, scaling) if type(scaling) is float else (scaling, 0.0)
+    tensors = x, weight, bias, lora_A, lora_B, order, segments, scalings, ranks
+    if (
+        scaling is not None
+        and inference.call(*tensors) == "inference"
+        and (y := inference.multi_lora(*tensors[:-1], number, ranks)) is not None
+    ):
+        return y
+    op = "multi_lora_linear"
+    checks.floating(op, "x", x)
+    if autocasting(x):
+        cast = autocast(x, weight, bias)
+        with autocast_off(x):
+            return multi_lora_linear(*cast, lora_A, lora_B, slots, scaling, ranks)
+    checks.linear(op, x, weight, bias)
+    checks.adapters(op, lora_A, lora_B, x, lead=("L",))
+    checks.shape(op, "lora_B", lora_B, (lora_A.shape[0], weight.shape[0], lora_A.shape[1]), "[L, N, r]")
+    bias = None if bias is None else bias.contiguous()
+    arguments = x, weight, bias, *_branch(op, x, lora_A, lora_B, slots, scaling, ranks)
+    if needs_gradient(x, weight, bias, lora_A, lora_B):
+        return _MultiLoRA.apply(None, *arguments)
+    y, *_ = _forward(None, *arguments)
+    return y
 
 
 def multi_lora(
@@ -150,17 +218,29 @@ def multi_lora(
         with autocast_off(x):
             return multi_lora(y, x.to(y.dtype), lora_A, lora_B, slots, scaling, ranks)
     checks.adapters(op, lora_A, lora_B, x, lead=("L",))
-    num_adapters, rank, _ = lora_A.shape
-    checks.need(num_adapters > 0, op, "lora_A", lora_A, "of at least one adapter, L >= 1")
     checks.shape(op, "y", y, (*x.shape[:-1], lora_B.shape[1]), "[..., N]")
     checks.like(op, "y", y, x)
     checks.in_place(op, y, x=x, lora_A=lora_A, lora_B=lora_B)
+    arguments = x, None, None, *_branch(op, x, lora_A, lora_B, slots, scaling, ranks)
+    rows = writable_rows(y)
+    if needs_gradient(y, x, lora_A, lora_B):
+        rows = _MultiLoRA.apply(rows, *arguments)
+    else:
+        _forward(rows, *arguments)
+        written(rows)
+    return rows if rows is y else y.copy_(rows)
+
+
+def _branch(op, x, lora_A, lora_B, slots, scaling, ranks):
+    """(lora_A, lora_B, scaling, ranks, order, segments) as the raw ops take them; the factors are checked."""
+    num_adapters, rank, _ = lora_A.shape
+    checks.need(num_adapters > 0, op, "lora_A", lora_A, "of at least one adapter, L >= 1")
     tokens = x.shape[:-1].numel()
     if not isinstance(slots, Routing):
         checks.need(isinstance(slots, Tensor), op, "slots", slots, "a tensor of T integers or a Routing", TypeError)
         checks.shape(op, "slots", slots, (tokens,), "[T]")
         checks.like(op, "slots", slots, x, dtype=False)
-        slots = route(slots, num_adapters)
+        slots = _grouped(op, slots, num_adapters)
     checks.integers(op, "slots.order [T]", slots.order, tokens, x)
     checks.integers(op, "slots.segments [L + 1]", slots.segments, num_adapters + 1, x)
     wide = reference.accumulation(x.dtype)
@@ -176,14 +256,7 @@ def multi_lora(
         ranks = _check_ranks(op, ranks, num_adapters, rank, x)
     if x.dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
-    arguments = x, lora_A.contiguous(), lora_B.contiguous(), scaling, ranks, slots.order, slots.segments
-    rows = writable_rows(y)
-    if needs_gradient(y, x, lora_A, lora_B):
-        rows = _MultiLoRA.apply(rows, *arguments)
-    else:
-        _forward(rows, *arguments)
-        written(rows)
-    return rows if rows is y else y.copy_(rows)
+    return lora_A.contiguous(), lora_B.contiguous(), scaling, ranks, slots.order, slots.segments
 
 
 def _check_ranks(op, ranks, num_adapters, rank, x):

@@ -274,29 +274,37 @@ def _segments(order, segments, ranks, rank):
             yield adapter, order[bounds[adapter] : bounds[adapter + 1]], true_rank
 
 
-def multi_lora_forward(x, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
-    """For every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] += scaling[a] * s[t] lora_B[a]^T.
+def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
+    """y = x weight^T + bias;  for every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;
+    y[t] += scaling[a] * s[t] lora_B[a]^T.  Without weight, the latter alone.
 
     lora_A [L, r, K], lora_B [L, N, r], scaling [L] float32, ranks [L] or None; rank rows beyond ranks[a] are not read.
     """
+    if weight is not None:
+        y.copy_(F.linear(x, weight, bias))
     for a, tokens, r in _segments(order, segments, ranks, lora_A.shape[1]):
         shrunk = x[tokens].to(s.dtype) @ lora_A[a, :r].to(s.dtype).T
         s[tokens, :r] = shrunk
         y[tokens] = (y[tokens] + scaling[a] * (shrunk @ lora_B[a, :, :r].to(s.dtype).T)).to(y.dtype)
 
 
-def multi_lora_backward(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B) -> None:
-    """On the tokens of every adapter a:  ds = scaling[a] * dy lora_B[a];  dx = ds lora_A[a];
-    dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s.  Zero for base-only tokens, idle adapters, unused ranks."""
+def multi_lora_backward(
+    dy, x, weight, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B
+) -> None:
+    """dx = dy weight, without weight 0;  on the tokens of every adapter a:  ds = scaling[a] * dy lora_B[a];
+    dx += ds lora_A[a];  dlora_A[a] = ds^T x;  dlora_B[a] = scaling[a] * dy^T s.  Zero for idle adapters, unused ranks.
+    """
     for gradient in (dx, dlora_A, dlora_B):
         if gradient is not None:
             gradient.zero_()
+    if dx is not None and weight is not None:
+        dx.copy_(dy @ weight)
     sums = accumulation(dy.dtype)
     for a, tokens, r in _segments(order, segments, ranks, lora_A.shape[1]):
         wide = dy[tokens].to(sums) * scaling[a]
         ds = wide @ lora_B[a, :, :r].to(sums)
         if dx is not None:
-            dx[tokens] = (ds @ lora_A[a, :r].to(sums)).to(dx.dtype)
+            dx[tokens] = (dx[tokens] + ds @ lora_A[a, :r].to(sums)).to(dx.dtype)
         if dlora_A is not None:
             dlora_A[a, :r] = (ds.T @ x[tokens].to(sums)).to(dlora_A.dtype)
         if dlora_B is not None:

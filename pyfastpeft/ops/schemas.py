@@ -33,10 +33,11 @@ SCHEMAS = {
     " float dropout_p, Tensor? seed, Tensor? s, Tensor? unscaled, Tensor(a!)? dx, Tensor(b!)? dlora_A,"
     " Tensor(c!)? dlora_B, Tensor(d!)? dscale) -> ()",
     "group_tokens": "(Tensor slots, Tensor(a!) order, Tensor(b!) segments) -> ()",
-    "multi_lora_forward": "(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks, Tensor order,"
-    " Tensor segments, Tensor(a!) y, Tensor(b!) s) -> ()",
-    "multi_lora_backward": "(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks,"
-    " Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A, Tensor(c!)? dlora_B) -> ()",
+    "multi_lora_forward": "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling,"
+    " Tensor? ranks, Tensor order, Tensor segments, Tensor(a!) y, Tensor(b!) s) -> ()",
+    "multi_lora_backward": "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling,"
+    " Tensor? ranks, Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A,"
+    " Tensor(c!)? dlora_B) -> ()",
 }
 
 
@@ -73,7 +74,7 @@ def _callable(namespace: str, op: str) -> Callable:
 
     def compute(*args):
         # y holds the base layer's output where the op adds to it.
-        adds = op == "multi_lora_forward" or (op == "lora_forward" and args[1] is None)
+        adds = op in ("lora_forward", "multi_lora_forward") and args[1] is None
         new = [target.clone() if adds else torch.empty_like(target) for target in targets(args)]
         left = iter(new)
         write(*(_replaced(argument, left) if i in places else argument for i, argument in enumerate(args)))

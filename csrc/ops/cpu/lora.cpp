@@ -6,8 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/cpu/base.h"
-#include "ops/cpu/lowrank.h"
+#include "ops/cpu/layer.h"
 
 namespace pyfastpeft {
 
@@ -53,7 +52,7 @@ void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lo
   check_ranks(layers, ranks);
   auto stack = shrinking<C>(lora_A, m, p, seed);
   Rows in = rows_of(x, m, k, "x");
-  bool upcast = sizeof(C) == 4 && layers[0].weight && !fast_matmul(in.dtype);
+  bool upcast = layers[0].weight && upcasts<C>(in.dtype);
   Buffer<float> wide(upcast ? m : 0, k);
   if (upcast) convert(in, wide.rows(), m, k);
   shrink<C>(stack, upcast ? wide.rows() : in, s, ranks);
@@ -62,23 +61,10 @@ void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lo
     int64_t n = layer.features();
     auto branch = expanding<C>(layer, stack.adapters[0].a.dtype, m);
     Tensor y = ys[i];
-    Rows out = rows_of(y, m, n, "y");
-    if (layer.weight) check_weight(*layer.weight, n, k, in.dtype);
-    if (!upcast) {
-      if (layer.weight) matmul(x, *layer.weight, false, layer.bias, y);
-      expand<C>(branch, s, ranks, out, 0, n);
+    if (layer.weight) {
+      layer_forward<C>(x, wide, *layer.weight, layer.bias, branch, s, ranks, y);
     } else {
-      Rows shift = layer.bias ? Rows{dtype_of(*layer.bias, "bias"), contiguous(*layer.bias, {n}, "bias"), 0} : Rows{};
-      matmul_upcast(wide.data.get(), m, *layer.weight, false, [&](int64_t n0, int64_t columns, Rows block) {
-        std::unique_ptr<float[]> bias_block(new float[columns]);
-        if (shift) kernels<float>().widen(shift.dtype, shift.at(0, n0), bias_block.get(), columns);
-        expand<C>(branch, s, ranks, block, n0, n0 + columns);
-        for (int64_t t = 0; t < m; ++t) {
-          auto* row = reinterpret_cast<float*>(block.at(t));
-          if (shift) kernels<float>().add(row, bias_block.get(), columns);
-          kernels<float>().narrow(out.dtype, row, out.at(t, n0), columns);
-        }
-      });
+      expand<C>(branch, s, ranks, rows_of(y, m, n, "y"), 0, n);
     }
     s += layer.rank();
   }
@@ -100,7 +86,7 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   Rows in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
   const C* shrunk = s ? sums<C>(*s, {m, ranks}, "s") : nullptr;
   bool base = dx && layers[0].weight;
-  bool upcast = sizeof(C) == 4 && base && !fast_matmul(dtype_of(dys[0], "dy"));
+  bool upcast = base && upcasts<C>(dtype_of(dys[0], "dy"));
   Buffer<float> sum(upcast ? m : 0, k);
   Buffer<C> ds(dx || dlora_A ? m : 0, ranks);
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -114,17 +100,7 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
     if (upcast) {
       convert(gradient, wide.rows(), m, n);
       gradient = wide.rows();
-      matmul_upcast(wide.data.get(), m, *layer.weight, true, [&](int64_t k0, int64_t columns, Rows block) {
-        for (int64_t t = 0; t < m; ++t) {
-          auto* to = reinterpret_cast<float*>(sum.rows().at(t, k0));
-          auto* from = reinterpret_cast<const float*>(block.at(t));
-          if (i == 0) {
-            std::copy_n(from, columns, to);
-          } else {
-            kernels<float>().add(to, from, columns);
-          }
-        }
-      });
+      input_gradient(wide, m, *layer.weight, i > 0, sum);
     } else if (base) {
       matmul(dys[i], *layer.weight, true, i == 0 ? std::nullopt : dx, *dx);
     }

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "group_tokens.h"
-#include "ops/cpu/lowrank.h"
+#include "ops/cpu/layer.h"
 
 namespace pyfastpeft {
 
@@ -67,18 +67,33 @@ Branch<C> grouped(const Tensor& lora_A, const Tensor& lora_B, const Tensor& scal
   return grouped<C>(lora_A, lora_B, scales, 1, true_ranks, position, bounds);
 }
 
+// s[t] = x[t] A^T;  y[t] = x[t] W^T + bias + scaling * s[t] B^T for the tokens t of every adapter, without the last term
+// for others; without W, y[t] += the last term.  s: [T, r], out;  y: [T, N], out
 template <class C>
-void forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
-             const OptionalTensor& ranks, const Tensor& order, const Tensor& segments, Tensor& y, Tensor& s) {
-  int64_t tokens = x.size(0);
-  auto branch = grouped<C>(lora_A, lora_B, scaling, ranks, order, segments, tokens);
-  C* shrunk = sums<C>(s, {tokens, lora_A.size(1)}, "s");
-  shrink<C>(branch, rows_of(x, tokens, branch.features_in, "x"), shrunk, lora_A.size(1));
-  expand<C>(branch, shrunk, lora_A.size(1), rows_of(y, tokens, branch.features_out, "y"), 0, branch.features_out);
+void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Branch<C>& branch,
+             int64_t rank, Tensor& y, C* s) {
+  int64_t tokens = x.size(0), k = branch.features_in;
+  Rows in = rows_of(x, tokens, k, "x");
+  bool upcast = weight && upcasts<C>(in.dtype);
+  Buffer<float> wide(upcast ? tokens : 0, k);
+  if (upcast) convert(in, wide.rows(), tokens, k);
+  shrink<C>(branch, upcast ? wide.rows() : in, s, rank);
+  if (weight) return layer_forward<C>(x, wide, *weight, bias, branch, s, rank, y);
+  expand<C>(branch, s, rank, rows_of(y, tokens, branch.features_out, "y"), 0, branch.features_out);
 }
 
 template <class C>
-void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, const Tensor& lora_B,
+void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+             const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+             const Tensor& segments, Tensor& y, Tensor& s) {
+  int64_t tokens = x.size(0), rank = lora_A.size(1);
+  auto branch = grouped<C>(lora_A, lora_B, scaling, ranks, order, segments, tokens);
+  forward<C>(x, weight, bias, branch, rank, y, sums<C>(s, {tokens, rank}, "s"));
+}
+
+template <class C>
+void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+              const Tensor& lora_B,
               const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order, const Tensor& segments,
               const OptionalTensor& s, OptionalTensor& dx, OptionalTensor& dlora_A, OptionalTensor& dlora_B) {
   int64_t tokens = dy.size(0), count = lora_A.size(0), rank = lora_A.size(1);
@@ -89,7 +104,9 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, c
   STD_TORCH_CHECK(!dlora_B || s, "dlora_B needs s");
   char* da = dlora_A ? contiguous(*dlora_A, {count, rank, k}, "dlora_A") : nullptr;
   char* db = dlora_B ? contiguous(*dlora_B, {count, n, rank}, "dlora_B") : nullptr;
-  Rows out = rows_of(dx, tokens, k, "dx");
+  Rows gradient = rows_of(dy, tokens, n, "dy"), out = rows_of(dx, tokens, k, "dx");
+  bool base = dx && weight, upcast = base && upcasts<C>(gradient.dtype);
+  if (base) check_weight(*weight, n, k, gradient.dtype);
 
   // What no task writes is zero: the gradients of idle adapters and unused ranks, and of tokens of no adapter.
   int64_t a_bytes = rank * k * item_size(dtype), b_bytes = n * rank * item_size(dtype);
@@ -105,39 +122,58 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, c
     if (da && !whole[i]) std::memset(da + i * a_bytes, 0, a_bytes);
     if (db && !whole[i]) std::memset(db + i * b_bytes, 0, b_bytes);
   }
-  for (int64_t t = 0; out && t < tokens; ++t)
+  for (int64_t t = 0; out && !base && t < tokens; ++t)
     if (!reached[t]) std::memset(out.at(t), 0, k * item_size(out.dtype));
 
   const C* shrunk = s ? sums<C>(*s, {tokens, rank}, "s") : nullptr;
-  backward<C>(branch, rows_of(dy, tokens, n, "dy"), rows_of(x, tokens, k, "x"), shrunk, rank, Rows{}, out);
+  Buffer<float> wide(upcast ? tokens : 0, n), sum(upcast ? tokens : 0, k);
+  if (upcast) {
+    convert(gradient, wide.rows(), tokens, n);
+    gradient = wide.rows();
+    input_gradient(wide, tokens, *weight, false, sum);
+  } else if (base) {
+    matmul(dy, *weight, true, std::nullopt, *dx);
+  }
+  Rows to = upcast ? sum.rows() : out;
+  backward<C>(branch, gradient, rows_of(x, tokens, k, "x"), shrunk, rank, base ? to : Rows{}, to);
+  if (upcast) convert(to, out, tokens, k);
 }
 
-void multi_lora_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
-                        const OptionalTensor& ranks, const Tensor& order, const Tensor& segments, Tensor& y,
-                        Tensor& s) {
-  auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  run(x, lora_A, lora_B, scaling, ranks, order, segments, y, s);
+void multi_lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                        const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+                        const Tensor& segments, Tensor& y, Tensor& s) {
+  if (x.scalar_type() == ScalarType::Double) {
+    forward<double>(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s);
+  } else {
+    forward<float>(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s);
+  }
 }
 
-void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, const Tensor& lora_B,
-                         const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+                         const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
                          const Tensor& segments, const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A,
                          OptionalTensor dlora_B) {
   auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B);
+  run(dy, x, weight, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B);
 }
 
-template <class C>
-bool infer(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
-           const OptionalTensor& segments, const OptionalTensor& scalings, double scaling,
-           const OptionalTensor& ranks) {
-  Rows in = separate_rows(x), out = separate_rows(y);
-  if (!in || !out || in.dtype != out.dtype || !same_lead(x, y)) return false;
+// What an ordinary call gives besides its matrices.
+struct Given {
+  const Tensor& slots;  // [T], or a routing's order
+  const OptionalTensor &segments, &scalings;  // [L + 1];  [L], or none:
+  double scaling;
+  const OptionalTensor& ranks;  // [L]
+};
+
+// Calls run(branch, rank) if these are ordinary operands, else returns false.
+// in: x [T, K] as rows;  lora_A: [L, r, K];  lora_B: [L, N, r]
+template <class C, class Run>
+bool ordinary(const Rows& in, int64_t tokens, int64_t k, int64_t n, const Tensor& lora_A, const Tensor& lora_B,
+              const Given& given, Run run) {
+  const auto& [slots, segments, scalings, scaling, ranks] = given;
   if (lora_A.dim() != 3 || lora_A.numel() == 0 || !summed_in<C>(in.dtype, lora_A, lora_B)) return false;
-  int64_t count = lora_A.size(0), rank = lora_A.size(1), k = x.size(-1), n = y.size(-1), tokens = x.numel() / k;
+  int64_t count = lora_A.size(0), rank = lora_A.size(1);
   if (!shaped(lora_A, {count, rank, k}) || !shaped(lora_B, {count, n, rank})) return false;
-  for (const Tensor* other : {&x, &lora_A, &lora_B})
-    if (!apart(out, tokens, n, *other)) return false;
   if (!shaped(slots, ScalarType::Long, tokens) || (segments && !shaped(*segments, ScalarType::Long, count + 1)) ||
       (ranks && !shaped(*ranks, ScalarType::Long, count)) ||
       (scalings && !shaped(*scalings, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float, count)))
@@ -158,19 +194,56 @@ bool infer(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor&
 
   C scale = C(scaling);
   const C* scales = scalings ? static_cast<const C*>(scalings->const_data_ptr()) : &scale;
-  auto branch = grouped<C>(lora_A, lora_B, scales, scalings ? 1 : 0, true_ranks, order, bounds);
-  std::unique_ptr<C[]> shrunk(new C[tokens * rank]);
-  shrink<C>(branch, in, shrunk.get(), rank);
-  expand<C>(branch, shrunk.get(), rank, out, 0, n);
+  run(grouped<C>(lora_A, lora_B, scales, scalings ? 1 : 0, true_ranks, order, bounds), rank);
   return true;
 }
 
-bool multi_lora_inference(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-                      const Tensor& slots, const OptionalTensor& segments, const OptionalTensor& scalings,
-                      double scaling, const OptionalTensor& ranks) {
-  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
+template <class C>
+bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Given& given) {
+  Rows in = separate_rows(x), out = separate_rows(y);
+  if (!in || !out || in.dtype != out.dtype || !same_lead(x, y)) return false;
+  int64_t k = x.size(-1), n = y.size(-1), tokens = x.numel() / k;
+  for (const Tensor* other : {&x, &lora_A, &lora_B})
+    if (!apart(out, tokens, n, *other)) return false;
+  return ordinary<C>(in, tokens, k, n, lora_A, lora_B, given, [&](const Branch<C>& branch, int64_t rank) {
+    std::unique_ptr<C[]> shrunk(new C[tokens * rank]);
+    shrink<C>(branch, in, shrunk.get(), rank);
+    expand<C>(branch, shrunk.get(), rank, out, 0, n);
+  });
+}
+
+// y [..., N], or none.
+template <class C>
+OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                     const Tensor& lora_B, const Given& given) {
+  Rows in = separate_rows(x);
+  if (!linear(x, in, weight, bias)) return {};
+  int64_t n = weight.size(0), k = weight.size(1), tokens = x.numel() / k;
+  OptionalTensor y;
+  ordinary<C>(in, tokens, k, n, lora_A, lora_B, given, [&](const Branch<C>& branch, int64_t rank) {
+    y = empty_rows(x, n);
+    Tensor out = as_matrix(*y, tokens, n, n);
+    std::unique_ptr<C[]> shrunk(new C[tokens * rank]);
+    forward<C>(as_matrix(x, tokens, k, in.stride), weight, bias, branch, rank, out, shrunk.get());
+  });
+  return y;
+}
+
+OptionalTensor multi_lora_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                    const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
+                                    const OptionalTensor& segments, const OptionalTensor& scalings, double scaling,
+                                    const OptionalTensor& ranks) {
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
   auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
-  return run(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks);
+  return run(x, weight, bias, lora_A, lora_B, {slots, segments, scalings, scaling, ranks});
+}
+
+bool multi_lora_inference_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                                   const Tensor& slots, const OptionalTensor& segments, const OptionalTensor& scalings,
+                                   double scaling, const OptionalTensor& ranks) {
+  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
+  auto run = x.scalar_type() == ScalarType::Double ? infer_in_place<double> : infer_in_place<float>;
+  return run(y, x, lora_A, lora_B, {slots, segments, scalings, scaling, ranks});
 }
 
 void group_tokens_cpu(const Tensor& slots, Tensor& order, Tensor& segments) {
@@ -191,7 +264,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("multi_lora_inference_", TORCH_BOX(&multi_lora_inference));
+  m.impl("multi_lora_inference", TORCH_BOX(&multi_lora_inference));
+  m.impl("multi_lora_inference_", TORCH_BOX(&multi_lora_inference_in_place));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability_string));
 }
 

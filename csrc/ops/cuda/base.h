@@ -5,6 +5,7 @@
 #include <array>
 
 #include "ops/checks.h"
+#include "ops/cuda/device.h"
 
 namespace pyfastpeft {
 
@@ -16,9 +17,13 @@ inline void base_forward(const Tensor& x, const Tensor& weight, const OptionalTe
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// dx = dy weight.  dy: [M, N];  weight: [N, K];  dx: [M, K]
-inline void base_backward(const Tensor& dy, const Tensor& weight, Tensor& dx) {
+// dx = dy weight or, to `add`, dx += that.  dy: [M, N];  weight: [N, K];  dx: [M, K]
+inline void base_backward(const Tensor& dy, const Tensor& weight, Tensor& dx, bool add = false) {
   using torch::stable::detail::from;
+  if (add) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(dx.get(), dx.get(), dy.get(), weight.get(), 1, 1));
+    return;
+  }
   std::array<StableIValue, 3> stack{from(dy), from(weight), from(dx)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);

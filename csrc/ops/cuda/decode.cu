@@ -31,7 +31,8 @@ struct Layer {
   const float* scalings;  // [L] or null
   Routing routing;
   Matrix<T> y;          // [T, N]
-  float* s;             // [T, R]
+  float* s;             // [T, R] at
+  int64_t s_stride;
   float* shrink_planes; // [shrink parts, T, R]
   float* base_planes;   // [parts - 1, T rounded up to 16s, N rounded up to kColumns]
   int parts;            // of the features and of the tail: as many items share kColumns columns
@@ -160,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
     };
 
     float own[token_tiles][4] = {};
-    // own += 16 terms: rows of the left begin at the addresses that lanes bring, those of the right are in a stage.
-    auto multiply = [&](const T* left, const T* stage, int sixteen) {
+    // sums += 16 terms: rows of the left begin at the addresses that lanes bring, those of the right are in a stage.
+    auto multiply = [&](float (&sums)[token_tiles][4], const T* left, const T* stage, int sixteen) {
       uint32_t x[4];
       ldmatrix(x, left);
 #pragma unroll
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
         uint32_t w[4];
         ldmatrix(w, stage + swizzled(rows + row, 2 * sixteen + lane / 8 % 2));
         uint32_t first[] = {w[0], w[1]}, second[] = {w[2], w[3]};
-        mma<T>(own[2 * pair], x, first);
-        if constexpr (token_tiles > 1) mma<T>(own[2 * pair + 1], x, second);
+        mma<T>(sums[2 * pair], x, first);
+        if constexpr (token_tiles > 1) mma<T>(sums[2 * pair + 1], x, second);
       }
     };
 
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
       if (i < base_steps) {
 #pragma unroll
         for (int sixteen = 0; sixteen < kDepth / 16; ++sixteen)
-          multiply(stage + swizzled(left_row, 2 * sixteen + lane / 16), stage, sixteen);
+          multiply(own, stage + swizzled(left_row, 2 * sixteen + lane / 16), stage, sixteen);
         continue;
       }
       if (!s_at_hand) {
@@ -218,8 +219,17 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
         int number = slices[slice + first + sixteen];
         Tile tile = tiles[number / 256];
         if (tile.first >= row_tile + kTile || tile.first + tile.count <= row_tile) continue;
-        bool of_tile = left_row >= tile.first && left_row < tile.first + tile.count;
-        multiply(shrunk + (of_tile ? left_row : rows) * stride + number % 256 * 16 + lane / 16 * 8, stage, sixteen);
+        auto of_tile = [&](int row) { return row >= tile.first && row < tile.first + tile.count; };
+        // Rows of other adapters are zero, and zero times what is not finite is to reach nobody.
+        float sums[token_tiles][4] = {};
+        int row = of_tile(left_row) ? left_row : rows;
+        multiply(sums, shrunk + row * stride + number % 256 * 16 + lane / 16 * 8, stage, sixteen);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (!of_tile(row_tile + g + i / 2 * 8)) continue;
+#pragma unroll
+          for (int q = 0; q < token_tiles; ++q) own[q][i] += sums[q][i];
+        }
       }
     }
     wait_async<0>();
@@ -273,11 +283,11 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
       for (int tile = warp; tile < tile_count; tile += kWarps) {
         Tile of = tiles[tile];
         for (int j = lane; j < of.count * of.rank; j += 32) {
-          int64_t at = int64_t(tokens[of.first + j / of.rank]) * rank + j % of.rank;
+          int64_t token = tokens[of.first + j / of.rank], at = token * rank + j % of.rank;
           float sum = 0;
           for (int h = 0; h < shrinks.parts; ++h)
             sum += __ldcg(a.shrink_planes + int64_t(h) * routing.tokens * rank + at);
-          a.s[at] = sum;
+          a.s[token * a.s_stride + j % of.rank] = sum;
         }
       }
     }
@@ -300,6 +310,8 @@ template <class T>
 void run(const FusedLayer& a, cudaStream_t stream) {
   int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.lora_A.size(-2);
   int64_t adapters = a.lora_A.dim() == 3 ? a.lora_A.size(0) : 1;
+  Rows s = rows_of(a.s, tokens, rank, "s");
+  STD_TORCH_CHECK(s.dtype == Dtype::f32, "s must be of the dtype of sums");
   OptionalTensor own;
   int* zeros = counters(a.x, stream, own);
   Routing routing{a.order ? integers(*a.order, tokens, "order") : nullptr,
@@ -327,7 +339,8 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                    a.scalings ? sums<float>(*a.scalings, {adapters}, "scaling") : nullptr,
                    routing,
                    {static_cast<T*>(a.y.mutable_data_ptr()), a.y.stride(0), static_cast<int>(n)},
-                   sums<float>(a.s, {tokens, rank}, "s"),
+                   reinterpret_cast<float*>(s.data),
+                   s.stride,
                    static_cast<float*>(shrink_planes.mutable_data_ptr()),
                    static_cast<float*>(base_planes.mutable_data_ptr()),
                    static_cast<int>(parts)};

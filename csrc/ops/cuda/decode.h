@@ -19,7 +19,7 @@ struct FusedLayer {
   OptionalTensor scalings;  // [L] float32
   OptionalTensor ranks;  // [L]: true ranks
   OptionalTensor order, segments;  // [T], [L + 1]; without them one adapter serves all tokens
-  Tensor y, s;  // out: [T, N], [T, R] float32
+  Tensor y, s;  // out: [T, N], [T, R] float32: rows at a stride
 };
 
 // Whether shapes and alignment are such that fused_layer takes them.

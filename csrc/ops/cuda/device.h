@@ -7,6 +7,9 @@
 
 // Weak, so that the library loads where torch is one for the CPU.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                                         AtenTensorHandle left, AtenTensorHandle right,
+                                                                         double beta, double alpha);
 
 namespace pyfastpeft {
 

@@ -2,16 +2,16 @@
 // they take their time for, small ones that finish, and the product of gemm.h, which takes the branch along as a tail;
 // without it torch's, to which a kernel adds the branch. Few tokens are left to decode.h.
 //
-// Where adapters are 16-bit, the tensor cores multiply 16-bit operands. Where they are float32, results of theirs have
-// to be as good as float32's: activations are exact in tf32, the other operand is the sum of two tf32 numbers, and what
-// the tensor cores sum, which they truncate, is added to a sum outside of them every 64 terms.
+// Where adapters are 16-bit, the tensor cores multiply 16-bit operands; where they are float32, see exact.h.
 #include <torch/csrc/stable/library.h>
+
+#include <vector>
 
 #include "ops/cuda/base.h"
 #include "ops/cuda/decode.h"
 #include "ops/cuda/dropout.h"
+#include "ops/cuda/exact.h"
 #include "ops/cuda/gemm.h"
-#include "ops/cuda/intrinsics.h"
 #include "ops/cuda/runtime.h"
 
 namespace pyfastpeft {
@@ -63,23 +63,6 @@ __device__ void drop_tile(T* tile, const Dropout& dropout, uint64_t seed, int64_
 
 // --- products of tiles. The order of the terms of a sum is free: a thread takes four neighbours where the tensor cores
 // --- want two and two.
-
-// d += a b with b (or, for `swapped`, a) given in float32.
-__device__ __forceinline__ void mma_exact(float (&d)[4], const float (&a)[4], const float (&b)[2], bool swapped) {
-  uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    high_a[i] = swapped ? tf32(a[i]) : __float_as_uint(a[i]);
-    low_a[i] = swapped ? tf32(a[i] - __uint_as_float(high_a[i])) : high_a[i];
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    high_b[i] = swapped ? __float_as_uint(b[i]) : tf32(b[i]);
-    low_b[i] = swapped ? high_b[i] : tf32(b[i] - __uint_as_float(high_b[i]));
-  }
-  mma_tf32(d, low_a, low_b);
-  mma_tf32(d, high_a, high_b);
-}
 
 // s[n] += activation[row, :] . factor[8 n + .., :] over the C columns of the two tiles, for the warp's 16 rows: lane
 // 4 g + t holds rows g (s[n][0], s[n][1]) and g + 8, ranks 8 n + 2 t and the next.
@@ -186,9 +169,9 @@ __device__ __forceinline__ void gradient_tile(float (&gradient)[R / 16][4][4], c
 // What becomes of sums over a part of the columns: s[part, m, j] = scale * sum and, unless null,
 // rounded[m, j] = T(rounded_scale * s[part, m, j]), with zeros from rank on.
 struct Shrunk {
-  float* s = nullptr;       // [parts, rows, rank]
+  float* s = nullptr;       // [parts, rows, rank], or, of one part, [rows, rank] at a stride
   void* rounded = nullptr;  // [rows, rounded_stride]
-  int rank = 0, rounded_stride = 0;  // rounded_stride: rank, rounded up to a multiple of 8
+  int rank = 0, stride = 0, rounded_stride = 0;  // rounded_stride: rank, rounded up to a multiple of 8
   float scale = 1.0f, rounded_scale = 1.0f;
 };
 
@@ -205,7 +188,7 @@ __device__ __forceinline__ void store_shrunk(const float (&s)[R / 8][4], const S
     for (int n = 0; n < R / 8; ++n) {
       int rank = first_rank + 8 * n + 2 * t;
       float x = s[n][2 * half] * out.scale, y = s[n][2 * half + 1] * out.scale;
-      float* to = out.s + (part * rows + row) * out.rank + rank;
+      float* to = out.s + (part * rows + row) * out.stride + rank;
       if (rank < out.rank) to[0] = x;
       if (rank + 1 < out.rank) to[1] = y;
       if (out.rounded && rank < out.rounded_stride) {
@@ -273,11 +256,11 @@ struct GradientShape {
 // gradient[part, j, c] = sum over the rows m of a part of left[m, j] drop(x)[m, c]; and, where factor is given,
 // s[block, m, j] = sum over the columns c of a block of drop(x)[m, c] factor[c, j].
 // Grid: blocks of kColumns columns, parts of the rows, chunks of R ranks.
-// left: [rows, rank] without gaps;  factor: [columns, rank] without gaps;  gradient: [parts, rank, columns] without gaps
+// left: [rows, rank] at a stride;  factor: [columns, rank] without gaps;  gradient: [parts, rank, columns] without gaps
 template <int R, class T, class Factor>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, const float* left, const Factor* factor,
-                                                            Dropout dropout, Shrunk out, float* gradient,
-                                                            int tiles_per_part) {
+__global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, const float* left, int64_t left_stride,
+                                                            const Factor* factor, Dropout dropout, Shrunk out,
+                                                            float* gradient, int tiles_per_part) {
   using Shape = GradientShape<R, T, Factor>;
   constexpr int C = Shape::kColumns, kGroups = C / 128;
   auto* memory = shared_memory<unsigned char>();
@@ -296,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, cons
       for (int i = threadIdx.x; i < kRows * R; i += kThreads) {
         int m = i / R, j = i % R;
         bool inside = row + m < x.rows && j < ranks;
-        copy_async_word(to + m * (R + 8) + j, inside ? left + (row + m) * out.rank + first_rank + j : left, inside);
+        copy_async_word(to + m * (R + 8) + j, inside ? left + (row + m) * left_stride + first_rank + j : left, inside);
       }
     }
     commit_async();
@@ -424,21 +407,22 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(T* y, int64_t y_stride
 constexpr int kFinishThreads = 256;
 
 // out.s[m, j] = scale * sum over the parts of sums[part, m, j];  rounded[m, j] = T(rounded_scale * out.s[m, j]), with
-// zeros from rank on.  One thread an element of rounded.
+// zeros from rank on.  One thread an element of rounded, or, where it is null, of out.s.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads) sum_shrunk_kernel(const float* sums, int parts, int64_t rows,
                                                                     Shrunk out) {
-  int64_t i = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x, m = i / out.rounded_stride;
-  int j = static_cast<int>(i % out.rounded_stride);
+  int columns = out.rounded ? out.rounded_stride : out.rank;
+  int64_t i = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x, m = i / columns;
+  int j = static_cast<int>(i % columns);
   if (m >= rows) return;
   float sum = 0.0f;
   if (j < out.rank) {
 #pragma unroll 4
     for (int part = 0; part < parts; ++part) sum += sums[(part * rows + m) * out.rank + j];
     sum *= out.scale;
-    out.s[m * out.rank + j] = sum;
+    out.s[m * out.stride + j] = sum;
   }
-  static_cast<T*>(out.rounded)[i] = T(sum * out.rounded_scale);
+  if (out.rounded) static_cast<T*>(out.rounded)[i] = T(sum * out.rounded_scale);
 }
 
 // A gradient of a factor [rank, columns] from its parts.
@@ -471,14 +455,15 @@ __global__ void __launch_bounds__(kFinishThreads) sum_gradient_kernel(FactorGrad
   out[3 * step] = Factor(sum.w * it.scale);
 }
 
-// out[i, j] = in(i, j), element (i, j) at i * by_row + j * by_column.  One thread an element of out [rows, out_stride],
-// which holds zeros from `columns` on.
+// out[i, j] = scale * in(i, j), element (i, j) at i * by_row + j * by_column.  One thread an element of
+// out [rows, out_stride], which holds zeros from `columns` on.
 template <class Out, class In>
 __global__ void __launch_bounds__(kFinishThreads) copy_kernel(const In* in, int64_t by_row, int64_t by_column,
-                                                              int64_t rows, int columns, Out* out, int out_stride) {
+                                                              int64_t rows, int columns, Out* out, int out_stride,
+                                                              float scale) {
   int64_t at = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x, i = at / out_stride;
   int j = static_cast<int>(at % out_stride);
-  if (i < rows) out[at] = j < columns ? Out(float(in[i * by_row + j * by_column])) : Out(0.0f);
+  if (i < rows) out[at] = j < columns ? Out(scale * float(in[i * by_row + j * by_column])) : Out(0.0f);
 }
 
 // --- on the host ---
@@ -548,16 +533,25 @@ struct Place {
 
 template <class Out, class In>
 void copy(const Place& place, const In* in, int64_t by_row, int64_t by_column, int64_t rows, int columns, Out* out,
-          int out_stride) {
+          int out_stride, double scale = 1) {
   launch(copy_kernel<Out, In>, dim3(div_up(rows * out_stride, kFinishThreads)), dim3(kFinishThreads), 0, place.stream,
-         in, by_row, by_column, rows, columns, out, out_stride);
+         in, by_row, by_column, rows, columns, out, out_stride, scale);
+}
+
+// t [rows, columns], float32 at a stride, in T, times scale, with zeros behind up to a multiple of 8.
+template <class Type>
+Tensor rounded(const Place& place, const float* t, int64_t stride, int64_t rows, int64_t columns, double scale) {
+  Tensor result = scratch(place.beside, {rows, round_up(columns)}, Type::dtype);
+  copy(place, t, stride, 1, rows, columns, pointer<typename Type::T>(result), result.size(1), scale);
+  return result;
 }
 
 template <class T>
 void sum_shrunk(const Place& place, const Tensor& sums, const Shrunk& out) {
   int64_t parts = sums.size(0), rows = sums.size(1);
-  launch(sum_shrunk_kernel<T>, dim3(div_up(rows * out.rounded_stride, kFinishThreads)), dim3(kFinishThreads), 0,
-         place.stream, pointer<float>(sums), parts, rows, out);
+  int64_t columns = out.rounded ? out.rounded_stride : out.rank;
+  launch(sum_shrunk_kernel<T>, dim3(div_up(rows * columns, kFinishThreads)), dim3(kFinishThreads), 0, place.stream,
+         pointer<float>(sums), parts, rows, out);
 }
 
 // out of drop(x) factor^T.  factor: [rank, columns of x] without gaps, 16-byte aligned
@@ -573,7 +567,7 @@ void shrink(const Place& place, const Activation16& x, const typename Type::Fact
     int64_t tiles_per_part = div_up(tiles, std::min(wanted, tiles)), parts = div_up(tiles, tiles_per_part);
     Tensor sums = scratch(place.beside, {parts > 1 ? parts : 0, x.rows, out.rank}, ScalarType::Float);
     Shrunk part = out;
-    if (parts > 1) part = {.s = pointer<float>(sums), .rank = out.rank};
+    if (parts > 1) part = {.s = pointer<float>(sums), .rank = out.rank, .stride = out.rank};
     launch(shrink_kernel<ranks, T, typename Type::Factor>, dim3(blocks, parts, chunks), dim3(kThreads), Shape::kShared,
            place.stream, x, factor, dropout, part, tiles_per_part);
     if (parts > 1) sum_shrunk<T>(place, sums, out);
@@ -581,10 +575,10 @@ void shrink(const Place& place, const Activation16& x, const typename Type::Fact
 }
 
 // The parts of left^T drop(x) and, with factor, out of drop(x) factor, which reads x once for both.
-// left: [rows, rank];  factor: [columns of x, rank]; both without gaps.  Result: [parts, rank, columns]
+// left: [rows, rank] at a stride;  factor: [columns of x, rank] without gaps.  Result: [parts, rank, columns]
 template <class Type>
-Tensor gradient(const Place& place, const Activation16& x, const float* left, const typename Type::Factor* factor,
-                const Dropout& dropout, const Shrunk& out) {
+Tensor gradient(const Place& place, const Activation16& x, const float* left, int64_t left_stride,
+                const typename Type::Factor* factor, const Dropout& dropout, const Shrunk& out) {
   using T = typename Type::T;
   Tensor result;
   with_ranks(out.rank, [&](auto ranks) {
@@ -595,8 +589,9 @@ Tensor gradient(const Place& place, const Activation16& x, const float* left, co
     result = scratch(place.beside, {parts, out.rank, x.columns}, ScalarType::Float);
     Tensor sums = scratch(place.beside, {factor ? blocks : 0, x.rows, out.rank}, ScalarType::Float);
     launch(gradient_kernel<ranks, T, typename Type::Factor>, dim3(blocks, parts, chunks), dim3(kThreads), Shape::kShared,
-           place.stream, x, left, factor, dropout, Shrunk{.s = pointer<float>(sums), .rank = out.rank},
-           pointer<float>(result), tiles_per_part);
+           place.stream, x, left, left_stride, factor, dropout,
+           Shrunk{.s = pointer<float>(sums), .rank = out.rank, .stride = out.rank}, pointer<float>(result),
+           tiles_per_part);
     if (factor) sum_shrunk<T>(place, sums, out);
   });
   return result;
@@ -643,55 +638,107 @@ void multiply(const Place& place, const Gemm& it) {
   STD_TORCH_CHECK(!error, "product: ", error);
 }
 
+// One of the layers that an x goes through.
+struct Layer {
+  OptionalTensor weight;  // [N, K]
+  OptionalTensor bias;    // [N]
+  Tensor lora_B;          // [N, rank]
+  double scaling;
+};
+
+// Raises unless a layer is one of activations of this dtype with k features.
 template <class Type>
-void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-             const Tensor& lora_B, double scaling, const Dropout& dropout, Tensor& y, Tensor& s) {
-  using Factor = typename Type::Factor;
-  int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
-  OnDevice device(x);
-  Place place{x, device.stream()};
+void check_layer(const Layer& layer, int64_t k) {
+  int64_t n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
+  contiguous(layer.lora_B, {n, rank}, "lora_B");
+  STD_TORCH_CHECK(layer.lora_B.scalar_type() == Type::factor_dtype, "every lora_B must be of lora_A's dtype");
+  if (layer.weight) {
+    aligned_rows(*layer.weight, n, k, "weight");
+    STD_TORCH_CHECK(layer.weight->scalar_type() == Type::dtype, "weight must be of the activations' dtype");
+  }
+  if (layer.bias) {
+    contiguous(*layer.bias, {n}, "bias");
+    STD_TORCH_CHECK(layer.bias->scalar_type() == Type::dtype, "bias must be of the activations' dtype");
+  }
+}
+
+// y = x weight^T + bias + scaled lora_B^T, without weight y += the last term.  scaled: scaling * s, as `rounded` makes it
+template <class Type>
+void output(const Place& place, const Tensor& x, const Layer& layer, const Tensor& scaled, Tensor y) {
+  int64_t m = x.size(0), k = x.size(1), n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
   Activation16 in = activation(x, m, k, "x"), out = activation(y, m, n, "y");
-  auto* A = reinterpret_cast<Factor*>(contiguous(lora_A, {rank, k}, "lora_A"));
-  auto* B = reinterpret_cast<Factor*>(contiguous(lora_B, {n, rank}, "lora_B"));
-  STD_TORCH_CHECK(aligned(A), "lora_A must begin at a multiple of 16 bytes");
-  Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
-  STD_TORCH_CHECK(!weight || w.dtype == dtype_of(x, "x"), "weight must be of the activations' dtype");
-  auto* shift = bias ? contiguous(*bias, {n}, "bias") : nullptr;
-  STD_TORCH_CHECK(!bias || dtype_of(*bias, "bias") == dtype_of(x, "x"), "bias must be of the activations' dtype");
-  float* shrunk = sums<float>(s, {m, rank}, "s");
-  if (weight && !dropout.seed && m <= kFusedTokens) {
-    FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, scaling, {}, {}, {}, {}, y, s};
-    if (takes(layer)) return fused_layer(layer, place.stream);
+  if (!layer.weight || !gemm_available()) {
+    if (layer.weight) base_forward(x, *layer.weight, layer.bias, y);
+    return expand<Type>(place, out, scaled, pointer<typename Type::Factor>(layer.lora_B), 1, rank, rank, {}, true);
   }
-  Tensor scaled = scratch(x, {m, round_up(rank)}, Type::dtype);  // scaling * s
-  shrink<Type>(place, in, A, dropout,
-               {.s = shrunk,
-                .rounded = scaled.mutable_data_ptr(),
-                .rank = static_cast<int>(rank),
-                .rounded_stride = round_up(rank),
-                .scale = dropout.keep,
-                .rounded_scale = static_cast<float>(scaling)});
-  if (!weight || !gemm_available()) {
-    if (weight) base_forward(x, *weight, bias, y);
-    return expand<Type>(place, out, scaled, B, 1, rank, rank, {}, true);
-  }
-  Tensor factor = tail<Type>(place, lora_B, n, rank);
+  Tensor factor = tail<Type>(place, layer.lora_B, n, rank);
   multiply(place, {.bfloat16 = Type::dtype == ScalarType::BFloat16,
                    .rows = m,
                    .columns = n,
                    .depth = k,
                    .rank = rank,
                    .left = in.data,
-                   .right = w.data,
+                   .right = layer.weight->const_data_ptr(),
                    .tail_left = scaled.const_data_ptr(),
                    .tail_right = factor.const_data_ptr(),
                    .left_stride = in.stride,
-                   .right_stride = w.stride,
+                   .right_stride = layer.weight->stride(0),
                    .tail_left_stride = scaled.size(1),
                    .tail_right_stride = factor.size(1),
-                   .bias = shift,
+                   .bias = layer.bias ? layer.bias->const_data_ptr() : nullptr,
                    .out = const_cast<void*>(out.data),
                    .out_stride = out.stride});
+}
+
+// s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T for every layer and its columns of s.
+// lora_A: [R, K], R the sum of all ranks;  s: [M, R], out;  ys: of every layer [M, N], out
+template <class Type>
+void forward(const Tensor& x, const std::vector<Layer>& layers, Tensor lora_A, const Dropout& dropout,
+             const std::vector<Tensor>& ys, Tensor& s) {
+  using Factor = typename Type::Factor;
+  int64_t m = x.size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
+  OnDevice device(x);
+  Place place{x, device.stream()};
+  Activation16 in = activation(x, m, k, "x");
+  auto* A = reinterpret_cast<Factor*>(contiguous(lora_A, {ranks, k}, "lora_A"));
+  STD_TORCH_CHECK(aligned(A), "lora_A must begin at a multiple of 16 bytes");
+  float* shrunk = sums<float>(s, {m, ranks}, "s");
+  bool few = !dropout.seed && m <= kFusedTokens;
+  std::vector<FusedLayer> fused;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    int64_t rank = layer.lora_B.size(1);
+    check_layer<Type>(layer, k);
+    activation(ys[i], m, layer.lora_B.size(0), "y");
+    STD_TORCH_CHECK(first + rank <= ranks, "the rows of lora_A must be as many as the columns of every lora_B");
+    if (few && layer.weight) {
+      Tensor own_A = torch::stable::narrow(lora_A, 0, first, rank), own_s = torch::stable::narrow(s, 1, first, rank);
+      FusedLayer it{x, *layer.weight, layer.bias, {}, own_A, layer.lora_B, layer.scaling, {}, {}, {}, {}, ys[i], own_s};
+      if (takes(it)) fused.push_back(it);
+    }
+    first += rank;
+  }
+  STD_TORCH_CHECK(first == ranks, "the rows of lora_A must be as many as the columns of every lora_B");
+  if (fused.size() == layers.size()) {
+    for (const FusedLayer& layer : fused) fused_layer(layer, place.stream);
+    return;
+  }
+  Shrunk out{.s = shrunk, .rank = int(ranks), .stride = int(ranks), .scale = dropout.keep};
+  OptionalTensor scaled;
+  if (layers.size() == 1) {
+    out.rounded_stride = round_up(ranks);
+    out.rounded_scale = static_cast<float>(layers[0].scaling);
+    scaled = scratch(x, {m, out.rounded_stride}, Type::dtype);
+    out.rounded = scaled->mutable_data_ptr();
+  }
+  shrink<Type>(place, in, A, dropout, out);
+  first = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    int64_t rank = layers[i].lora_B.size(1);
+    if (layers.size() > 1) scaled = rounded<Type>(place, shrunk + first, ranks, m, rank, layers[i].scaling);
+    output<Type>(place, x, layers[i], *scaled, ys[i]);
+    first += rank;
+  }
 }
 
 // dx = dy weight + drop'(ds lora_A), without weight the second term alone.  ds: [M, round_up(rank)] of T
@@ -729,71 +776,141 @@ void input_gradient(const Place& place, const Tensor& dy, const OptionalTensor& 
   }
 }
 
+// The half of a backward pass that reads dy [M, N]: ds where it has a place, and the parts of dlora_B / scaling, where s
+// is given.  s: [M, rank] at a stride
 template <class Type>
-void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
-              const Tensor& lora_B, double scaling, const Dropout& dropout, const OptionalTensor& s,
-              const OptionalTensor& dx, const OptionalTensor& dlora_A, const OptionalTensor& dlora_B) {
+Tensor expand_backward(const Place& place, const Activation16& dy, const float* s, int64_t s_stride,
+                       const Tensor& lora_B, const Shrunk& ds) {
   using Factor = typename Type::Factor;
-  int64_t m = dy.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
-  STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
-  STD_TORCH_CHECK(!dlora_B || s, "dlora_B needs s");
-  OnDevice device(dy);
-  Place place{dy, device.stream()};
-  Activation16 gradient_in = activation(dy, m, n, "dy");
-  contiguous(lora_A, {rank, k}, "lora_A");
-  auto* B = reinterpret_cast<Factor*>(contiguous(lora_B, {n, rank}, "lora_B"));
-  Tensor ds = scratch(dy, {m, rank}, ScalarType::Float), rounded = scratch(dy, {m, round_up(rank)}, Type::dtype);
-  Shrunk shrunk{.s = pointer<float>(ds),
-                .rounded = rounded.mutable_data_ptr(),
-                .rank = static_cast<int>(rank),
-                .rounded_stride = round_up(rank),
-                .scale = static_cast<float>(scaling)};
-  bool wants_ds = dx || dlora_A, together = wants_ds && dlora_B && worth_one_pass<Type>(rank);
-  Tensor parts_A, parts_B;
-  if (dlora_B) {
-    auto* left = sums<float>(*s, {m, rank}, "s");
-    parts_B = gradient<Type>(place, gradient_in, left, together ? B : nullptr, {}, shrunk);
-  }
-  if (wants_ds && !together) {
-    Tensor transposed = scratch(dy, {rank, n}, Type::factor_dtype);
+  int64_t n = dy.columns, rank = ds.rank;
+  auto* B = pointer<Factor>(lora_B);
+  bool together = ds.s && s && worth_one_pass<Type>(rank);
+  Tensor parts;
+  if (s) parts = gradient<Type>(place, dy, s, s_stride, together ? B : nullptr, {}, ds);
+  if (ds.s && !together) {
+    Tensor transposed = scratch(place.beside, {rank, n}, Type::factor_dtype);
     copy(place, B, 1, rank, rank, n, pointer<Factor>(transposed), n);
-    shrink<Type>(place, gradient_in, pointer<Factor>(transposed), {}, shrunk);
+    shrink<Type>(place, dy, pointer<Factor>(transposed), {}, ds);
   }
-  if (dx) input_gradient<Type>(place, dy, weight, lora_A, rounded, dropout, *dx);
-  FactorGradient jobs[2];
-  int count = 0;
+  return parts;
+}
+
+// The gradients of factors from their parts, two at a launch.
+template <class Factor>
+void sum_gradients(const Place& place, const std::vector<FactorGradient>& jobs) {
+  for (size_t i = 0; i < jobs.size(); i += 2) {
+    FactorGradient first = jobs[i], second = i + 1 < jobs.size() ? jobs[i + 1] : FactorGradient{};
+    int64_t most = std::max(int64_t(first.rank) * first.columns, int64_t(second.rank) * second.columns);
+    launch(sum_gradient_kernel<Factor>, dim3(div_up(most / 4, kFinishThreads), second.out ? 2 : 1),
+           dim3(kFinishThreads), 0, place.stream, first, second);
+  }
+}
+
+// ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s for every layer and its columns of ds and s;
+// dlora_A = ds^T drop(x);  dx = the sum of dy weight + drop'(ds lora_A), without weight the second term alone.
+// dys: of every layer [M, N];  out: dx [M, K], dlora_A [R, K], dlora_Bs of every layer or none
+template <class Type>
+void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Layer>& layers,
+              const Tensor& lora_A, const Dropout& dropout, const OptionalTensor& s, OptionalTensor& dx,
+              const OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs) {
+  using Factor = typename Type::Factor;
+  int64_t m = dys[0].size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
+  STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
+  STD_TORCH_CHECK(dlora_Bs.empty() || s, "dlora_B needs s");
+  OnDevice device(dys[0]);
+  Place place{dys[0], device.stream()};
+  contiguous(lora_A, {ranks, k}, "lora_A");
+  bool wants_ds = dx || dlora_A, alone = layers.size() == 1;
+  const float* shrunk = s ? sums<float>(*s, {m, ranks}, "s") : nullptr;
+  Tensor ds = scratch(place.beside, {wants_ds ? m : 0, ranks}, ScalarType::Float);
+  OptionalTensor ds_rounded;
+  if (alone && wants_ds) ds_rounded = scratch(place.beside, {m, round_up(ranks)}, Type::dtype);
+  std::vector<Tensor> parts;  // of every factor's gradient
+  std::vector<FactorGradient> jobs;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    int64_t n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
+    check_layer<Type>(layer, k);
+    STD_TORCH_CHECK(first + rank <= ranks, "the rows of lora_A must be as many as the columns of every lora_B");
+    Shrunk own{.s = wants_ds ? pointer<float>(ds) + first : nullptr,
+               .rounded = ds_rounded ? ds_rounded->mutable_data_ptr() : nullptr,
+               .rank = static_cast<int>(rank),
+               .stride = static_cast<int>(ranks),
+               .rounded_stride = round_up(rank),
+               .scale = static_cast<float>(layer.scaling)};
+    const float* own_s = dlora_Bs.empty() ? nullptr : shrunk + first;
+    parts.push_back(expand_backward<Type>(place, activation(dys[i], m, n, "dy"), own_s, ranks, layer.lora_B, own));
+    if (own_s)
+      jobs.push_back({.sums = pointer<float>(parts.back()), .parts = int(parts.back().size(0)), .rank = int(rank),
+                      .columns = int(n), .scale = own.scale, .out = contiguous(dlora_Bs[i], {n, rank}, "dlora_B"),
+                      .transposed = true});
+    first += rank;
+  }
+  STD_TORCH_CHECK(first == ranks, "the rows of lora_A must be as many as the columns of every lora_B");
+  if (dx) {
+    if (!alone) ds_rounded = rounded<Type>(place, pointer<float>(ds), ranks, m, ranks, 1);
+    input_gradient<Type>(place, dys[0], layers[0].weight, lora_A, *ds_rounded, dropout, *dx);
+    for (size_t i = 1; i < layers.size(); ++i) base_backward(dys[i], *layers[i].weight, *dx, true);
+  }
   if (dlora_A) {
-    parts_A = gradient<Type>(place, activation(*x, m, k, "x"), pointer<float>(ds), nullptr, dropout, shrunk);
-    jobs[count++] = {.sums = pointer<float>(parts_A), .parts = static_cast<int>(parts_A.size(0)), .columns = int(k),
-                     .scale = dropout.keep, .out = contiguous(*dlora_A, {rank, k}, "dlora_A")};
+    Shrunk of{.rank = static_cast<int>(ranks)};
+    parts.push_back(gradient<Type>(place, activation(*x, m, k, "x"), pointer<float>(ds), ranks, nullptr, dropout, of));
+    jobs.push_back({.sums = pointer<float>(parts.back()), .parts = int(parts.back().size(0)), .rank = int(ranks),
+                    .columns = int(k), .scale = dropout.keep, .out = contiguous(*dlora_A, {ranks, k}, "dlora_A")});
   }
-  if (dlora_B) {
-    jobs[count++] = {.sums = pointer<float>(parts_B), .parts = static_cast<int>(parts_B.size(0)), .columns = int(n),
-                     .scale = static_cast<float>(scaling), .out = contiguous(*dlora_B, {n, rank}, "dlora_B"),
-                     .transposed = true};
-  }
-  for (auto& job : jobs) job.rank = static_cast<int>(rank);
-  if (count) {
-    int64_t most = rank * std::max(jobs[0].columns, jobs[1].columns);
-    launch(sum_gradient_kernel<Factor>, dim3(div_up(most / 4, kFinishThreads), count), dim3(kFinishThreads), 0,
-           place.stream, jobs[0], jobs[1]);
-  }
+  sum_gradients<Factor>(place, jobs);
 }
 
 void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                   const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
                   Tensor& s) {
   with_types(x, lora_A, lora_B, [&](auto types) {
-    forward<decltype(types)>(x, weight, bias, lora_A, lora_B, scaling, dropout_of(seed, dropout_p), y, s);
+    forward<decltype(types)>(x, {{weight, bias, lora_B, scaling}}, lora_A, dropout_of(seed, dropout_p), {y}, s);
   });
 }
 
 void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
                    const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed,
                    const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B) {
+  std::vector<Tensor> dlora_Bs;
+  if (dlora_B) dlora_Bs.push_back(*dlora_B);
   with_types(dy, lora_A, lora_B, [&](auto types) {
-    backward<decltype(types)>(dy, x, weight, lora_A, lora_B, scaling, dropout_of(seed, dropout_p), s, dx, dlora_A,
-                              dlora_B);
+    backward<decltype(types)>({dy}, x, {{weight, {}, lora_B, scaling}}, lora_A, dropout_of(seed, dropout_p), s, dx,
+                              dlora_A, dlora_Bs);
+  });
+}
+
+std::vector<Layer> layers_of(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
+                             const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings) {
+  size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0 && lora_Bs.size() == count && scalings.size() == count &&
+                      (biases.empty() || biases.size() == count),
+                  "each of at least one layer needs a weight, a bias or none, a lora_B and a scaling");
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < count; ++i)
+    layers.push_back({weights[i], biases.empty() ? std::nullopt : biases[i], lora_Bs[i], scalings[i]});
+  return layers;
+}
+
+void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
+                        const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
+                        double dropout_p, const OptionalTensor& seed, const std::vector<Tensor>& ys, Tensor& s) {
+  auto layers = layers_of(weights, biases, lora_Bs, scalings);
+  STD_TORCH_CHECK(ys.size() == layers.size(), "ys must hold one tensor for each layer");
+  with_types(x, lora_A, lora_Bs[0], [&](auto types) {
+    forward<decltype(types)>(x, layers, lora_A, dropout_of(seed, dropout_p), ys, s);
+  });
+}
+
+void lora_group_backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Tensor>& weights,
+                         const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
+                         double dropout_p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor dx,
+                         OptionalTensor dlora_A, const std::vector<Tensor>& dlora_Bs) {
+  auto layers = layers_of(weights, {}, lora_Bs, scalings);
+  STD_TORCH_CHECK(dys.size() == layers.size() && (dlora_Bs.empty() || dlora_Bs.size() == layers.size()),
+                  "dys and dlora_Bs must hold one tensor for each layer");
+  with_types(dys[0], lora_A, lora_Bs[0], [&](auto types) {
+    backward<decltype(types)>(dys, x, layers, lora_A, dropout_of(seed, dropout_p), s, dx, dlora_A, dlora_Bs);
   });
 }
 
@@ -802,6 +919,8 @@ void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTens
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CUDA, m) {
   m.impl("lora_forward", TORCH_BOX(&lora_forward));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
+  m.impl("lora_group_forward", TORCH_BOX(&lora_group_forward));
+  m.impl("lora_group_backward", TORCH_BOX(&lora_group_backward));
 }
 
 }  // namespace pyfastpeft

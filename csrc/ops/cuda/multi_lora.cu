@@ -4,7 +4,9 @@
 
 #include <algorithm>
 
+#include "ops/cuda/base.h"
 #include "ops/cuda/counters.h"
+#include "ops/cuda/decode.h"
 #include "ops/cuda/elements.h"
 #include "ops/cuda/routing.h"
 #include "ops/cuda/runtime.h"
@@ -15,7 +17,8 @@ namespace {
 
 constexpr int kDecodeTokens = 128;  // up to so many go in one launch
 constexpr int kLongTile = kTile * kWarps;
-constexpr int kRanks = 64;  // ranks that are in registers at once
+template <class T, class F>
+constexpr int kRanks = std::is_same_v<T, F> ? 64 : 32;  // ranks of a factor that are in registers at once
 constexpr int kColumns = 32 * kWarps;
 constexpr int kGradientRanks = 32, kGradientColumns = 64;
 constexpr int kBlocks = 1024;  // that a launch aims at where it may choose, whatever the device
@@ -40,14 +43,14 @@ __device__ __forceinline__ void put_row(const float (&d)[4][4], int half, float 
   }
 }
 
-// rows[c][q] = the lane's part of factor's rows `column` to column + 31, ranks first_rank + 16c to + 15.
-// factor: [F, R]
-template <class T, bool vector>
-__device__ __forceinline__ void load_factor(uint2 (&rows)[kRanks / 16][4], const T* factor, int column, int columns,
-                                            int first_rank, int ranks, int stride) {
+// rows[c][q] = the lane's part of factor's rows `column` to column + 31, ranks first_rank + 16c to + 15, as T.
+// factor: [N, R]
+template <class T, bool vector, class F>
+__device__ __forceinline__ void load_factor(uint2 (&rows)[kRanks<T, F> / 16][4], const F* factor, int column,
+                                            int columns, int first_rank, int ranks, int stride) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int c = 0; c < kRanks / 16; ++c)
+  for (int c = 0; c < kRanks<T, F> / 16; ++c)
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       int n = column + dealt_row(g, q), j = first_rank + 16 * c + 4 * t;
@@ -57,11 +60,11 @@ __device__ __forceinline__ void load_factor(uint2 (&rows)[kRanks / 16][4], const
 
 // --- decode: shrink and expand in one launch ---
 
-template <class T>
+template <class T, class F>
 struct Branch {
   Matrix<const T> x;  // [T, K]
-  const T* lora_A;    // [L, R, K]
-  const T* lora_B;    // [L, N, R]
+  const F* lora_A;    // [L, R, K]
+  const F* lora_B;    // [L, N, R]
   const float* scaling;  // [L]
   Routing routing;
   Matrix<T> y;    // [T, N]
@@ -87,8 +90,8 @@ struct DecodeShared {
 // Blocks take shrink items, tile by rank block by part of the features, from a counter until none is left, and put down
 // one plane for a part; then each expands its share of the tiles' columns, after all shrink items are done. Nobody
 // waits while an item is not yet taken, so that no block has to be resident for another to end.
-template <class T, bool vector, int count>
-__global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* counters, int most_tiles) {
+template <class T, class F, bool vector, int count>
+__global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T, F> b, int* counters, int most_tiles) {
   auto* memory = shared_memory<char>();
   DecodeShared shared(most_tiles, b.routing.rank, count);
   auto* numbers = reinterpret_cast<int*>(memory);  // [kWarps] for sums, one for the item
@@ -125,10 +128,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
   for (int item = begin; item < end; ++item) {
     Tile tile = tiles[item / column_blocks];
     int column = item % column_blocks * kColumns + warp * 32;
-    const T* factor = b.lora_B + int64_t(tile.adapter) * b.y.columns * rank;
+    const F* factor = b.lora_B + int64_t(tile.adapter) * b.y.columns * rank;
     float own[4][4] = {};
-    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks) {
-      uint2 rows[kRanks / 16][4];
+    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks<T, F>) {
+      uint2 rows[kRanks<T, F> / 16][4];
       load_factor<T, vector>(rows, factor, column, b.y.columns, first_rank, tile.rank, rank);
       // lora_B is on its way; now wait for s.
       if (at_hand != item / column_blocks) {
@@ -152,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
         __syncthreads();
       }
 #pragma unroll
-      for (int c = 0; c < kRanks / 16; ++c) {
+      for (int c = 0; c < kRanks<T, F> / 16; ++c) {
         int j = first_rank + 16 * c;
         if (j >= tile.rank) break;
         const float *upper = sums + g * stride + j + 4 * t, *lower = upper + 8 * stride;
@@ -177,9 +180,9 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(Branch<T> b, int* c
 
 // planes[h, t, j] = scaling[a] * the sum over the features k of part h of x[t, k] factor[a, j, k], for adapter a's
 // tokens t and j < ranks[a].  x: [T, K];  factor: [L, R, K];  scaling: [L] or null: 1;  planes: [parts, T, R]
-template <class T, bool vector, int count>
+template <class T, class F, bool vector, int count>
 __global__ void __launch_bounds__(kThreads, 2)
-    multi_shrink_kernel(Matrix<const T> x, const T* factor, const float* scaling, Routing routing, float* planes,
+    multi_shrink_kernel(Matrix<const T> x, const F* factor, const float* scaling, Routing routing, float* planes,
                         int tokens, int part) {
   auto* scan = shared_memory<int>();
   int rank_blocks = (routing.rank + 8 * count - 1) / (8 * count), first_rank = blockIdx.x % rank_blocks * 8 * count;
@@ -223,16 +226,16 @@ __global__ void __launch_bounds__(kThreads)
 
 // y[t] (+)= scaling[a] * s[t, :ranks[a]] factor[a]^T on adapter a's tokens t.
 // s: [T, R];  factor: [L, N, R];  scaling: [L] or null: 1;  y: [T, N]
-template <class T, bool vector, bool add>
+template <class T, class F, bool vector, bool add>
 __global__ void __launch_bounds__(kThreads)
-    multi_expand_kernel(const float* s, const T* factor, const float* scaling, Routing routing, Matrix<T> y) {
+    multi_expand_kernel(const float* s, const F* factor, const float* scaling, Routing routing, Matrix<T> y) {
   auto* scan = shared_memory<int>();
   Tile tile = find_tile(routing, kLongTile, !add, blockIdx.x, scan, reinterpret_cast<Tile*>(scan + kWarps));
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, column = blockIdx.y * kColumns + threadIdx.x / 32 * 32;
   if (tile.count == 0 || column >= y.columns) return;
-  const T* rows_at = factor + int64_t(tile.adapter) * y.columns * routing.rank;
+  const F* rows_at = factor + int64_t(tile.adapter) * y.columns * routing.rank;
   float scale = scaling ? scaling[tile.adapter] : 1.f;
-  uint2 rows[kRanks / 16][4];
+  uint2 rows[kRanks<T, F> / 16][4];
   for (int begin = 0; begin < tile.count; begin += kTile) {
     int64_t token[2];
     for (int half = 0; half < 2; ++half) {
@@ -240,11 +243,11 @@ __global__ void __launch_bounds__(kThreads)
       token[half] = i < tile.count ? routing.token(tile.first + i) : -1;
     }
     float own[4][4] = {};
-    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks) {
-      if (begin == 0 || tile.rank > kRanks)
+    for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks<T, F>) {
+      if (begin == 0 || tile.rank > kRanks<T, F>)
         load_factor<T, vector>(rows, rows_at, column, y.columns, first_rank, tile.rank, routing.rank);
 #pragma unroll
-      for (int c = 0; c < kRanks / 16; ++c) {
+      for (int c = 0; c < kRanks<T, F> / 16; ++c) {
         int j = first_rank + 16 * c + 4 * t;
         if (first_rank + 16 * c >= tile.rank) break;
         uint2 left[2];
@@ -298,9 +301,9 @@ __global__ void __launch_bounds__(kThreads) zero_kernel(Matrix<T> rows, Routing 
 }
 
 // The gradient of an adapter's factor: element (a, j, f) lies at a R F + j * rank_stride + f * column_stride.
-template <class T>
+template <class Factor>
 struct Gradient {
-  T* out;         // or null, and
+  Factor* out;    // or null, and
   float* planes;  // [parts, L, R, F]
   int64_t rank_stride, column_stride;
 };
@@ -309,10 +312,10 @@ struct Gradient {
 // v: [T, F];  s: [T, R];  scaling: [L] or null: 1
 //
 // A block has 32 ranks and 64 columns; its warps take turns at the tokens, 16 at a time, as do the parts.
-template <class T, bool vector>
+template <class T, class Factor, bool vector>
 __global__ void __launch_bounds__(kThreads)
     multi_gradient_kernel(Matrix<const T> v, const float* s, const float* scaling, Routing routing,
-                          Gradient<T> gradient) {
+                          Gradient<Factor> gradient) {
   int adapter = blockIdx.y, rank = routing.rank_of(adapter),
       rank_blocks = (routing.rank + kGradientRanks - 1) / kGradientRanks;
   int first_rank = blockIdx.x % rank_blocks * kGradientRanks, column = blockIdx.x / rank_blocks * kGradientColumns;
@@ -330,27 +333,49 @@ __global__ void __launch_bounds__(kThreads)
       int f = column + 8 * g;
       rows[i] = load8<T, vector>(v.data + token[i] * v.stride + f, token[i] < 0 ? 0 : v.columns - f);
     }
-    uint32_t left[kGradientRanks / 16][4];
+    // Ranks g and g + 8 of 16, of tokens 4t to 4t + 3.
+    float left[kGradientRanks / 16][2][4];
 #pragma unroll
     for (int block = 0; block < kGradientRanks / 16; ++block)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int j = first_rank + 16 * block + 8 * half + g;
-        float e[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) e[i] = token[i] >= 0 && j < rank ? s[token[i] * routing.rank + j] : 0.f;
-        left[block][half] = pack<T>(e[0], e[1]);
-        left[block][2 + half] = pack<T>(e[2], e[3]);
+        for (int i = 0; i < 4; ++i)
+          left[block][half][i] = token[i] >= 0 && j < rank ? s[token[i] * routing.rank + j] : 0.f;
       }
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-      // Column q of the lane's eight, of tokens 4t, 4t + 1 and 4t + 2, 4t + 3.
+      // Column q of the lane's eight, of the same tokens.
       auto word = [&](const uint4& row) { return q < 2 ? row.x : q < 4 ? row.y : q < 6 ? row.z : row.w; };
-      uint32_t which = q % 2 ? 0x7632 : 0x5410;
-      uint32_t right[] = {__byte_perm(word(rows[0]), word(rows[1]), which),
-                          __byte_perm(word(rows[2]), word(rows[3]), which)};
+      if constexpr (std::is_same_v<T, Factor>) {
+        uint32_t which = q % 2 ? 0x7632 : 0x5410;
+        uint32_t right[] = {__byte_perm(word(rows[0]), word(rows[1]), which),
+                            __byte_perm(word(rows[2]), word(rows[3]), which)};
 #pragma unroll
-      for (int block = 0; block < kGradientRanks / 16; ++block) mma<T>(own[block][q], left[block], right);
+        for (int block = 0; block < kGradientRanks / 16; ++block) {
+          auto& [upper, lower] = left[block];
+          uint32_t packed[] = {pack<T>(upper[0], upper[1]), pack<T>(lower[0], lower[1]), pack<T>(upper[2], upper[3]),
+                               pack<T>(lower[2], lower[3])};
+          mma<T>(own[block][q], packed, right);
+        }
+      } else {
+        float right[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float2 pair = unpack<T>(word(rows[i]));
+          right[i] = q % 2 ? pair.y : pair.x;
+        }
+#pragma unroll
+        for (int block = 0; block < kGradientRanks / 16; ++block) {
+          auto& [upper, lower] = left[block];
+          float sum[4] = {};
+          mma_exact(sum, {upper[0], lower[0], upper[1], lower[1]}, {right[0], right[1]}, true);
+          mma_exact(sum, {upper[2], lower[2], upper[3], lower[3]}, {right[2], right[3]}, true);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) own[block][q][i] += sum[i];
+        }
+      }
     }
   }
   auto* sums = shared_memory<float>();  // [kWarps, 16, 65]
@@ -379,16 +404,16 @@ __global__ void __launch_bounds__(kThreads)
       if (gradient.planes) {
         gradient.planes[blockIdx.z * of_adapters * routing.adapters + at] = sum;
       } else {
-        gradient.out[at] = T(sum);
+        gradient.out[at] = Factor(sum);
       }
     }
   }
 }
 
 // out[a, j, f] = sum over h of planes[h, a, j, f] for used ranks of adapters with tokens, else 0.
-template <class T>
+template <class Factor>
 __global__ void __launch_bounds__(kThreads)
-    add_gradients_kernel(Gradient<T> gradient, Routing routing, int64_t of_adapter, int parts) {
+    add_gradients_kernel(Gradient<Factor> gradient, Routing routing, int64_t of_adapter, int parts) {
   int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, size = of_adapter * routing.adapters;
   if (i >= size) return;
   int64_t adapter = i / of_adapter, inside = i % of_adapter;
@@ -396,7 +421,7 @@ __global__ void __launch_bounds__(kThreads)
   float sum = 0;
   if (j < routing.rank_of(adapter) && routing.begin(adapter) < routing.end(adapter))
     for (int h = 0; h < parts; ++h) sum += gradient.planes[h * size + i];
-  gradient.out[i] = T(sum);
+  gradient.out[i] = Factor(sum);
 }
 
 // --- grouping ---
@@ -426,8 +451,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launches ---
 
-// Arguments of the ops, checked, and what all launches share.
-template <class T>
+// Arguments of the ops, checked, and what all launches share. F is the type of the adapters.
+template <class T, class F>
 class Call {
  public:
   Call(const Tensor& first, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
@@ -436,12 +461,13 @@ class Call {
     int64_t adapters = lora_A.size(0), rank = lora_A.size(1), k = lora_A.size(2), n = lora_B.size(1);
     tokens = first.size(0);
     Dtype dtype = dtype_of(first, "x");
-    STD_TORCH_CHECK(dtype_of(lora_A, "lora_A") == dtype && dtype_of(lora_B, "lora_B") == dtype,
-                    "adapters must be of the activations' dtype");
+    Dtype factors = std::is_same_v<T, F> ? dtype : Dtype::f32;
+    STD_TORCH_CHECK(dtype_of(lora_A, "lora_A") == factors && dtype_of(lora_B, "lora_B") == factors,
+                    "adapters must be of the activations' dtype or float32");
     STD_TORCH_CHECK(adapters <= 65535 && std::max({k, n, tokens, rank}) < (int64_t(1) << 30),
                     "at most 65535 adapters, and sizes below 2^30");
-    a = reinterpret_cast<const T*>(contiguous(lora_A, {adapters, rank, k}, "lora_A"));
-    b = reinterpret_cast<const T*>(contiguous(lora_B, {adapters, n, rank}, "lora_B"));
+    a = reinterpret_cast<const F*>(contiguous(lora_A, {adapters, rank, k}, "lora_A"));
+    b = reinterpret_cast<const F*>(contiguous(lora_B, {adapters, n, rank}, "lora_B"));
     scales = sums<float>(scaling, {adapters}, "scaling");
     routing = {integers(order, tokens, "order"),
                integers(segments, adapters + 1, "segments"),
@@ -454,7 +480,7 @@ class Call {
   }
 
   int64_t tokens, in, out;  // T, K, N
-  const T *a, *b;
+  const F *a, *b;
   const float* scales;
   Routing routing;
 
@@ -473,23 +499,23 @@ class Call {
     OptionalTensor own;
     int* zeros = counters(like_, device_.stream(), own);
     Tensor planes = scratch(like_, {parts, tokens, rank}, ScalarType::Float);
-    Branch<T> branch{constant(matrix(x, in)), a, b, scales, routing, matrix(y, out), s,
+    Branch<T, F> branch{constant(matrix(x, in)), a, b, scales, routing, matrix(y, out), s,
                      static_cast<float*>(planes.mutable_data_ptr())};
     int tiles = static_cast<int>(most_tiles(kTile));
     auto run = [&]<bool vector, int count>() {
       size_t shared = DecodeShared(tiles, routing.rank, count).total;
       int64_t items =
           tiles * std::max<int64_t>(ShrinkItems(routing.rank, in, count).of_tile(), (out + kColumns - 1) / kColumns);
-      int64_t blocks = std::min(items, resident_blocks(decode_kernel<T, vector, count>, kThreads, shared));
-      launch(decode_kernel<T, vector, count>, dim3(blocks), dim3(kThreads), shared, device_.stream(), branch, zeros,
+      int64_t blocks = std::min(items, resident_blocks(decode_kernel<T, F, vector, count>, kThreads, shared));
+      launch(decode_kernel<T, F, vector, count>, dim3(blocks), dim3(kThreads), shared, device_.stream(), branch, zeros,
              tiles);
     };
-    with_count(in_runs(x, in) && aligned(a, 16) && in % 8 == 0 && in_runs(y, out) && aligned(b, 8) && rank % 4 == 0,
-               run);
+    bool factors = aligned(a, 16) && in % 8 == 0 && aligned(b, 4 * sizeof(F)) && rank % 4 == 0;
+    with_count(in_runs(x, in) && in_runs(y, out) && factors, run);
   }
 
   // s[t, j] = scaling[a] * x[t] . factor[a, j];  factor: [L, R, features];  s: [T, R]
-  void shrink(const Rows& x, int64_t features, const T* factor, const float* scaling, float* s) const {
+  void shrink(const Rows& x, int64_t features, const F* factor, const float* scaling, float* s) const {
     int64_t tiles = (tokens + kLongTile - 1) / kLongTile, wanted = std::max<int64_t>(1, kBlocks / 4 / tiles);
     int64_t part = std::max<int64_t>((features + wanted - 1) / wanted, kShrinkPart);
     part = (part + 31) / 32 * 32;
@@ -499,7 +525,7 @@ class Call {
     float* to = planes ? static_cast<float*>(planes->mutable_data_ptr()) : s;
     auto run = [&]<bool vector, int count>() {
       int64_t rank_blocks = (routing.rank + 8 * count - 1) / (8 * count);
-      launch(multi_shrink_kernel<T, vector, count>, dim3(most_tiles(kLongTile) * rank_blocks, parts), dim3(kThreads),
+      launch(multi_shrink_kernel<T, F, vector, count>, dim3(most_tiles(kLongTile) * rank_blocks, parts), dim3(kThreads),
              kScan, device_.stream(), constant(matrix(x, features)), factor, scaling, routing, to, tokens, part);
     };
     with_count(in_runs(x, features) && aligned(factor, 16) && features % 8 == 0, run);
@@ -510,17 +536,17 @@ class Call {
 
   // y[t] (+)= scaling[a] * s[t] factor[a]^T;  factor: [L, features, R];  y: [T, features]
   template <bool add>
-  void expand(const float* s, const T* factor, const float* scaling, const Rows& y, int64_t features) const {
+  void expand(const float* s, const F* factor, const float* scaling, const Rows& y, int64_t features) const {
     auto run = [&](auto kernel) {
       launch(kernel, dim3(most_tiles(kLongTile), (features + kColumns - 1) / kColumns), dim3(kThreads), kScan,
              device_.stream(), s, factor, scaling, routing, matrix(y, features));
     };
-    bool vector = in_runs(y, features) && aligned(factor, 8) && routing.rank % 4 == 0;
-    vector ? run(multi_expand_kernel<T, true, add>) : run(multi_expand_kernel<T, false, add>);
+    bool vector = in_runs(y, features) && aligned(factor, 4 * sizeof(F)) && routing.rank % 4 == 0;
+    vector ? run(multi_expand_kernel<T, F, true, add>) : run(multi_expand_kernel<T, F, false, add>);
   }
 
   // gradient[a] = scaling[a] * the sum over tokens of s[t]^T v[t], [R, F], or its transpose, [F, R].
-  void gradient(const Rows& v, int64_t columns, const float* s, const float* scaling, T* out, bool transposed) const {
+  void gradient(const Rows& v, int64_t columns, const float* s, const float* scaling, F* out, bool transposed) const {
     int64_t rank_blocks = (routing.rank + kGradientRanks - 1) / kGradientRanks;
     int64_t blocks = (columns + kGradientColumns - 1) / kGradientColumns * rank_blocks;
     int64_t active = std::min<int64_t>(routing.adapters, tokens),
@@ -529,25 +555,26 @@ class Call {
     int64_t of_adapter = routing.rank * columns, size = of_adapter * routing.adapters;
     OptionalTensor planes;
     if (parts > 1) planes = scratch(like_, {parts, size}, ScalarType::Float);
-    Gradient<T> to{out, planes ? static_cast<float*>(planes->mutable_data_ptr()) : nullptr, transposed ? 1 : columns,
+    Gradient<F> to{out, planes ? static_cast<float*>(planes->mutable_data_ptr()) : nullptr, transposed ? 1 : columns,
                    transposed ? routing.rank : 1};
     auto run = [&](auto kernel) {
       launch(kernel, dim3(blocks, routing.adapters, parts), dim3(kThreads),
              kWarps * 16 * (kGradientColumns + 1) * sizeof(float), device_.stream(), constant(matrix(v, columns)), s,
              scaling, routing, to);
     };
-    in_runs(v, columns) ? run(multi_gradient_kernel<T, true>) : run(multi_gradient_kernel<T, false>);
+    in_runs(v, columns) ? run(multi_gradient_kernel<T, F, true>) : run(multi_gradient_kernel<T, F, false>);
     if (planes)
-      launch(add_gradients_kernel<T>, dim3((size + kThreads - 1) / kThreads), dim3(kThreads), 0, device_.stream(), to,
+      launch(add_gradients_kernel<F>, dim3((size + kThreads - 1) / kThreads), dim3(kThreads), 0, device_.stream(), to,
              routing, of_adapter, parts);
   }
 
   // factor [L, rows, columns] as [L, columns, rows], for adapters with tokens.
-  Tensor transposed(const T* factor, int64_t rows, int64_t columns) const {
-    Tensor turned = scratch(like_, {routing.adapters, columns, rows}, like_.scalar_type());
+  Tensor transposed(const F* factor, int64_t rows, int64_t columns) const {
+    auto dtype = std::is_same_v<T, F> ? like_.scalar_type() : ScalarType::Float;
+    Tensor turned = scratch(like_, {routing.adapters, columns, rows}, dtype);
     int64_t blocks = ((rows + 31) / 32) * ((columns + 31) / 32);
-    launch(transpose_kernel<T>, dim3(blocks, routing.adapters), dim3(kThreads), 32 * 33 * sizeof(T), device_.stream(),
-           factor, static_cast<T*>(turned.mutable_data_ptr()), routing.segments, rows, columns);
+    launch(transpose_kernel<F>, dim3(blocks, routing.adapters), dim3(kThreads), 32 * 33 * sizeof(F), device_.stream(),
+           factor, static_cast<F*>(turned.mutable_data_ptr()), routing.segments, rows, columns);
     return turned;
   }
 
@@ -555,6 +582,8 @@ class Call {
     launch(zero_kernel<T>, dim3(std::min<int64_t>(tokens, kBlocks)), dim3(kThreads), 0, device_.stream(),
            matrix(rows, columns), routing, tokens);
   }
+
+  cudaStream_t stream() const { return device_.stream(); }
 
   Tensor shrunk() const { return scratch(like_, {tokens, routing.rank}, ScalarType::Float); }
 
@@ -566,83 +595,107 @@ class Call {
     return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
   }
 
-  // Calls run with how many times eight ranks a warp has at once.
-  template <class F>
-  void with_count(bool vector, F run) const {
+  // Calls run with how many times eight ranks a warp has at once; more than 32 float32 ones take too many registers.
+  template <class Run>
+  void with_count(bool vector, Run run) const {
+    constexpr int most = std::is_same_v<T, F> ? 8 : 4;
     !vector              ? run.template operator()<false, 4>()
     : routing.rank <= 16 ? run.template operator()<true, 2>()
     : routing.rank <= 32 ? run.template operator()<true, 4>()
-                         : run.template operator()<true, 8>();
+                         : run.template operator()<true, most>();
   }
 
   OnDevice device_;
   const Tensor& like_;
 };
 
-template <class T>
-void forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
-             const OptionalTensor& ranks, const Tensor& order, const Tensor& segments, Tensor& y, Tensor& s) {
-  Call<T> call(x, lora_A, lora_B, scaling, ranks, order, segments);
+template <class T, class F>
+void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+             const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+             const Tensor& segments, Tensor& y, Tensor& s) {
+  Call<T, F> call(x, lora_A, lora_B, scaling, ranks, order, segments);
   Rows in = rows_of(x, call.tokens, call.in, "x"), out = rows_of(y, call.tokens, call.out, "y");
   STD_TORCH_CHECK(out.dtype == in.dtype, "y must be of x's dtype");
   float* shrunk = sums<float>(s, {call.tokens, call.routing.rank}, "s");
+  if (weight) {
+    check_weight(*weight, call.out, call.in, in.dtype);
+    if (bias) contiguous(*bias, {call.out}, "bias");
+    FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, 1, scaling, ranks, order, segments, y, s};
+    if (takes(layer)) return fused_layer(layer, call.stream());
+    base_forward(x, *weight, bias, y);
+  }
   if (call.tokens <= kDecodeTokens) return call.decode(in, out, shrunk);
   call.shrink(in, call.in, call.a, nullptr, shrunk);
   call.template expand<true>(shrunk, call.b, call.scales, out, call.out);
 }
 
-template <class T>
-void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, const Tensor& lora_B,
-              const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order, const Tensor& segments,
-              const OptionalTensor& s, const OptionalTensor& dx, const OptionalTensor& dlora_A,
+template <class T, class F>
+void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+              const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+              const Tensor& segments, const OptionalTensor& s, OptionalTensor& dx, const OptionalTensor& dlora_A,
               const OptionalTensor& dlora_B) {
-  Call<T> call(dy, lora_A, lora_B, scaling, ranks, order, segments);
+  Call<T, F> call(dy, lora_A, lora_B, scaling, ranks, order, segments);
   int64_t adapters = call.routing.adapters, rank = call.routing.rank;
   STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
   STD_TORCH_CHECK(!dlora_B || s, "dlora_B needs s");
   Rows gradient = rows_of(dy, call.tokens, call.out, "dy"), in = rows_of(x, call.tokens, call.in, "x");
   Rows out = rows_of(dx, call.tokens, call.in, "dx");
-  for (const auto* t : {&x, &dx, &dlora_A, &dlora_B})
-    STD_TORCH_CHECK(!*t || dtype_of(**t, "x") == gradient.dtype, "x, dx, dlora_A and dlora_B must be of dy's dtype");
+  auto like = [](const OptionalTensor& t, const Tensor& other) { return !t || t->scalar_type() == other.scalar_type(); };
+  STD_TORCH_CHECK(like(x, dy) && like(dx, dy) && like(dlora_A, lora_A) && like(dlora_B, lora_A),
+                  "x and dx must be of dy's dtype, dlora_A and dlora_B of lora_A's");
   if (dlora_B) {
-    auto* to = reinterpret_cast<T*>(contiguous(*dlora_B, {adapters, call.out, rank}, "dlora_B"));
+    auto* to = reinterpret_cast<F*>(contiguous(*dlora_B, {adapters, call.out, rank}, "dlora_B"));
     call.gradient(gradient, call.out, sums<float>(*s, {call.tokens, rank}, "s"), call.scales, to, true);
   }
   if (!dx && !dlora_A) return;
   Tensor ds = call.shrunk(), turned = call.transposed(call.b, call.out, rank);
   auto* shrunk = static_cast<float*>(ds.mutable_data_ptr());
-  call.shrink(gradient, call.out, static_cast<const T*>(turned.const_data_ptr()), call.scales, shrunk);
+  call.shrink(gradient, call.out, static_cast<const F*>(turned.const_data_ptr()), call.scales, shrunk);
   if (dlora_A) {
-    auto* to = reinterpret_cast<T*>(contiguous(*dlora_A, {adapters, rank, call.in}, "dlora_A"));
+    auto* to = reinterpret_cast<F*>(contiguous(*dlora_A, {adapters, rank, call.in}, "dlora_A"));
     call.gradient(in, call.in, shrunk, nullptr, to, false);
   }
   if (dx) {
     turned = call.transposed(call.a, rank, call.in);
-    call.zero_others(out, call.in);
-    call.template expand<false>(shrunk, static_cast<const T*>(turned.const_data_ptr()), nullptr, out, call.in);
+    auto* factor = static_cast<const F*>(turned.const_data_ptr());
+    if (weight) {
+      check_weight(*weight, call.out, call.in, gradient.dtype);
+      base_backward(dy, *weight, *dx);
+      call.template expand<true>(shrunk, factor, nullptr, out, call.in);
+    } else {
+      call.zero_others(out, call.in);
+      call.template expand<false>(shrunk, factor, nullptr, out, call.in);
+    }
   }
 }
 
-// Calls f with an element of the 16-bit type of t, as decltype.
+// Calls f with elements of the 16-bit type of t and of the adapters' type, as decltype.
 template <class F>
-void with_short_type(const Tensor& t, F f) {
+void with_types(const Tensor& t, const Tensor& lora_A, F f) {
   Dtype dtype = dtype_of(t, "x");
   STD_TORCH_CHECK(item_size(dtype) == 2, "multi-LoRA on CUDA takes bfloat16 and float16");
-  dtype == Dtype::bf16 ? f(__nv_bfloat16{}) : f(__half{});
+  bool exact = lora_A.scalar_type() == ScalarType::Float;
+  if (dtype == Dtype::bf16) {
+    exact ? f(__nv_bfloat16{}, float{}) : f(__nv_bfloat16{}, __nv_bfloat16{});
+  } else {
+    exact ? f(__half{}, float{}) : f(__half{}, __half{});
+  }
 }
 
-void multi_lora_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
-                        const OptionalTensor& ranks, const Tensor& order, const Tensor& segments, Tensor& y,
-                        Tensor& s) {
-  with_short_type(x, [&]<class T>(T) { forward<T>(x, lora_A, lora_B, scaling, ranks, order, segments, y, s); });
+void multi_lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                        const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+                        const Tensor& segments, Tensor& y, Tensor& s) {
+  with_types(x, lora_A, [&]<class T, class F>(T, F) {
+    forward<T, F>(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s);
+  });
 }
 
-void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& lora_A, const Tensor& lora_B,
-                         const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+                         const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
                          const Tensor& segments, const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A,
                          OptionalTensor dlora_B) {
-  with_short_type(dy, [&]<class T>(T) {
-    backward<T>(dy, x, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B);
+  with_types(dy, lora_A, [&]<class T, class F>(T, F) {
+    backward<T, F>(dy, x, weight, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B);
   });
 }
 

@@ -86,20 +86,31 @@ __device__ inline Tile find_tile(const Routing& routing, int size, bool empty, i
 }
 
 // sums[q] += rows of x for positions g and g + 8 of 16 times factor's rows 8q + g, over the features begin .. end. Rows
-// of x that are null, and ranks beyond `ranks`, are zero. x: [T, K];  factor: [ranks, K]
-template <class T, bool vector, int count>
-__device__ __forceinline__ void shrink16(float (&sums)[count][4], const T* upper, const T* lower, const T* factor,
+// of x that are null, and ranks beyond `ranks`, are zero. x: [T, K];  factor: [ranks, K], of T or float32
+template <class T, bool vector, int count, class F>
+__device__ __forceinline__ void shrink16(float (&sums)[count][4], const T* upper, const T* lower, const F* factor,
                                          int ranks, int features, int begin, int end) {
+  constexpr int kUnrolled = count <= 2 && std::is_same_v<T, F> ? 2 : 1;
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll(count <= 2 ? 2 : 1)
+#pragma unroll(kUnrolled)
   for (int k = begin + 8 * t; k - 8 * t < end; k += 32) {
     int valid = end - k;
     uint4 left = load8<T, vector>(upper + k, upper ? valid : 0), right = load8<T, vector>(lower + k, lower ? valid : 0);
-    uint4 rows[count];
+    auto from = [&](int q) { return factor + int64_t(8 * q + g) * features + k; };
+    auto there = [&](int q) { return 8 * q + g < ranks ? valid : 0; };
+    if constexpr (std::is_same_v<T, F>) {
+      uint4 rows[count];
 #pragma unroll
-    for (int q = 0; q < count; ++q)
-      rows[q] = load8<T, vector>(factor + int64_t(8 * q + g) * features + k, 8 * q + g < ranks ? valid : 0);
-    multiply32<T>(sums, left, right, rows);
+      for (int q = 0; q < count; ++q) rows[q] = load8<T, vector>(from(q), there(q));
+      multiply32<T>(sums, left, right, rows);
+    } else {
+#pragma unroll
+      for (int q = 0; q < count; ++q) {
+        float row[8];
+        load8<vector>(row, from(q), there(q));
+        multiply32_exact<T>(sums[q], left, right, row);
+      }
+    }
   }
 }
 
@@ -114,8 +125,8 @@ struct ShrinkItems {
 
 // planes[h, t, j] = the sum over the features of part h of x[t] . lora_A[a, j], for item's tile of tokens t and its
 // ranks j. x: [T, K];  lora_A: [L, R, K];  planes: [parts, T, R];  sums: shared, [kWarps, kTile, 8 * count]
-template <class T, bool vector, int count>
-__device__ void shrink_item(int item, const Tile* tiles, ShrinkItems items, Matrix<const T> x, const T* lora_A,
+template <class T, bool vector, int count, class F>
+__device__ void shrink_item(int item, const Tile* tiles, ShrinkItems items, Matrix<const T> x, const F* lora_A,
                             const Routing& routing, float* planes, float* sums) {
   Tile tile = tiles[item / items.of_tile()];
   int first_rank = item / items.parts % items.rank_blocks * 8 * count, part = item % items.parts;
