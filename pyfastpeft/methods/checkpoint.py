@@ -257,10 +257,16 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
         del fields["layers_to_transform"], fields["layers_pattern"]
     if isinstance(config, AdaLoraConfig) and config.total_step is None:
         fields["total_step"] = config.tinit + config.tfinal + 1  # PEFT wants a schedule even to load
-    if config.task_type is None:
+    if isinstance(config, VirtualTokensConfig) and config.task_type is None and _generates(model):
+        fields["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if fields["task_type"] is None:
         kind = type(model)
         fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in fields.items()}
+
+
+def _generates(model) -> bool:
+    return hasattr(model, "can_generate") and model.can_generate()
 
 
 def _named_targets(model, config, name) -> dict:
