@@ -38,6 +38,9 @@ SUFFIXES: dict[type[nn.Module], dict[str, str]] = {
     IA3Part: {"ia3_l": "ia3_l"},
 }
 
+# PEFT's initialisations that set the factors alone, which are in the file. Others change the base model's weights.
+DRAWN = ("orthogonal", "eva")
+
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> None:
     """Write an adapter as PEFT does, so that PEFT reads it: adapter_config.json and adapter_model.safetensors.
@@ -111,6 +114,8 @@ def load_config(directory: str | os.PathLike) -> Config:
     """The config of the adapter in `directory`. Fields of PEFT's that have no counterpart here must be unset."""
     path = need_file(directory, CONFIG_FILE)
     fields = read_json(path)
+    if fields.get("init_lora_weights") in DRAWN:
+        fields |= {"init_lora_weights": True, "eva_config": None}
     try:
         return from_fields(fields.get("peft_type"), fields)
     except (TypeError, ValueError) as why:
