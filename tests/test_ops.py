@@ -1053,7 +1053,18 @@ def test_a_backward_pass_under_autocast_keeps_its_dtypes(backend):
     assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False)))
 
 
-# --- NaN and infinity ---
+# --- 16-bit values, NaN and infinity ---
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_is_read_and_rounded_as_torch_does(backend, dtype):
+    y = torch.arange(64 * 1027).to(torch.int16).view(dtype).view(64, 1027)  # all of them, and a rest after every vector
+    lora_B = random(1027, 1, grad=False) * 2.0 ** torch.randint(-26, 18, (1027, 1))
+    lora_B[::2] = 2.0 ** lora_B[::2].abs().log2().floor()  # many sums halfway between two values
+    expected = (y.float() + lora_B.T).to(dtype)
+    ops.lora_delta_(y, torch.ones(64, 1, dtype=dtype), torch.ones(1, 1), lora_B, 1.0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @backends

@@ -11,6 +11,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
 #endif
 
 namespace pyfastpeft {
@@ -95,7 +98,7 @@ const char* const level_names[] = {"baseline", "avx2", "avx512"};
 
 struct Cpu {
   Level level = BASELINE;
-  bool bf16 = true, f16 = true;  // whether torch multiplies this dtype in hardware; off x86-64, torch knows best
+  bool bf16 = true, f16 = true;  // whether torch multiplies this dtype in hardware; off these two, torch knows best
 
   Cpu() {
 #if defined(__x86_64__)
@@ -111,6 +114,8 @@ struct Cpu {
         if (!std::strcmp(cap, level_names[lower])) level = Level(lower);
     bf16 = level == AVX512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);  // AVX512_BF16
     f16 = level == AVX512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 23 & 1);  // AVX512_FP16
+#elif defined(__aarch64__)
+    bf16 = f16 = getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16: oneDNN has a product for neither without it
 #endif
   }
 };

@@ -34,7 +34,11 @@ inline void store_bits(void* p, V v) {
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<float> load(const bf16* p) {
+#if defined(__aarch64__)
+  return (Vec<float>)(vmovl_u16(load_bits<uint16x4_t>(p)) << 16);
+#else
   return (Vec<float>)(__builtin_convertvector(load_bits<Bits16>(p), Bits32) << 16);
+#endif
 }
 inline void store(double* p, Vec<double> v) { store_bits(p, v); }
 inline void store(float* p, Vec<float> v) { store_bits(p, v); }
@@ -55,6 +59,9 @@ inline Vec<float> load(const f16* p) { return (Vec<float>)_mm256_cvtph_ps(_mm_lo
 inline void store(f16* p, Vec<float> v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+inline Vec<float> load(const f16* p) { return (Vec<float>)vcvt_f32_f16(load_bits<float16x4_t>(p)); }
+inline void store(f16* p, Vec<float> v) { store_bits(p, vcvt_f16_f32((float32x4_t)v)); }
 #else
 inline Vec<float> load(const f16* p) {
   Vec<float> v;
@@ -359,6 +366,8 @@ inline Bits64 multiply_words(Bits64 a, uint64_t b) {
   return (Bits64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif BYTES == 32
   return (Bits64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__aarch64__)
+  return (Bits64)vmull_n_u32(vmovn_u64((uint64x2_t)a), (uint32_t)b);
 #else
   return a * b;
 #endif
