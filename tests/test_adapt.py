@@ -912,6 +912,7 @@ def test_bad_configs(make, message):
         ),
         (LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]), ValueError, "which leaves nothing"),
         (LoraConfig(target_modules=["q_proj"], rank_pattern={"k_proj": 2}), ValueError, "rank_pattern is .*'k_proj'"),
+        (LoraConfig(alpha_pattern={"q_prj": 2}), ValueError, "holding 'q_prj', .* close to it .*'q_proj'"),
         (LoraConfig(target_modules=["q_proj"], alpha_pattern={"k": 2}), ValueError, "alpha_pattern is holding 'k'"),
         (LoraConfig(modules_to_save=["scores"]), ValueError, "modules_to_save is holding 'scores'"),
         (LoraConfig(layers_to_transform=2), ValueError, r"layers_to_transform is holding 2; .* in \[-2, 2\)"),

@@ -565,6 +565,18 @@ def test_fields_of_peft_that_are_not_set_are_passed_over(saved):
     pyfastpeft.load_adapter(llama(), saved)
 
 
+@pytest.mark.parametrize("init", ["orthogonal", "eva"])
+def test_how_pefts_factors_were_drawn_does_not_matter(init, tmp_path):
+    options = {"eva_config": peft.EvaConfig()} if init == "eva" else {}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **options)
+    stock = peft.get_peft_model(llama(), config, low_cpu_mem_usage=init == "eva")
+    for key, tensor in (factors := peft.get_peft_model_state_dict(stock)).items():
+        factors[key] = torch.randn(tensor.shape)
+    peft.set_peft_model_state_dict(stock, factors, low_cpu_mem_usage=init == "eva")
+    stock.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(pyfastpeft.load_adapter(llama(), tmp_path)), logits(stock))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\ufffe"])
 def test_what_is_no_json_is_named(saved, text):
     (saved / CONFIG).write_bytes(text.encode("utf-16"))

@@ -302,6 +302,30 @@ def test_merge_that_fails_leaves_nothing(stored, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", ["merge", "words"])
+def test_models_that_do_not_fit_are_named(stored, tmp_path, capsys, command):
+    def refused(model, match):
+        paths = ["--model", str(tmp_path / model)]
+        if command == "merge":
+            paths += ["--adapter", str(tmp_path / "lora"), "--out", str(tmp_path / "out")]
+        else:
+            paths += [str(tmp_path / "prompt")]
+        assert cli.main([command, *paths]) == 2
+        assert match in capsys.readouterr().err.splitlines()[-1]
+
+    if command == "merge":  # without a task, so that the model's class is stored
+        RobertaForMaskedLM(RobertaConfig(**SMALL)).save_pretrained(tmp_path / "roberta")
+        refused("roberta", "roberta', with a RobertaConfig; it must be with a GPT2Config, as the GPT2LMHeadModel")
+    path = tmp_path / "model" / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"n_positions": 16}))
+    refused("model", "model holds no whole ")
+    path.write_text(json.dumps(settings))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    refused("model", "model holds no whole ")
+
+
 def test_words_tells_the_nearest(stored, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     prompt = stored["prompt"].adapters["default"]

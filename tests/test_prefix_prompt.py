@@ -213,6 +213,21 @@ def test_rows_go_to_peft_and_back(make, kind):
     assert getattr(part_of(loaded), "projected", False) is False
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [lambda: decoder("gpt2"), t5], ids=["gpt2", "t5"])
+def test_without_a_task_peft_runs_what_it_reads(make, kind, tmp_path):
+    """PEFT passes over the virtual tokens of a file without a task."""
+    model, inputs = adapt(make(), peft_config(kind, None)), batch(padding=0)
+    if make is t5:
+        inputs["labels"] = inputs["input_ids"]
+    for parameter in adapter_parameters(model, "default").values():
+        parameter.data.add_(torch.randn_like(parameter))
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path)
+    virtual = VIRTUAL if kind == "prompt" and make is not t5 else 0
+    torch.testing.assert_close(model.eval()(**inputs).logits, theirs.eval()(**inputs).logits[:, virtual:])
+
+
 def test_sizes_of_the_config_are_pefts():
     for kind in KINDS:
         ours, theirs = pair(lambda: decoder("llama"), kind)

@@ -175,6 +175,7 @@ def adapted_model(directory: Path, adapter: Path, dtype: torch.dtype | str) -> n
     """The transformers model in `directory`, of the class that the adapter was made for, with the adapter."""
     need_file(directory, "config.json")
     import transformers
+    from safetensors import SafetensorError
 
     fields = read_json(need_file(adapter, CONFIG_FILE))
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -185,7 +186,14 @@ def adapted_model(directory: Path, adapter: Path, dtype: torch.dtype | str) -> n
         heads = [key for head in HEADS for key in file.keys() if key.endswith(head)]  # noqa: SIM118
         if heads and fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
             config.num_labels = len(file.get_tensor(heads[0]))
-    model = kind.from_pretrained(directory, config=config, dtype=dtype, local_files_only=True)
+    wanted = getattr(kind, "config_class", None) or type(config)  # automatic classes take any
+    given = f"{str(directory)!r}, with a {type(config).__name__}"
+    needed = f"with a {wanted.__name__}, as the {kind.__name__} that the adapter was made for"
+    need(isinstance(config, wanted), "load", "model", given, needed)
+    try:
+        model = kind.from_pretrained(directory, config=config, dtype=dtype, local_files_only=True)
+    except (RuntimeError, SafetensorError) as why:
+        raise ValueError(f"{directory} holds no whole {kind.__name__}: {why}") from None
     named = fields.get("base_model_name_or_path")
     if named and Path(named).name != directory.resolve().name:
         print(f"the adapter was made for {named}; it is put into {directory}", file=sys.stderr)

@@ -38,6 +38,9 @@ SUFFIXES: dict[type[nn.Module], dict[str, str]] = {
     IA3Part: {"ia3_l": "ia3_l"},
 }
 
+# PEFT's initialisations that set the factors alone, which are in the file. Others change the base model's weights.
+DRAWN = ("orthogonal", "eva")
+
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> None:
     """Write an adapter as PEFT does, so that PEFT reads it: adapter_config.json and adapter_model.safetensors.
@@ -111,6 +114,8 @@ def load_config(directory: str | os.PathLike) -> Config:
     """The config of the adapter in `directory`. Fields of PEFT's that have no counterpart here must be unset."""
     path = need_file(directory, CONFIG_FILE)
     fields = read_json(path)
+    if fields.get("init_lora_weights") in DRAWN:
+        fields |= {"init_lora_weights": True, "eva_config": None}
     try:
         return from_fields(fields.get("peft_type"), fields)
     except (TypeError, ValueError) as why:
@@ -257,10 +262,16 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
         del fields["layers_to_transform"], fields["layers_pattern"]
     if isinstance(config, AdaLoraConfig) and config.total_step is None:
         fields["total_step"] = config.tinit + config.tfinal + 1  # PEFT wants a schedule even to load
-    if config.task_type is None:
+    if isinstance(config, VirtualTokensConfig) and config.task_type is None and _generates(model):
+        fields["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if fields["task_type"] is None:
         kind = type(model)
         fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in fields.items()}
+
+
+def _generates(model) -> bool:
+    return hasattr(model, "can_generate") and model.can_generate()
 
 
 def _named_targets(model, config, name) -> dict:

@@ -272,7 +272,11 @@ class BottleneckConfig(TargetedConfig):
 
 @dataclass(kw_only=True)
 class VirtualTokensConfig(Config):
-    """What prefix and prompt tuning share. num_virtual_tokens: V. The other fields follow from the model, as PEFT's."""
+    """What prefix and prompt tuning share. num_virtual_tokens: V. The other fields follow from the model, as PEFT's.
+
+    PEFT leaves the virtual tokens of an adapter without a task_type out and says nothing: give it one for an encoder.
+    The files of a model that generates are given the one that it has.
+    """
 
     num_virtual_tokens: int = 20
     token_dim: int | None = None

@@ -132,8 +132,9 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, wide: bool) -> None:
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument) or {}:
             means = isinstance(config, AdaLoraConfig) or any(_of_pattern(path, {key: True}, False) for path in found)
-            needed = "a name or pattern of targets"
-            need(means, type(config).__name__, argument, f"holding {key!r}, which means none of them", needed)
+            if not means:
+                given, needed = f"holding {key!r}, which means no target", targets.close_names(key, found)
+                need(False, type(config).__name__, argument, given, needed)
     for path in found:
         module = model.get_submodule(path)
         attach(module, name, _lora_part(path, module, config, placed(module, wide)))

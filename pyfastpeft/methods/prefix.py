@@ -8,7 +8,8 @@ it, so that cached and uncached generation, padding, beams and checkpointing are
 The rows take the first V positions, as PEFT's do, which puts them into the cache: the real tokens' positions and T5's
 distances are shifted by V where they are used, and a sliding window moves away from the rows as from any token. It does
 so by position, so that padding on the left changes nothing. In an encoder-decoder the decoder gets the prefix, with
-PEFT's order of rows, which leaves those of every other layer unused where the number of layers is even.
+PEFT's order of rows, which leaves those of every other layer unused where the number of layers is even; there
+DistributedDataParallel wants find_unused_parameters=True.
 """
 
 import inspect

@@ -106,7 +106,7 @@ def select(
             continue
         for name in meant:
             if not any_of(candidates, name):
-                need(False, op, given, f"holding {name!r}, which means nothing", _known(name, candidates))
+                need(False, op, given, f"holding {name!r}, which means nothing", close_names(name, candidates))
     found = [path for path in candidates if matches(path, target) and not (exclude and matches(path, exclude))]
     if not found:
         name = target if isinstance(target, str) else " ".join(target)
@@ -115,7 +115,7 @@ def select(
         )
         whole = isinstance(target, str) and any_of(candidates, target)
         needed = f"a list, as [{target!r}], if it is a name, or a regular expression for whole paths"
-        need(False, op, argument, given, needed if whole else _known(name, candidates))
+        need(False, op, argument, given, needed if whole else close_names(name, candidates))
     if layers is None:
         return found
     return _in_layers(op, found, candidates, [layers] if isinstance(layers, int) else list(layers), layers_pattern)
@@ -149,7 +149,9 @@ def _need_pattern(op, argument, pattern):
         need(False, op, argument, f"{pattern!r} ({error})", "a regular expression")
 
 
-def _known(name, candidates):
+def close_names(name: str, candidates: Sequence[str]) -> str:
+    """What an error tells that is needed instead of `name`: those of `candidates`, module or parameter paths, that are
+    spelt alike, or else what there is."""
     ends = {".".join(path.split(".")[-n:]) for path in candidates for n in (1, 2, 99)}
     close = get_close_matches(name, ends, n=5, cutoff=0.5)
     short = sorted({path.rsplit(".", 1)[-1] for path in candidates})
