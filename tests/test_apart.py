@@ -54,13 +54,13 @@ def run_apart(tmp_path, text, *options):
 
 
 def test_a_bad_test_costs_itself_alone(tmp_path):
-    status, said = run_apart(tmp_path, TESTS, "--processes", "1", "--patience", "1")
+    status, said = run_apart(tmp_path, TESTS, "--processes", "1", "--patience", "8")
     assert status == 1
     assert said[-1].startswith("5 failed, 1 not run, 2 passed, 1 skipped in ")
     assert {line.partition(":")[0]: line.partition(": ")[2] for line in said if line.startswith("FAILED")} == {
         "FAILED test_fails": "AssertionError: the sum is off",
         "FAILED test_dies": "it died: SIGABRT",
-        "FAILED test_hangs[slow-1] and 1 more": "it did nothing for 1 s and was killed",
+        "FAILED test_hangs[slow-1] and 1 more": "it did nothing for 8 s and was killed",
         "FAILED test_hangs[slow-3]": "2 of its kind hung",
         "FAILED test_breaks_cuda": "RuntimeError: it passed; after it RuntimeError: CUDA error: an illegal memory "
         "access was encountered",
