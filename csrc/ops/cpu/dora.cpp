@@ -29,23 +29,32 @@ void norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, doub
   check_adapters<C>(a.dtype, b.dtype);
   C* out = sums<C>(norm, {n}, "norm");
   const C* squares = weight_norm_squared ? sums<C>(*weight_norm_squared, {n}, "weight_norm_squared") : nullptr;
-  auto cross = product<C>(w, n, a, rank, k), gram = product<C>(a, rank, a, rank, k);
+  auto gram = product<C>(a, rank, a, rank, k);
   auto own = product<C>(b, n, gram.rows(), rank, rank);
   const auto& kernel = kernels<C>();
-  torch::stable::parallel_for(0, n, 1 + 16384 / (squares ? rank : k), [&](int64_t begin, int64_t end) {
-    std::unique_ptr<C[]> row(new C[std::max(k, rank)]);
-    for (int64_t i = begin; i < end; ++i) {
-      C square;
-      if (squares) {
-        square = squares[i];
-      } else {
-        const C* in = row_of(w, i, k, row.get());
-        C* to = &square;
-        kernel.dot(&in, 1, gram.rows().dtype, in, k, 1, k, &to);
+  constexpr int64_t BLOCK = 12;  // rows of the weight that are read once, for lora_A and for their squares
+  torch::stable::parallel_for(0, (n + BLOCK - 1) / BLOCK, 1 + 4096 / k, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<C[]> stage(new C[BLOCK * k]), cross(new C[BLOCK * rank]), row(new C[rank]);
+    const C* in[BLOCK];
+    C* products[BLOCK];
+    for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, n); first += BLOCK) {
+      int64_t count = std::min(BLOCK, n - first);
+      for (int64_t j = 0; j < count; ++j) {
+        in[j] = row_of(w, first + j, k, stage.get() + j * k);
+        products[j] = cross.get() + j * rank;
       }
-      const C *factors = row_of(b, i, rank, row.get()), *p = cross.data.get() + i * rank, *q = own.data.get() + i * rank;
-      for (int64_t r = 0; r < rank; ++r) square += C(scaling) * factors[r] * (2 * p[r] + C(scaling) * q[r]);
-      out[i] = std::sqrt(square < 0 ? C(0) : square);
+      kernel.dot(in, count, a.dtype, a.data, a.stride, rank, k, products);
+      for (int64_t j = 0, i = first; j < count; ++j, ++i) {
+        C square, *to = &square;
+        if (squares) {
+          square = squares[i];
+        } else {
+          kernel.dot(in + j, 1, gram.rows().dtype, in[j], k, 1, k, &to);
+        }
+        const C *factors = row_of(b, i, rank, row.get()), *p = products[j], *q = own.data.get() + i * rank;
+        for (int64_t r = 0; r < rank; ++r) square += C(scaling) * factors[r] * (2 * p[r] + C(scaling) * q[r]);
+        out[i] = std::sqrt(square < 0 ? C(0) : square);
+      }
     }
   });
 }

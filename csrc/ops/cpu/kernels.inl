@@ -173,6 +173,13 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
   constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][R] = {};
   int64_t i = begin;
+  if constexpr (T * R == 1) {  // one sum would wait for itself
+    Vec<C> parts[4] = {};
+    for (; i + 4 * L <= end; i += 4 * L)
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) parts[p] += load(x[0] + i + p * L) * load(a + i + p * L);
+    acc[0][0] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  }
   for (; i + L <= end; i += L) {
     Vec<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(a + r * lda + i);
