@@ -98,7 +98,7 @@ class Run:
     def go_on(self, process: Apart) -> None:
         while name := self.next():
             # A kind is a test function on one backend, its first parameter.
-            kind, remaining = name.partition("-")[0], self.until - time.monotonic()
+            kind, remaining = name.rpartition("::")[2].partition("-")[0], self.until - time.monotonic()
             if self.hung[kind] >= HUNG:
                 self.found[name] = not_run(f"{HUNG} of its kind hung")
                 continue

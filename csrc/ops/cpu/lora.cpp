@@ -7,21 +7,11 @@
 #include <vector>
 
 #include "ops/cpu/layer.h"
+#include "ops/layers.h"
 
 namespace pyfastpeft {
 
 namespace {
-
-// One of the layers that an x goes through.
-struct Layer {
-  OptionalTensor weight;  // [N, K]
-  OptionalTensor bias;    // [N]
-  Tensor lora_B;          // [N, r]
-  double scaling;
-
-  int64_t features() const { return lora_B.size(0); }
-  int64_t rank() const { return lora_B.size(1); }
-};
 
 // The half of a branch that all layers share, and the other half of one layer's.
 template <class C>
@@ -134,18 +124,6 @@ void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTens
   std::vector<Tensor> dlora_Bs;
   if (dlora_B) dlora_Bs.push_back(*dlora_B);
   run({dy}, x, {{weight, std::nullopt, lora_B, scaling}}, lora_A, dropout_p, seed, s, dx, dlora_A, dlora_Bs);
-}
-
-std::vector<Layer> layers_of(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
-                             const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings) {
-  size_t count = weights.size();
-  STD_TORCH_CHECK(count > 0 && lora_Bs.size() == count && scalings.size() == count &&
-                      (biases.empty() || biases.size() == count),
-                  "each of at least one layer needs a weight, a bias or none, a lora_B and a scaling");
-  std::vector<Layer> layers;
-  for (size_t i = 0; i < count; ++i)
-    layers.push_back({weights[i], biases.empty() ? std::nullopt : biases[i], lora_Bs[i], scalings[i]});
-  return layers;
 }
 
 void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,

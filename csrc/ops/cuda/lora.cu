@@ -13,6 +13,7 @@
 #include "ops/cuda/exact.h"
 #include "ops/cuda/gemm.h"
 #include "ops/cuda/runtime.h"
+#include "ops/layers.h"
 
 namespace pyfastpeft {
 
@@ -638,14 +639,6 @@ void multiply(const Place& place, const Gemm& it) {
   STD_TORCH_CHECK(!error, "product: ", error);
 }
 
-// One of the layers that an x goes through.
-struct Layer {
-  OptionalTensor weight;  // [N, K]
-  OptionalTensor bias;    // [N]
-  Tensor lora_B;          // [N, rank]
-  double scaling;
-};
-
 // Raises unless a layer is one of activations of this dtype with k features.
 template <class Type>
 void check_layer(const Layer& layer, int64_t k) {
@@ -878,18 +871,6 @@ void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTens
     backward<decltype(types)>({dy}, x, {{weight, {}, lora_B, scaling}}, lora_A, dropout_of(seed, dropout_p), s, dx,
                               dlora_A, dlora_Bs);
   });
-}
-
-std::vector<Layer> layers_of(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
-                             const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings) {
-  size_t count = weights.size();
-  STD_TORCH_CHECK(count > 0 && lora_Bs.size() == count && scalings.size() == count &&
-                      (biases.empty() || biases.size() == count),
-                  "each of at least one layer needs a weight, a bias or none, a lora_B and a scaling");
-  std::vector<Layer> layers;
-  for (size_t i = 0; i < count; ++i)
-    layers.push_back({weights[i], biases.empty() ? std::nullopt : biases[i], lora_Bs[i], scalings[i]});
-  return layers;
 }
 
 void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
