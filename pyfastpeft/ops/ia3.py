@@ -72,7 +72,7 @@ class _IA3(Function):
             return dx, None, None, dia3_l, None, None
         dy_rows = as_rows(dy)
         x_rows = None if x is None else as_rows(x)
-        dbase = dy_rows if feedforward else (dy_rows * ia3_l).to(dy.dtype) if need_weight or need_bias else None
+        dbase = dy_rows if feedforward else (dy_rows * ia3_l).to(dy.dtype)
         inner = (x_rows * ia3_l).to(dy.dtype) if need_weight and feedforward else x_rows
         dweight = dbase.T @ inner if need_weight else None
         dbias = dbase.sum(0) if need_bias else None
