@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import AdaptedMatrix, carriers
+from ..layers.adapted import AdaptedMatrix, carriers, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
 from .adapt import adapt, adaptation, delete_adapter, disable_adapter, need_adapter, set_adapter
@@ -51,7 +51,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
 
     Raises ValueError for a name that the model does not have, NotADirectoryError or OSError where it cannot write.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     known = adaptation(model)
     need_adapter(known, "save_adapter", name)
     config = known.configs[name]
@@ -96,7 +96,7 @@ def load_adapter(
     with opened(path) as file:
         adapt(model, config, name, autocast_adapter_dtype)
         try:
-            _fill(model, config, name, file, path, strict)
+            _fill(uncompiled(model), config, name, file, path, strict)
         except BaseException:
             delete_adapter(model, name)
             if active:

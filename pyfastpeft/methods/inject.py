@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..layers.adapted import AdaptedMatrix, Parts, Replacement, adapted_class, attach, carriers
+from ..layers.adapted import AdaptedMatrix, Parts, Replacement, adapted_class, attach, carriers, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
 from ..ops.dispatch import FLOATS
@@ -71,6 +71,7 @@ def _calls_layers(module, args):
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """path -> module of the model itself, without the parts of adapters."""
+    model = uncompiled(model)
     inside = {part for parts in model.modules() if isinstance(parts, Parts) for part in parts.modules()}
     return {path: module for path, module in model.named_modules() if module not in inside}
 
