@@ -6,7 +6,7 @@ The Triton backend runs the same checks under its interpreter (test_triton_inter
 import copy
 import functools
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -1400,6 +1400,20 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert native_by(y=made)
     assert not inference.writable(made)
     assert not inference.writable(None)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_inference_mode_forms_no_gradients_where_they_are_enabled(native):
+    x, weight, lora_A, lora_B = random(4, 8, grad=False), random(6, 8), random(2, 8), random(6, 2)
+    with torch.inference_mode(), torch.enable_grad(), nullcontext() if native else ops.use_backend("reference"):
+        x = x.clone()
+        for y in (
+            ops.lora_linear(x, weight, None, lora_A, lora_B, 0.7),
+            ops.dora_linear(x, weight, None, lora_A, lora_B, weight[:, 0], 0.7),
+            ops.ia3_linear(x, weight, None, weight[:, 0], False),
+            ops.multi_lora_linear(x, weight, None, lora_A[None], lora_B[None], torch.tensor([0, -1, 0, 0]), 0.7),
+        ):
+            assert not y.requires_grad
 
 
 def test_multi_lora_inference_that_is_out_of_the_ordinary_writes_nothing():

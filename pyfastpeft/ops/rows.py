@@ -74,7 +74,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see an op on these; forward mode, to refuse it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    graph = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    # In inference mode gradients may be enabled, and are not formed.
+    return graph and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
 def written(tensor: Tensor) -> None:
