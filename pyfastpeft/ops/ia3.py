@@ -5,10 +5,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, inference
-from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient, shaped, without_autocast
+from .rows import as_rows, autocast, autocast_off, autocasting, first_order, needs_gradient, shaped, without_autocast
 
 
 def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
@@ -58,7 +57,7 @@ class _IA3(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, weight, ia3_l, base = ctx.saved_tensors

@@ -5,7 +5,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import checks, dispatch, inference, reference
@@ -15,6 +14,7 @@ from .rows import (
     autocast_off,
     autocasting,
     dropout_seed,
+    first_order,
     needs_gradient,
     shaped,
     without_autocast,
@@ -53,7 +53,7 @@ class _LoRA(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors

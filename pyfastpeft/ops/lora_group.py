@@ -5,10 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, shaped, without_autocast
+from .rows import (
+    as_rows,
+    autocast,
+    autocast_off,
+    autocasting,
+    dropout_seed,
+    first_order,
+    needs_gradient,
+    shaped,
+    without_autocast,
+)
 
 
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
@@ -41,7 +50,7 @@ class _LoRAGroup(Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, *dys):
         x, s, seed, *members = ctx.saved_tensors

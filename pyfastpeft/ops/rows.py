@@ -57,6 +57,19 @@ def autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def first_order(backward: Callable) -> Callable:
+    """A backward pass that refuses to be differentiated, when it is called: torch's once_differentiable refuses later,
+    and to those alone who go back as far; torch.autograd.grad to something else finds zero, and says nothing."""
+
+    @wraps(backward)
+    def run(ctx, *dys):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("gradients of pyfastpeft's ops cannot be differentiated: create_graph must be False")
+        return backward(ctx, *dys)
+
+    return run
+
+
 def without_autocast(backward: Callable) -> Callable:
     """A backward pass that keeps its dtypes also when it is called under autocast."""
 
