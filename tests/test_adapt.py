@@ -212,6 +212,7 @@ def paths_of(model, **options):
         ({"target_modules": "all-linear", "modules_to_save": ["2"]}, ["1.up", "1.down", "3"]),
         ({"target_modules": ["up", "down"], "layers_to_transform": -1}, ["2.up", "2.down"]),
         ({"target_modules": ["up"], "layers_to_transform": [1, -1]}, ["1.up", "2.up"]),
+        ({"target_modules": ["up", "3"], "layers_to_transform": 1}, ["1.up", "3"]),
     ],
 )
 def test_targets_by_name(options, expected):

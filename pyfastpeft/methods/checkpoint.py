@@ -233,9 +233,9 @@ def _unknown(model, config, file, keys: Iterable[str]) -> list[str]:
     unknown = []
     for key in keys:
         tensor = file.get_tensor(key)
-        saved = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
-        if saved != key:
-            twin = file.get_tensor(saved) if saved in file.keys() else None  # noqa: SIM118
+        if ".modules_to_save." in key:  # with or without the adapter's name behind it
+            saved = (re.sub(rf"\.modules_to_save\.{name}", ".", key) for name in ("", r"[^.]+\."))
+            twin = next((file.get_tensor(each) for each in saved if each in file.keys()), None)  # noqa: SIM118
         else:
             twin = own.get(re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix(_base(config))))
         same = twin is not None and twin.shape == tensor.shape

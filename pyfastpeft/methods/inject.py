@@ -290,7 +290,8 @@ def saved_modules(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     if asked:
         targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
     ancestors = {path: [path[: hit.start()] for hit in re.finditer(r"\.|$", path)] for path in modules}
-    return {p: m for p, m in modules.items() if any(targets.matches(ancestor, names) for ancestor in ancestors[p])}
+    # As PEFT reads them, by which DistilBERT's pre_classifier is a classifier, too.
+    return {p: m for p, m in modules.items() if any(ancestor.endswith(tuple(names)) for ancestor in ancestors[p])}
 
 
 def _save_modules(model, config, name):
