@@ -366,6 +366,15 @@ def test_sixteen_bit_models_keep_float32_adapters(case, tmp_path):
     )
 
 
+def test_patterns_mean_the_same_after_they_were_sorted(tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 3, r".*0\..*_proj": 5}, "alpha_pattern": {"q_proj": 2, r".*_proj": 7}}
+    config = methods.LoraConfig(**HALF, target_modules=QV, init_lora_weights=False, **patterns)
+    ours = pyfastpeft.adapt(llama(), config)
+    pyfastpeft.save_adapter(ours, tmp_path)
+    for again in (pyfastpeft.load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)):
+        torch.testing.assert_close(logits(again), logits(ours), rtol=1e-5, atol=1e-5)
+
+
 def test_several_adapters_are_kept_apart(tmp_path):
     model = of_ours("lora-head")
     pyfastpeft.save_adapter(model, tmp_path / "lora")

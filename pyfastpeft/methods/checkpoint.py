@@ -23,7 +23,7 @@ from .configs import (
     from_fields,
 )
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
-from .inject import own_modules, saved_names
+from .inject import of_pattern, own_modules, saved_names
 from .targets import matches
 
 CONFIG_FILE = "adapter_config.json"
@@ -258,6 +258,8 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
     if type(config) in (LoraConfig, AdaLoraConfig, IA3Config):
         fields |= _named_targets(model, config, name)
         fields["fan_in_fan_out"] |= _transposed(model, name)
+    if isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig):
+        fields |= _sortable_patterns(model, config, name)
     if isinstance(config, IA3Config):
         del fields["layers_to_transform"], fields["layers_pattern"]
     if isinstance(config, AdaLoraConfig) and config.total_step is None:
@@ -268,6 +270,19 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
         kind = type(model)
         fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in fields.items()}
+
+
+def _sortable_patterns(model, config, name) -> dict:
+    """rank_pattern and alpha_pattern, of which the first key that means a path counts, by whole paths where sorting
+    them, as JSON does, would change what they mean."""
+    paths = [path for path, module in carriers(model) if name in getattr(module, "adapters", {})]
+    found = {}
+    for argument in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, argument)
+        meant = {path: of_pattern(path, given, None) for path in paths}
+        if any(of_pattern(path, dict(sorted(given.items())), None) != value for path, value in meant.items()):
+            found[argument] = {re.escape(path): value for path, value in meant.items() if value is not None}
+    return found
 
 
 def _generates(model) -> bool:

@@ -132,7 +132,7 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, wide: bool) -> None:
     found = target_matrices(model, config, lambda family: targets.ends(family.query, family.value))
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument) or {}:
-            means = isinstance(config, AdaLoraConfig) or any(_of_pattern(path, {key: True}, False) for path in found)
+            means = isinstance(config, AdaLoraConfig) or any(of_pattern(path, {key: True}, False) for path in found)
             if not means:
                 given, needed = f"holding {key!r}, which means no target", targets.close_names(key, found)
                 need(False, type(config).__name__, argument, given, needed)
@@ -153,8 +153,8 @@ def _biases(module) -> list[str]:
 
 
 def _lora_part(path, module, config, like):
-    r = config.r if isinstance(config, AdaLoraConfig) else _of_pattern(path, config.rank_pattern, config.r)
-    alpha = _of_pattern(path, config.alpha_pattern, config.lora_alpha)
+    r = config.r if isinstance(config, AdaLoraConfig) else of_pattern(path, config.rank_pattern, config.r)
+    alpha = of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
         need(
@@ -195,7 +195,8 @@ def _lora_part(path, module, config, like):
     return LoRAPart(*sizes(module), r, scaling, **options)
 
 
-def _of_pattern(path, patterns, default):
+def of_pattern(path: str, patterns: dict | None, default):
+    """The value of the first key that means this path, as PEFT reads rank_pattern and alpha_pattern."""
     for key, value in (patterns or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", path):
             return value
