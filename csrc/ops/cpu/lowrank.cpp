@@ -97,10 +97,10 @@ void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t en
   }
 }
 
-// Where the sums of a token are formed: in y, if they can be, else in `buffer`. They begin with `from`.
+// Where the sums of a token are formed: in the target, if they can be, else in `buffer`. They begin with `from`.
 template <class C>
 C* begin_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* buffer) {
-  C* out = in_place ? reinterpret_cast<C*>(to.y.at(token)) : buffer;
+  C* out = in_place ? reinterpret_cast<C*>((to.unscaled ? to.unscaled : to.y).at(token)) : buffer;
   if (to.from && to.from.at(token) != reinterpret_cast<char*>(out))
     kernels<C>().widen(to.from.dtype, to.from.at(token), out, n);
   return out;
@@ -109,10 +109,15 @@ C* begin_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* bu
 template <class C>
 void finish_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* sums) {
   const auto& k = kernels<C>();
-  if (to.unscaled) k.narrow(to.unscaled.dtype, sums, to.unscaled.at(token), n);
-  if (to.scale) k.multiply(sums, to.scale, sums, n);
-  if (to.shift) k.add(sums, to.shift, n);
-  if (!in_place) k.narrow(to.y.dtype, sums, to.y.at(token), n);
+  if (to.unscaled && !in_place) k.narrow(to.unscaled.dtype, sums, to.unscaled.at(token), n);
+  C* y = in_place ? reinterpret_cast<C*>(to.y.at(token)) : sums;
+  if (to.scale) {
+    k.multiply(sums, to.scale, y, n);
+  } else if (y != sums) {
+    std::copy_n(sums, n, y);
+  }
+  if (to.shift) k.add(y, to.shift, n);
+  if (!in_place) k.narrow(to.y.dtype, y, to.y.at(token), n);
 }
 
 // The target with drop'(s[i] c) for a branch, on columns c0 .. c0 + n, where its memory begins; c is [rank, n] with row
@@ -133,7 +138,8 @@ void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Target<C>&
       out[i] = buffer + i * COLUMN_BLOCK;
       if (!drops) out[i] = begin_row(to, tokens[t + i], n, in_place, out[i]);
     }
-    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate, {0, in_place && !tokens.order ? ROWS * to.y.stride : 0});
+    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate, 
+           {0, in_place && !tokens.order ? ROWS * (to.unscaled ? to.unscaled : to.y).stride : 0});
     for (int64_t i = 0; i < count; ++i) {
       if (drops) {
         k.drop(out[i], n, c0, tokens[t + i], dropout.seed, dropout.p);
