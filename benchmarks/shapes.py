@@ -222,9 +222,9 @@ def multi_lora_linear_cases(size: str, device: str) -> list[MultiLora]:
 
 CASES = {
     "lora_linear": lora_cases,
-    "ia3_linear": ia3_cases,
     "multi_lora": multi_lora_cases,
     "multi_lora_linear": multi_lora_linear_cases,
+    "ia3_linear": ia3_cases,
 }
 
 
