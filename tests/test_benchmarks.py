@@ -214,7 +214,7 @@ def test_the_table_of_choices_comes_from_results_on_a_gpu(tmp_path, capsys):
         "benchmarks": [
             entry(forward, "peft", "16bit", 1.0),
             entry(forward, "triton", "16bit", 3.0),
-            entry(forward, choose.ROW, "16bit", 2.0),
+            entry(forward, providers.OUR_ADDMM, "16bit", 2.0),
             entry(forward, "triton", "fp32", 2.0),
             entry(training, "reference", "fp32", 2.0, mode="eager"),
         ],
