@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -108,7 +108,8 @@ def measure(
                     result.errors = check(problems[0], result.provider, calls[0])
                     once = [step(each, call) for each, call in zip(problems, calls)]
                     if weigh:
-                        result.saved_bytes = saved_bytes(problems[0], calls[0])
+                        parameters = problems[0].weight, *calls[0].leaves[1:]
+                        result.saved_bytes = saved_bytes(calls[0].forward, parameters)
                         result.peak_bytes = peak_bytes(once[0], device)
                     run = runner(once, case.mode)
                     finish(device)  # so that a fault shows here
@@ -375,22 +376,20 @@ def interleave(
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(problem: Problem, call: Call) -> int:
-    """Bytes of the distinct storages that the graph keeps for backward, parameters excepted and x included; 0 where no
-    gradient is asked for."""
-    storages = {}
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that `forward` keeps for its backward pass: each storage once, those of `parameters` left out."""
+    storages = {}  # which stay alive meanwhile, so that none gets the address of another
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call.forward()  # alive until the end: a storage freed here could lend its address to another
-    for parameter in (problem.weight, *call.leaves[1:]):
+        forward()
+    for parameter in parameters:
         storages.pop(parameter.untyped_storage().data_ptr(), None)
-    del y
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_bytes(once: Callable[[], object], device: str) -> int:

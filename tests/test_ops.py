@@ -38,6 +38,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
 from pyfastpeft.ops import choice, dispatch, inference, native, reference, schemas
 
@@ -1022,21 +1023,6 @@ def test_autocast_keeps_the_dtype_of_a_residual(backend):
     torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
     out.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in inputs.values())
-
-
-def saved_bytes(run, parameters):
-    seen = {}
-
-    def pack(tensor):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
-    for parameter in parameters:
-        seen.pop(parameter.untyped_storage().data_ptr(), None)
-    assert out.requires_grad
-    return sum(seen.values())
 
 
 @backends

@@ -18,7 +18,7 @@ from ..methods.configs import BottleneckConfig, PrefixTuningConfig, PromptTuning
 from ..methods.files import need_file, opened, read_json
 from ..methods.prompt import nearest_words
 from ..ops.checks import need
-from .tables import count, size, table
+from .tables import size, table
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -107,11 +107,11 @@ def render(found: dict) -> str:
         ("method", " ".join([str(found["method"]), *found["variants"]])),
         ("base model", str(found["base_model"] or "not named")),
         ("task", str(found["task_type"] or "not named")),
-        ("parameters", count(found["parameters"])),
+        ("parameters", f"{found['parameters']:,}"),
         *((f"in {dtype}", size(held)) for dtype, held in sorted(found["bytes"].items())),
     ]
     rows = [
-        (row["name"], count(row["modules"]), " ".join(map(str, row["ranks"])), count(row["parameters"]))
+        (row["name"], f"{row['modules']:,}", " ".join(map(str, row["ranks"])), f"{row['parameters']:,}")
         for row in found["targets"]
     ]
     return f"{table(('adapter', found['directory']), facts)}\n\n" + table(

@@ -37,7 +37,7 @@ def diagnose() -> dict:
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: installed(name) for name in PACKAGES}
     backends = [_backend(name, devices, packages) for name in dispatch.BACKENDS]
     return {
         "pyfastpeft": pyfastpeft.__version__,
@@ -59,7 +59,8 @@ def diagnose() -> dict:
     }
 
 
-def _version(package):
+def installed(package: str) -> str | None:
+    """The version of an installed package, else None."""
     try:
         return version(package)
     except PackageNotFoundError:
