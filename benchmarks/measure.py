@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.apart import Apart, Lost, serve
 from benchmarks.providers import Call, Problem, Provider, problem
 from benchmarks.shapes import Case
+from benchmarks.worker import Worker, WorkerLost, serve
 from pyfastpeft import use_backend
 
 # How much a relative error may exceed torch's own, in epsilons of the result's dtype: the tests' error rule. Rounding
@@ -140,7 +140,7 @@ class Measurer:
 
     def __init__(self, device: str, patience: float = 60.0):
         self.device, self.patience = device, patience
-        self.apart = Apart(_serve)
+        self.worker = Worker(_serve)
         self.losses: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
 
     def __call__(self, case: Case, effort: Effort, contenders: list[Provider], weigh: bool = True) -> dict[str, Result]:
@@ -153,9 +153,9 @@ class Measurer:
                     refused.setdefault(provider.name, f"{provider.name} is not tried on {case.op} again: {losses[-1]}")
             left = [provider for provider in contenders if provider.name not in refused]
             try:
-                found = self.apart.ask((case, self.device, effort, left, weigh), self.patience) if left else {}
+                found = self.worker.ask((case, self.device, effort, left, weigh), self.patience) if left else {}
                 break
-            except Lost as lost:
+            except WorkerLost as lost:
                 why = f"{lost.at} on {case.name}: {lost}"
                 if lost.at is None:
                     refused |= {provider.name: f"no process that measures: {lost}" for provider in left}
@@ -166,7 +166,7 @@ class Measurer:
 
     def close(self) -> None:
         """End the process that measures."""
-        self.apart.close()
+        self.worker.close()
 
 
 def _serve(connection):
