@@ -1,4 +1,4 @@
-"""`pyfastpeft doctor`: what this machine runs, and why it does not run the rest."""
+"""`pyfastpeft doctor`: which backends run on this machine, and why the others do not."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ VARIABLES = ("PYFASTPEFT_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVI
 
 def add_to(commands) -> None:
     """Add this command to the command line."""
-    parser = commands.add_parser("doctor", help="tell what this machine runs, and why it does not run the rest")
+    parser = commands.add_parser("doctor", help="show which backends run on this machine, and why the others do not")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
 

@@ -136,7 +136,7 @@ class AdaptedMatrix(Adapted):
 
 
 class AdaptedLinear(AdaptedMatrix, nn.Linear):
-    """torch.nn.Linear with adapters; of it, `AdaptedMatrix` tells."""
+    """torch.nn.Linear with adapters."""
 
     @property
     def plain(self) -> bool:
@@ -201,7 +201,7 @@ def carrier_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _brought(kind: type[Adapted]) -> set[str]:
-    """The names that a carrier's class has for purposes of its own."""
+    """The public names that the class of a carrier adds to the class of the module."""
     names = {name for c in kind.__mro__ if issubclass(c, Adapted) for name in vars(c)}
     return {name for name in names - {"forward"} if not name.startswith("_")}
 
@@ -216,7 +216,7 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
 
 
 class Parts(nn.ModuleDict):
-    """adapter name -> part. As `module.adapters` those that join a module's computation, as `module.replaced` the
+    """adapter name -> part. `module.adapters` holds the `Part`s of its computation, `module.replaced` the
     `Replacement`s of its parameters."""
 
 
@@ -261,7 +261,7 @@ class Replacement(nn.Module):
 
 
 def carriers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of all modules in `model` that hold something of an adapter."""
+    """(path, module) of all modules in `model` that carry parts or replacements of adapters."""
     return [(path, module) for path, module in model.named_modules() if _parts(module)]
 
 

@@ -1,5 +1,6 @@
-"""What the CUDA C++ kernels of csrc/ops/cuda take: one function for every op that has one, with the raw op's arguments,
-which returns what it lacks, "" where it takes them. Nothing here looks at a value on a device."""
+"""Which arguments the CUDA C++ kernels of csrc/ops/cuda take: one function for every op that has a kernel, called with
+the raw op's arguments. It returns what the kernel takes instead, or "" if it takes these. Nothing here looks at a value
+on a device."""
 
 import functools
 
