@@ -123,7 +123,7 @@ def render(found: dict) -> str:
 
 
 def merge(model: Path, adapter: Path, out: Path, dtype: str | None = None) -> int:
-    """Write to `out` the plain transformers model that `model` with `adapter` amounts to, and its tokenizer.
+    """Merge `adapter` into the transformers model `model`, and write the plain model and its tokenizer to `out`.
 
     Sums are float32 and rounded once. Nothing is overwritten; if it fails, `out` is not there.
     """

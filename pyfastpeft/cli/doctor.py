@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def diagnose() -> dict:
-    """What `pyfastpeft doctor` tells: dicts and lists of strings, numbers and booleans."""
+    """What `pyfastpeft doctor` prints: dicts and lists of strings, numbers and booleans."""
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -26,7 +26,7 @@ _ALLOCATORS = "rank_allocators."  # what keys of an allocator's tensors in the m
 class AdapterCallback(TrainerCallback):
     """Drives the active adapters of `model` through Trainer's steps.
 
-    AdaLoRA: importances are observed and ranks allotted after every optimizer step, whose gradients are still there;
+    AdaLoRA: importances are observed and ranks allocated after every optimizer step, whose gradients are still there;
     the orthogonality term joins the loss once a step. A total_step that is None becomes the number of steps that
     Trainer takes. DyLoRA: each step's rank is drawn when it begins, from Trainer's seed, and serves all of its
     micro-batches; evaluation sees all ranks.

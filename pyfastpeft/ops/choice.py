@@ -32,7 +32,7 @@ def ranking(op: str, args: tuple) -> tuple[str, ...]:
 
 
 def leading(args: tuple) -> Tensor:
-    """The tensor that tells an op's device and dtype: its first argument, or the first of a list of these."""
+    """The tensor whose device and dtype count as the op's: its first argument, or the first of a list of these."""
     return args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
 
 
