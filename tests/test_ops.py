@@ -1236,11 +1236,25 @@ def alike(run, tensors):
         assert torch.equal(ours, theirs)
 
 
+NATIVE_CALLS = (
+    "lora",
+    "lora_training",
+    "lora_gradients",
+    "dora",
+    "dora_gradients",
+    "ia3",
+    "ia3_gradients",
+    "lora_",
+    "multi_lora",
+    "multi_lora_",
+)
+
+
 @pytest.fixture
 def native_calls(monkeypatch):
     """Whether every native inference call that was made did its work."""
     done = []
-    for name in ("lora", "lora_training", "ia3", "ia3_gradients", "lora_", "multi_lora", "multi_lora_"):
+    for name in NATIVE_CALLS:
 
         def call(op, *args):
             result = op(*args)
@@ -1263,6 +1277,9 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
     tokens = inputs["x"].shape[:-1].numel()
     alike(lora, inputs)
     alike(lambda bias, **rest: lora(**rest), inputs)
+    magnitude = random(shape[2], dtype=adapter_dtype or dtype, grad=False)
+    alike(functools.partial(ops.dora_linear, scaling=0.7), inputs | {"magnitude": magnitude})
+    alike(functools.partial(ops.dora_linear, bias=None, scaling=0.7), inputs | {"magnitude": magnitude})
     y = random(*inputs["x"].shape[:-1], shape[2], dtype=dtype, grad=False)
     lora_A, lora_B = inputs["lora_A"], inputs["lora_B"]
     alike(
@@ -1284,7 +1301,7 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
         scaled = {"x": inputs["x"], "weight": inputs["weight"], "ia3_l": vector}
         alike(functools.partial(ops.ia3_linear, feedforward=feedforward), scaled | {"bias": inputs["bias"]})
         alike(functools.partial(ops.ia3_linear, bias=None, feedforward=feedforward), scaled)
-    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
+    assert native_calls == [tokens > 0] * (2 * 3 + 2 * 3 + 2 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -1320,7 +1337,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
     zeros, slots = torch.zeros(4, 6), torch.tensor([0, -1, 0, 0])
 
     def native_by(y=zeros, scaling=0.5, dropout_p=0.0, **changed):
-        """Whether all five ops (True) or none (False) are done by their native calls."""
+        """Whether all six ops (True) or none (False) are done by their native calls."""
         x, weight, lora_A, lora_B, bias = (inputs | changed).values()
         native_calls.clear()
         with suppress(Exception):  # what the general path makes of it is for other tests
@@ -1335,7 +1352,10 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         if not changed.keys() - {"x"} and scaling == 0.5 and dropout_p == 0:
             with suppress(Exception):
                 ops.ia3_linear(x, weight, bias, bias, False)
-        assert sum(native_calls) in (0, 5) or (torch.is_grad_enabled() and x.requires_grad)
+            with suppress(Exception):
+                ops.dora_linear(x, weight, bias, lora_A, lora_B, bias, scaling)
+        most = 6 - torch.is_autocast_enabled("cpu")  # DoRA's norm is that of the weight before it is cast
+        assert sum(native_calls) in (0, most) or (torch.is_grad_enabled() and x.requires_grad)
         return any(native_calls)
 
     x = inputs["x"]
@@ -1344,7 +1364,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by()
     with torch.autocast("cpu"):
         assert native_by()
-        assert native_calls == [False, True] * 5  # the op casts and calls itself without autocast
+        assert native_calls == [False, True] * 5 + [False]  # the op casts and calls itself without autocast
     with ops.use_backend("reference"):
         assert not native_by()
     with ops.use_backend("cpu"):
@@ -1365,7 +1385,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by(**changed)
     trained = x.clone().requires_grad_()
     assert native_by(x=trained)
-    assert native_calls == [True, True]  # forward passes of lora_linear and ia3_linear
+    assert native_calls == [True, True, True]  # forward passes of lora_linear, ia3_linear and dora_linear
     with torch.no_grad():
         assert native_by(x=trained)
     seen = []
@@ -1558,6 +1578,42 @@ def test_an_ia3_call_that_is_out_of_the_ordinary_is_left_to_python():
     dy = random(4, 6, grad=False)
     for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
         assert inference.ia3_gradients(strange, None, weight, outer, False, strange, True, True) == (None, None)
+
+
+def test_a_dora_call_that_is_out_of_the_ordinary_is_left_to_python():
+    plain = {name: t.detach() for name, t in lora_inputs(4, 8, 6, 2, torch.float32).items()}
+    x, weight, bias, lora_A, lora_B = (plain[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+    magnitude = torch.rand(6)
+    plain |= {"magnitude": magnitude, "scaling": 0.5, "keep_unscaled": True}
+    for changed in (
+        {"weight": weight[:5]},
+        {"weight": torch.randn(8, 6).T},
+        {"weight": weight.bfloat16()},
+        {"bias": bias[:5]},
+        {"lora_A": lora_A[:1]},
+        {"lora_A": lora_A.bfloat16()},
+        {"lora_A": lora_A.to("meta")},
+        {"lora_B": lora_B[:5]},
+        {"magnitude": magnitude[:5]},
+        {"magnitude": magnitude[:, None]},
+        {"magnitude": magnitude.double()},
+        {"magnitude": magnitude.int()},
+        {"magnitude": magnitude.to("meta")},
+        {"magnitude": magnitude.repeat_interleave(2)[::2]},
+        {"magnitude": None},
+        {"x": x[:0]},
+        {"x": torch.randn(8, 4).T},
+        {"x": x.double(), "weight": weight.double(), "bias": bias.double()},
+    ):
+        assert inference.dora(**plain | changed) == (None,) * 5, changed
+    y, s, unscaled, scale, norm = inference.dora(**plain)
+    assert torch.equal(y, unscaled * scale + bias)
+    assert inference.dora(**plain | {"keep_unscaled": False})[2] is None
+    dy, vectors, rest = random(4, 6, grad=False), (scale, norm), (0.5, 0.0, None, s)
+    for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
+        given = strange, x, weight, lora_A, lora_B
+        assert inference.lora_gradients(*given, *rest, True, True, True) == (None,) * 3
+        assert inference.dora_gradients(*given, *vectors, *rest, unscaled, True, True, True, True) == (None,) * 4
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

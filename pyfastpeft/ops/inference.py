@@ -5,6 +5,12 @@ over: its checks and messages, casts, copies and gradients. The result is the sa
 
     lora(x, weight, bias, lora_A, lora_B, scaling)          y, or None: declined
     lora_training(the same)                                 (y, s), or (None, None); only inside a Function
+    lora_gradients(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B)
+                                                            (dx, dlora_A, dlora_B) as wanted, or Nones
+    dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, keep_unscaled)
+                                                            (y, s, unscaled or None, scale, norm), or Nones
+    dora_gradients(dy, x, weight, lora_A, lora_B, scale, norm, scaling, dropout_p, seed, s, unscaled,
+        need_x, need_A, need_B, need_magnitude)             (dx, dlora_A, dlora_B, dmagnitude) as wanted, or Nones
     ia3(x, weight, bias, ia3_l, feedforward, keep_base)     (y, base or None), or (None, None)
     ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)    (dx, dia3_l) as wanted, or (None, None)
     lora_(y, x, lora_A, lora_B, scaling)                    whether it is done
@@ -28,14 +34,22 @@ _TENSORS = {Tensor, torch.nn.Parameter, type(None)}  # no subclass, which may se
 if native.AVAILABLE:
     lora = torch.ops.pyfastpeft.lora_inference.default
     lora_training = torch.ops.pyfastpeft.lora_training.default
+    lora_gradients = torch.ops.pyfastpeft.lora_gradients.default
+    dora = torch.ops.pyfastpeft.dora_call.default
+    dora_gradients = torch.ops.pyfastpeft.dora_gradients.default
     ia3 = torch.ops.pyfastpeft.ia3_call.default
     ia3_gradients = torch.ops.pyfastpeft.ia3_gradients.default
     lora_ = torch.ops.pyfastpeft.lora_inference_.default
     multi_lora = torch.ops.pyfastpeft.multi_lora_inference.default
     multi_lora_ = torch.ops.pyfastpeft.multi_lora_inference_.default
 else:
-    lora, lora_training, ia3, ia3_gradients, lora_, multi_lora, multi_lora_ = (
-        lambda *_, nothing=nothing: nothing for nothing in (None, *[(None, None)] * 3, False, None, False)
+
+    def _nothing(result):
+        return lambda *_: result
+
+    lora, multi_lora, lora_, multi_lora_ = map(_nothing, (None, None, False, False))
+    lora_training, ia3, ia3_gradients, lora_gradients, dora_gradients, dora = (
+        _nothing((None,) * parts) for parts in (2, 2, 2, 3, 4, 5)
     )
 
 
