@@ -35,7 +35,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What tells cases of one op and dtype apart."""
+        """What distinguishes cases of one op and dtype."""
         run = "forward+backward" if self.backward else "forward"
         shape = f"{self.K}x{self.N} M{self.M}"
         return " ".join(filter(None, (run, shape, self.detail, self.mode)))

@@ -79,8 +79,8 @@ class Worker:
 
 
 def serve(connection: Connection, answer: Callable) -> None:
-    """Sends answer(message, tell) for every message, until there are none. tell(at) says where it is, and that it
-    lives. An exception ends this: nobody knows then what still works."""
+    """Sends answer(message, tell) for every message, until the connection is closed. answer calls tell(at) to report
+    where it is, and that it is alive. An exception ends the process, since nobody knows then what still works."""
 
     def tell(at):
         connection.send(("at", at))
@@ -101,7 +101,7 @@ def serve(connection: Connection, answer: Callable) -> None:
 
 
 def described(error: Exception) -> str:
-    """Its type and the line that tells what is wrong: CUDA's go on with advice, those of Triton's compiler begin with
-    the source."""
+    """The error's type and the line of its message that says what is wrong: the first one, since CUDA's go on with
+    advice; the last one of those from Triton's compiler, which begin with the source."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1 if lines[0].startswith('at ') else 0]}"
