@@ -44,13 +44,13 @@ void norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, doub
         in[j] = row_of(w, first + j, k, stage.get() + j * k);
         products[j] = cross.get() + j * rank;
       }
-      kernel.dot(in, count, a.dtype, a.data, a.stride, rank, k, products);
+      kernel.dot(in, item_size(w.dtype) == sizeof(C) ? w.stride : 0, count, a.dtype, a.data, a.stride, rank, k, products);
       for (int64_t j = 0, i = first; j < count; ++j, ++i) {
         C square, *to = &square;
         if (squares) {
           square = squares[i];
         } else {
-          kernel.dot(in + j, 1, gram.rows().dtype, in[j], k, 1, k, &to);
+          kernel.dot(in + j, 0, 1, gram.rows().dtype, in[j], k, 1, k, &to);
         }
         const C *factors = row_of(b, i, rank, row.get()), *p = products[j], *q = own.data.get() + i * rank;
         for (int64_t r = 0; r < rank; ++r) square += C(scaling) * factors[r] * (2 * p[r] + C(scaling) * q[r]);

@@ -93,7 +93,7 @@ void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t en
       in[i] = staged(x, tokens[t + i], 0, k, dropout, buffer.get() + (stage ? i * k : 0));
       out[i] = row(t + i);
     }
-    kernels<C>().dot(in, count, a.dtype, a.at(r0), a.stride, r1 - r0, k, out);
+    kernels<C>().dot(in, stage || tokens.order ? 0 : x.stride, count, a.dtype, a.at(r0), a.stride, r1 - r0, k, out);
   }
 }
 
@@ -133,7 +133,7 @@ void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Target<C>&
       out[i] = buffer + i * COLUMN_BLOCK;
       if (!drops) out[i] = begin_row(to, tokens[t + i], n, in_place, out[i]);
     }
-    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate);
+    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate, {0, in_place && !tokens.order ? ROWS * to.y.stride : 0});
     for (int64_t i = 0; i < count; ++i) {
       if (drops) {
         k.drop(out[i], n, c0, tokens[t + i], dropout.seed, dropout.p);
@@ -184,7 +184,7 @@ void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64
       if (from != to) std::copy_n(from, n, to);
     }
     const C* c = direct ? reinterpret_cast<const C*>(x.at(t, c0)) : stage.get();
-    kernels<C>().axpy(in.data(), 1, rank, c, direct ? x.stride : COLUMN_BLOCK, count, out.data(), n, t > 0);
+    kernels<C>().axpy(in.data(), 1, rank, c, direct ? x.stride : COLUMN_BLOCK, count, out.data(), n, t > 0, {direct ? TOKEN_BLOCK * x.stride : 0, 0});
   }
 }
 
