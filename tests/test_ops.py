@@ -20,6 +20,7 @@ from error_rule import (
     grouped,
     lora_inputs,
     multi_layer_inputs,
+    multi_lora_inputs,
     poisoned_memory,
     random,
     unfused_adalora,
@@ -37,6 +38,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
 from pyfastpeft.ops import choice, dispatch, inference, native, reference, schemas
 
@@ -378,16 +380,6 @@ def test_activations_are_exact_where_they_are_small_and_where_they_saturate(back
         assert_error_rule(ours, theirs, inputs)
 
 
-def multi_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
-    adapter_dtype = adapter_dtype or dtype
-    return {
-        "y": random(t, n, dtype=dtype),
-        "x": random(t, k, dtype=dtype),
-        "lora_A": random(num_adapters, r, k, dtype=adapter_dtype),
-        "lora_B": random(num_adapters, n, r, dtype=adapter_dtype),
-    }
-
-
 def assert_multi_lora(inputs, slots, scaling, ranks=None):
     assert_error_rule(
         lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=scaling, ranks=ranks),
@@ -401,7 +393,7 @@ def assert_multi_lora(inputs, slots, scaling, ranks=None):
 @pytest.mark.parametrize("shape", [(1, 5, 3, 1, 1), (9, 33, 20, 4, 3), (64, 96, 130, 16, 5), (70, 40, 33, 3, 2)])
 def test_multi_lora(backend, dtype, adapter_dtype, shape):
     slots = torch.randint(-1, shape[-1], (shape[0],))
-    assert_multi_lora(multi_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
+    assert_multi_lora(multi_lora_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
 
 
 def assert_multi_lora_linear(inputs, slots, scaling, ranks=None):
@@ -440,7 +432,7 @@ def test_a_layer_under_many_adapters_forms_one_gradient_alone(backend, tokens, o
 @branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
-    inputs = multi_inputs(20, 33, 18, 8, 4, dtype)
+    inputs = multi_lora_inputs(20, 33, 18, 8, 4, dtype)
     ranks = torch.tensor([8, 3, 0, 1])
     slots = torch.randint(-1, 4, (20,), dtype=torch.int32)
     exact = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
@@ -471,7 +463,7 @@ def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
 
 @branch_backends
 def test_idle_adapters_get_zero_gradients_from_poisoned_memory(backend):
-    inputs = multi_inputs(6, 10, 12, 2, 5, torch.float32)
+    inputs = multi_lora_inputs(6, 10, 12, 2, 5, torch.float32)
     slots = torch.tensor([3, 1, 3, -1, 1, 3])
     with poisoned_memory():
         ops.multi_lora(
@@ -566,7 +558,7 @@ def test_multi_lora_takes_any_shape(backend, shape, dtypes, ranked, seed):
     t, _, _, r, num_adapters = shape
     ranks = torch.randint(0, r + 1, (num_adapters,)) if ranked else None
     slots = torch.randint(-1, num_adapters, (t,))
-    assert_multi_lora(multi_inputs(*shape, *dtypes), slots, torch.randn(num_adapters), ranks)
+    assert_multi_lora(multi_lora_inputs(*shape, *dtypes), slots, torch.randn(num_adapters), ranks)
 
 
 @branch_backends
@@ -609,7 +601,7 @@ def test_weights_and_biases_of_odd_strides(backend, dtype, adapter_dtype, shape)
 @backends
 @pytest.mark.parametrize("trains", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_A"), ("y", "lora_B")])
 def test_multi_lora_forms_the_gradients_asked_for(backend, trains):
-    inputs = multi_inputs(12, 20, 18, 4, 3, torch.float32)
+    inputs = multi_lora_inputs(12, 20, 18, 4, 3, torch.float32)
     inputs = {name: t.detach().requires_grad_(name in trains) for name, t in inputs.items()}
     assert_multi_lora(inputs, torch.randint(-1, 3, (12,)), torch.randn(3))
 
@@ -878,7 +870,7 @@ def test_compiled_in_place_ops_keep_the_gradients_of_views(backend, n):
 def test_two_runs_are_bit_identical(backend):
     def run():
         torch.manual_seed(2)
-        inputs = multi_inputs(40, 300, 260, 8, 6, torch.float32)
+        inputs = multi_lora_inputs(40, 300, 260, 8, 6, torch.float32)
         out = ops.multi_lora(inputs["y"].clone(), inputs["x"], inputs["lora_A"], inputs["lora_B"], slots, 0.3)
         out.square().sum().backward()
         return [out, *(t.grad for t in inputs.values())]
@@ -1031,21 +1023,6 @@ def test_autocast_keeps_the_dtype_of_a_residual(backend):
     torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
     out.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in inputs.values())
-
-
-def saved_bytes(run, parameters):
-    seen = {}
-
-    def pack(tensor):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
-    for parameter in parameters:
-        seen.pop(parameter.untyped_storage().data_ptr(), None)
-    assert out.requires_grad
-    return sum(seen.values())
 
 
 @backends
@@ -1216,7 +1193,7 @@ def test_route_groups_tokens_stably(backend, slots):
 
 @backends
 def test_a_routing_serves_in_place_of_slots(backend):
-    inputs = {n: t.detach() for n, t in multi_inputs(9, 10, 12, 2, 3, torch.float32).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(9, 10, 12, 2, 3, torch.float32).items()}
     slots = torch.randint(-1, 3, (9,))
     y = inputs.pop("y")
     once = ops.multi_lora(y.clone(), **inputs, slots=slots, scaling=0.5)
@@ -1226,7 +1203,7 @@ def test_a_routing_serves_in_place_of_slots(backend):
 
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_a_routing_made_by_hand_is_checked(backend):
-    inputs = {n: t.detach() for n, t in multi_inputs(4, 8, 6, 2, 1, torch.float32).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(4, 8, 6, 2, 1, torch.float32).items()}
     for order in ([0, 1, 2, 9], [0, 1, 1, 2], [-1, 0, 1, 2]):
         routing = ops.Routing(torch.tensor(order), torch.tensor([0, 4]))
         with pytest.raises(RuntimeError, match="order must be a permutation"):
@@ -1338,7 +1315,7 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
 def test_inference_gives_the_same_bits_for_any_slots_and_strides_of_rows(backend, shape, dtypes, gap, seed):
     torch.manual_seed(seed)
     t, _, n, r, adapters = shape
-    inputs = {name: tensor.detach() for name, tensor in multi_inputs(*shape, *dtypes).items()}
+    inputs = {name: tensor.detach() for name, tensor in multi_lora_inputs(*shape, *dtypes).items()}
     y = torch.zeros(t, n + gap, dtype=dtypes[0])[:, :n].copy_(inputs.pop("y"))
     slots, ranks = torch.randint(-1, adapters, (t,)), torch.randint(0, r + 1, (adapters,))
     general = ops.multi_lora(
