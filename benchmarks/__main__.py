@@ -30,10 +30,7 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     code = pytest.main(
         [
-            *(
-                str(Path(__file__).with_name(f"bench_{name}.py"))
-                for name in ("lora", "multi_lora", "multi_lora_linear", "ia3")
-            ),
+            str(Path(__file__).with_name("bench_ops.py")),
             f"--rootdir={ROOT}",
             f"--size={options.size}",
             f"--benchmark-json={path}",

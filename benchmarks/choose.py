@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.providers import OUR_ADDMM
 from benchmarks.shapes import DTYPES, IA3, Case, MultiLora, MultiLoraLinear
 from pyfastpeft.ops import choice
-
-ROW = "our-addmm"  # how the suite calls our backend addmm, beside the peer of that name
 
 
 def operands(case: Case, adapters: str) -> dict:
@@ -54,7 +53,7 @@ def entries(results: dict) -> list[dict]:
         if "operands" in entry and entry["mode"] == "graph":
             key = json.dumps(entry["operands"])
             name = entry["provider"].rpartition("-")[0]
-            found.setdefault(key, {})["addmm" if name == ROW else name] = entry["seconds"]["median"]
+            found.setdefault(key, {})["addmm" if name == OUR_ADDMM else name] = entry["seconds"]["median"]
     return [json.loads(key) | {"backends": sorted(times, key=times.get)} for key, times in found.items()]
 
 

@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     if "provider" in metafunc.fixturenames:
         device = machine.device()
-        cases = shapes.cases(metafunc.module.OP, metafunc.config.getoption("size"), device)
+        size = metafunc.config.getoption("size")
         entries = [
             pytest.param(
                 case,
@@ -32,7 +32,8 @@ def pytest_generate_tests(metafunc):
                 id=f"{case.name} {provider.name}".replace(" ", "-"),
                 marks=pytest.mark.benchmark(group=case.name, timer=replayed),
             )
-            for case in cases
+            for op in shapes.CASES
+            for case in shapes.cases(op, size, device)
             for provider in providers.providers(case, device)
         ]
         metafunc.parametrize(("case", "provider"), entries)

@@ -36,7 +36,7 @@ def look(out: Path, seconds: int) -> list[str]:
 
 
 def tests(out: Path, seconds: int) -> list[str]:
-    return ["tests/run_apart.py", "tests/test_gpu.py", "--seconds", str(seconds - KILLED)]
+    return ["tests/run_in_workers.py", "tests/test_gpu.py", "--seconds", str(seconds - KILLED)]
 
 
 def figures(out: Path, seconds: int) -> list[str]:

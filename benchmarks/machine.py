@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import pyfastpeft
+from pyfastpeft.cli.doctor import installed
 from pyfastpeft.ops import choice, dispatch, native
 
 # The last one caps our own kernels and tells them that 16-bit products are slow here.
@@ -67,7 +67,7 @@ def describe() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "peft", "numpy")},
+        "versions": {name: installed(name) for name in ("torch", "triton", "peft", "numpy")},
         "backends": [name for name in dispatch.BACKENDS if name not in dispatch.UNAVAILABLE],
         "commit": os.environ.get("PYFASTPEFT_COMMIT") or _commit(),
     }
@@ -101,13 +101,6 @@ def _cpu() -> dict:
         "model": model.group(1) if model else platform.processor() or platform.machine(),
         "flags": [flag for flag in FLAGS if flag in present],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str:

@@ -8,16 +8,16 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from benchmarks.apart import Apart, Lost, serve
 from benchmarks.providers import Call, Problem, Provider, problem
 from benchmarks.shapes import Case
+from benchmarks.worker import Worker, WorkerLost, serve
 from pyfastpeft import use_backend
 
 # How much a relative error may exceed torch's own, in epsilons of the result's dtype: the tests' error rule. Rounding
@@ -108,7 +108,8 @@ def measure(
                     result.errors = check(problems[0], result.provider, calls[0])
                     once = [step(each, call) for each, call in zip(problems, calls)]
                     if weigh:
-                        result.saved_bytes = saved_bytes(problems[0], calls[0])
+                        parameters = problems[0].weight, *calls[0].leaves[1:]
+                        result.saved_bytes = saved_bytes(calls[0].forward, parameters)
                         result.peak_bytes = peak_bytes(once[0], device)
                     run = runner(once, case.mode)
                     finish(device)  # so that a fault shows here
@@ -139,7 +140,7 @@ class Measurer:
 
     def __init__(self, device: str, patience: float = 60.0):
         self.device, self.patience = device, patience
-        self.apart = Apart(_serve)
+        self.worker = Worker(_serve)
         self.losses: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
 
     def __call__(self, case: Case, effort: Effort, contenders: list[Provider], weigh: bool = True) -> dict[str, Result]:
@@ -152,9 +153,9 @@ class Measurer:
                     refused.setdefault(provider.name, f"{provider.name} is not tried on {case.op} again: {losses[-1]}")
             left = [provider for provider in contenders if provider.name not in refused]
             try:
-                found = self.apart.ask((case, self.device, effort, left, weigh), self.patience) if left else {}
+                found = self.worker.ask((case, self.device, effort, left, weigh), self.patience) if left else {}
                 break
-            except Lost as lost:
+            except WorkerLost as lost:
                 why = f"{lost.at} on {case.name}: {lost}"
                 if lost.at is None:
                     refused |= {provider.name: f"no process that measures: {lost}" for provider in left}
@@ -165,7 +166,7 @@ class Measurer:
 
     def close(self) -> None:
         """End the process that measures."""
-        self.apart.close()
+        self.worker.close()
 
 
 def _serve(connection):
@@ -375,22 +376,20 @@ def interleave(
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(problem: Problem, call: Call) -> int:
-    """Bytes of the distinct storages that the graph keeps for backward, parameters excepted and x included; 0 where no
-    gradient is asked for."""
-    storages = {}
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that `forward` keeps for its backward pass: each storage once, those of `parameters` left out."""
+    storages = {}  # which stay alive meanwhile, so that none gets the address of another
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call.forward()  # alive until the end: a storage freed here could lend its address to another
-    for parameter in (problem.weight, *call.leaves[1:]):
+        forward()
+    for parameter in parameters:
         storages.pop(parameter.untyped_storage().data_ptr(), None)
-    del y
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_bytes(once: Callable[[], object], device: str) -> int:

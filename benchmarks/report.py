@@ -3,7 +3,8 @@
     python -m benchmarks.report RESULTS.json ... [--into README.md] [--plot FILE.png]
 
 RESULTS are what `python -m benchmarks` and `python -m benchmarks.figures` wrote. `--into` replaces what stands between
-<!-- benchmark table start --> and <!-- benchmark table end -->; without it the tables are printed.
+<!-- benchmark table start --> and <!-- benchmark table end -->. Without it the tables are printed, and after them every
+entry of the suite with its GFLOP/s, GB/s and memory.
 """
 
 import argparse
@@ -26,12 +27,12 @@ MEANING = {
 
 
 def markdown(results: dict) -> str:
-    """All that a JSON file holds."""
+    """What a JSON file comes to: figures against their limits, or the suite's ratios."""
     return figures_table(results) if "figures" in results else suite_tables(results)
 
 
 def suite_tables(results: dict) -> str:
-    """For every op and dtype the ratios to base, then every entry in full."""
+    """For every op and dtype the ratios to base."""
     parts = [f"Measured on {title(results['machine_info'])}."]
     for (op, dtype), rows in by_op(results).items():
         names = provider_order(rows)
@@ -43,7 +44,6 @@ def suite_tables(results: dict) -> str:
             table.append([label, *cells])
         parts.append(f"**{MEANING[op]}, {dtype}**: time over the base layer's, median (20th-80th percentile)")
         parts.append(grid(table))
-    parts.append(f"<details><summary>Every entry</summary>\n\n{grid(full_table(results))}\n\n</details>")
     return "\n\n".join(parts)
 
 
@@ -76,6 +76,7 @@ def ratio_cell(entry: dict | None, best: float) -> str:
 
 
 def full_table(results: dict) -> list[list[str]]:
+    """Every entry with its rates and its memory."""
     table = [["case", "provider", "ms", "GFLOP/s", "GB/s", "kept for backward, MB", "peak, MB", "rounds"]]
     for benchmark in results["benchmarks"]:
         entry = benchmark["extra_info"]
@@ -198,12 +199,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw the suite's results (the last file that holds some)")
     options = parser.parse_args(arguments)
     loaded = [json.loads(path.read_text()) for path in options.results]
+    suites = [results for results in loaded if results.get("benchmarks") and "figures" not in results]
     tables = "\n\n".join(map(markdown, loaded))
     if options.into:
         options.into.write_text(insert(options.into.read_text(), tables))
     else:
-        print(tables)
-    suites = [results for results in loaded if results.get("benchmarks") and "figures" not in results]
+        print("\n\n".join([tables, *(grid(full_table(results)) for results in suites)]))
     if options.plot and suites:
         plot(suites[-1], options.plot)
 

@@ -35,7 +35,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What tells cases of one op and dtype apart."""
+        """What distinguishes cases of one op and dtype."""
         run = "forward+backward" if self.backward else "forward"
         shape = f"{self.K}x{self.N} M{self.M}"
         return " ".join(filter(None, (run, shape, self.detail, self.mode)))
@@ -222,9 +222,9 @@ def multi_lora_linear_cases(size: str, device: str) -> list[MultiLora]:
 
 CASES = {
     "lora_linear": lora_cases,
-    "ia3_linear": ia3_cases,
     "multi_lora": multi_lora_cases,
     "multi_lora_linear": multi_lora_linear_cases,
+    "ia3_linear": ia3_cases,
 }
 
 

@@ -39,15 +39,15 @@ CANDIDATES = {
     "multi_lora": [(16, 32, 128), (16, 64, 128), (16, 128, 128)],
     "multi_linear": [(64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64)],
 }
-FUNCTIONS = {
-    "linear": [lora.linear_kernel],
-    "concat_linear": [lora.concat_linear_kernel],
-    "ia3_linear": [ia3.ia3_linear_kernel],
-    "shrink": [lora.shrink_kernel],
-    "factor_gradient": [lora.factor_gradient_kernel],
-    "multi_expand": [multi_lora.multi_expand_kernel],
-    "multi_lora": [multi_lora.multi_lora_kernel],
-    "multi_linear": [multi_lora.multi_linear_kernel],
+KERNELS = {
+    "linear": lora.linear_kernel,
+    "concat_linear": lora.concat_linear_kernel,
+    "ia3_linear": ia3.ia3_linear_kernel,
+    "shrink": lora.shrink_kernel,
+    "factor_gradient": lora.factor_gradient_kernel,
+    "multi_expand": multi_lora.multi_expand_kernel,
+    "multi_lora": multi_lora.multi_lora_kernel,
+    "multi_linear": multi_lora.multi_linear_kernel,
 }
 RIVALS = "concat_linear", "multi_lora", "multi_linear"  # which do what others do
 
@@ -118,13 +118,13 @@ def median_seconds(
 
 def spills(kernel: str, entry: dict) -> bool:
     """Whether registers spill in what triton has compiled of the kernel with these blocks."""
-    for function in FUNCTIONS[kernel]:
-        for cache, *_ in getattr(function, "device_caches", {}).values():
-            for compiled in cache.values():
-                named = {function.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
-                named |= {name: getattr(compiled.metadata, name) for name in ("num_warps", "num_stages")}
-                if compiled.n_spills and entry.items() <= named.items():
-                    return True
+    function = KERNELS[kernel]
+    for cache, *_ in getattr(function, "device_caches", {}).values():
+        for compiled in cache.values():
+            named = {function.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
+            named |= {name: getattr(compiled.metadata, name) for name in ("num_warps", "num_stages")}
+            if compiled.n_spills and entry.items() <= named.items():
+                return True
     return False
 
 

@@ -153,7 +153,7 @@ class Demo:
             print(f"  {verdict:6} {check.name:25} {figures}  {check.meaning}", flush=True)
 
     def open(self) -> None:
-        """The model, trained or not, and the texts: what cannot be used is told before time is spent."""
+        """The model, trained or not, and the texts. What cannot be used is reported before time is spent."""
         options, path = self.options, self.options.model
         given = texts.files(options.data) or texts.package_texts(self.effort.packages)
         if path is None:

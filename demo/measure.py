@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.measure import peak_bytes, spread
+from benchmarks.measure import peak_bytes, saved_bytes, spread
 
 from .checks import fused, one_at_a_time
 from .model import progress
@@ -106,27 +106,12 @@ def training(
     found = compared(interleave(contenders, rounds, seconds, label))
     for name, contender in contenders.items():
         with contender.setting():
-            found[name]["saved_bytes"] = saved_bytes(bare if name == "base" else loss, model)
+            forward = bare if name == "base" else loss
+            found[name]["saved_bytes"] = saved_bytes(forward, (*model.parameters(), *model.buffers()))
             found[name]["peak_bytes"] = peak_bytes(contender.run, ids.device.type)
         found[name]["tokens_per_s"] = ids.numel() / found[name]["seconds"]["median"]
     model.eval()
     return found
-
-
-def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that a forward pass keeps for its backward pass: each storage once, parameters and buffers apart."""
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss()
-    for tensor in (*model.parameters(), *model.buffers()):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 # --- serving ---------------------------------------------------------------------------------------------------------

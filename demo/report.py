@@ -11,6 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pyfastpeft.cli import tables
+
 NAMES = {
     "base": "bare base model",
     "peft": "PEFT",
@@ -135,16 +137,9 @@ def checks_table(results: dict) -> list[list[str]]:
 
 def summary(results: dict) -> str:
     """For the console."""
-    tables = "\n\n".join(map(aligned, (adapters_table(results), training_table(results), serving_table(results))))
-    return f"{tables}\n\n{headline(results)}"
-
-
-def aligned(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in table
-    )
+    found = adapters_table(results), training_table(results), serving_table(results)
+    aligned = [tables.table(head, rows, right=range(2, len(head))) for head, *rows in found]
+    return "\n\n".join([*aligned, headline(results)])
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

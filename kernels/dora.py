@@ -4,7 +4,7 @@ import torch
 
 from .blocks import launcher
 from .ia3 import column_sums
-from .lora import expand_backward, factor_gradient, keep, linear, shrink
+from .lora import dropout_scale, expand_backward, factor_gradient, linear, shrink
 
 
 @launcher
@@ -30,7 +30,7 @@ def dora_forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, see
     x [M, K], weight [N, K] of any strides, lora_A [r, K], lora_B [N, r], scale [N]; written: y [M, N], s [M, r] and,
     unless None, unscaled [M, N].
     """
-    shrink(x, lora_A, s, keep(dropout_p, seed), dropout_p, seed)
+    shrink(x, lora_A, s, dropout_scale(dropout_p, seed), dropout_p, seed)
     linear(x, weight, bias, s, lora_B, y, scaling, scale=scale, unscaled=unscaled)
 
 
@@ -43,7 +43,7 @@ def dora_backward(
     dy [M, N], the rest as in dora_forward; written, each unless None: dx [M, K], dlora_A, dlora_B, dscale [N]. What is
     low-rank meets the scale in lora_B and dlora_B, so that it is not rounded to dy's dtype on the way.
     """
-    kept, du, ds = keep(dropout_p, seed), None, None
+    drop_scale, du, ds = dropout_scale(dropout_p, seed), None, None
     if dx is not None:
         du = dy.new_empty(dy.shape)
     if dx is not None or dlora_A is not None:
@@ -54,6 +54,6 @@ def dora_backward(
     if dlora_B is not None:
         dlora_B.mul_(scale[:, None])
     if dlora_A is not None:
-        factor_gradient(x, ds, dlora_A, 0, kept, dropout_p, seed)
+        factor_gradient(x, ds, dlora_A, 0, drop_scale, dropout_p, seed)
     if dx is not None:
-        linear(du, weight.T, None, ds, lora_A.T, dx, kept, dropout_p, seed)
+        linear(du, weight.T, None, ds, lora_A.T, dx, drop_scale, dropout_p, seed)

@@ -4,17 +4,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .blocks import (
-    accumulation,
-    blocks,
-    dots,
-    finish,
-    launcher,
-    partial,
-    processors,
-    split,
-    tensor_descriptors,
-)
+from .blocks import accumulation, blocks, dots, finish, launcher, partial, processors, split, tensor_descriptors
 from .tiles import activated, dropout_mask, product, slope
 
 
@@ -204,7 +194,7 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
 
     x [M, K], weight [N, K] of any strides, lora_A [r, K], lora_B [N, r]; written: y [M, N], s [M, r].
     """
-    shrink(x, lora_A, s, keep(dropout_p, seed), dropout_p, seed)
+    shrink(x, lora_A, s, dropout_scale(dropout_p, seed), dropout_p, seed)
     linear(x, weight, bias, s, lora_B, y, scaling, base=y if weight is None else None)
 
 
@@ -215,18 +205,19 @@ def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx
 
     dy [M, N], the rest as in lora_forward; written, each unless None: dx [M, K], dlora_A [r, K], dlora_B [N, r].
     """
-    kept = keep(dropout_p, seed)
+    drop_scale = dropout_scale(dropout_p, seed)
     ds = None
     if dx is not None or dlora_A is not None:
         ds = dy.new_empty(len(dy), len(lora_A), dtype=accumulation(dy.dtype))
     expand_backward(dy, s, lora_B, scaling, ds, dlora_B)
     if dlora_A is not None:
-        factor_gradient(x, ds, dlora_A, 0, kept, dropout_p, seed)
+        factor_gradient(x, ds, dlora_A, 0, drop_scale, dropout_p, seed)
     if dx is not None:
-        linear(dy, None if weight is None else weight.T, None, ds, lora_A.T, dx, kept, dropout_p, seed)
+        linear(dy, None if weight is None else weight.T, None, ds, lora_A.T, dx, drop_scale, dropout_p, seed)
 
 
-def keep(dropout_p, seed):
+def dropout_scale(dropout_p, seed):
+    """What an element that dropout keeps is multiplied by; 1 where nothing is dropped."""
     return 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
 
 
@@ -286,10 +277,10 @@ def _concat_linear(x, weight, bias, s, factor, y, scaling, scale, unscaled):
     block_m, block_n, block_k = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
     describe = TensorDescriptor.from_tensor
-    out, kept = (None if t is None else describe(t, [block_m, block_n]) for t in (y, unscaled))
+    out, out_unscaled = (None if t is None else describe(t, [block_m, block_n]) for t in (y, unscaled))
     concat_linear_kernel[lambda _: (min(tiles, processors(x.device)),)](
         describe(x, [block_m, block_k]), describe(stored, [block_k, block_n] if transposed else [block_n, block_k]),
-        scale, bias, s, factor, out, kept, rows, columns, depth, rank, s.stride(0), *factor.stride(), scaling,
+        scale, bias, s, factor, out, out_unscaled, rows, columns, depth, rank, s.stride(0), *factor.stride(), scaling,
         TRANSPOSED=transposed, **sizes,
     )  # fmt: skip
     return True

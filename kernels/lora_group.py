@@ -3,7 +3,7 @@
 import torch
 
 from .blocks import accumulation, launcher
-from .lora import expand_backward, factor_gradient, keep, linear, shrink
+from .lora import dropout_scale, expand_backward, factor_gradient, linear, shrink
 
 
 @launcher
@@ -13,7 +13,7 @@ def lora_group_forward(x, weights, biases, lora_A, lora_Bs, scalings, dropout_p,
     x [M, K], weight_i [N_i, K] of any strides, lora_A [R, K], lora_B_i [N_i, r_i]; written: y_i [M, N_i], s [M, R], of
     which s_i are the next r_i columns.
     """
-    shrink(x, lora_A, s, keep(dropout_p, seed), dropout_p, seed)
+    shrink(x, lora_A, s, dropout_scale(dropout_p, seed), dropout_p, seed)
     for weight, bias, lora_B, scaling, y, own_s in zip(weights, biases, lora_Bs, scalings, ys, _columns(s, lora_Bs)):
         linear(x, weight, bias, own_s, lora_B, y, scaling)
 
@@ -26,7 +26,7 @@ def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, s
     dy_i [M, N_i], the rest as in lora_group_forward; written, unless None or empty: dx [M, K], dlora_A [R, K],
     dlora_B_i [N_i, r_i].
     """
-    kept, none = keep(dropout_p, seed), [None] * len(dys)
+    drop_scale, none = dropout_scale(dropout_p, seed), [None] * len(dys)
     own_ds = none
     if dx is not None or dlora_A is not None:
         own_ds = [dys[0].new_empty(len(dys[0]), b.shape[1], dtype=accumulation(dys[0].dtype)) for b in lora_Bs]
@@ -38,9 +38,9 @@ def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, s
         return
     ds = torch.cat(own_ds, 1)
     if dlora_A is not None:
-        factor_gradient(x, ds, dlora_A, 0, kept, dropout_p, seed)
+        factor_gradient(x, ds, dlora_A, 0, drop_scale, dropout_p, seed)
     if dx is not None:
-        linear(dys[0], weights[0].T, None, ds, lora_A.T, dx, kept, dropout_p, seed)
+        linear(dys[0], weights[0].T, None, ds, lora_A.T, dx, drop_scale, dropout_p, seed)
         for dy, weight in zip(dys[1:], weights[1:]):
             dx.addmm_(dy, weight)
 

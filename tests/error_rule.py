@@ -183,6 +183,16 @@ def group_inputs(m, k, layers, dtype, adapter_dtype=None, frozen=True, device="c
     return inputs
 
 
+def multi_lora_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None, device="cpu") -> dict[str, Tensor]:
+    adapter_dtype = adapter_dtype or dtype
+    return {
+        "y": random(t, n, dtype=dtype, device=device),
+        "x": random(t, k, dtype=dtype, device=device),
+        "lora_A": random(num_adapters, r, k, dtype=adapter_dtype, device=device),
+        "lora_B": random(num_adapters, n, r, dtype=adapter_dtype, device=device),
+    }
+
+
 def multi_layer_inputs(m, k, n, r, num_adapters, dtype, adapter_dtype=None, **options) -> dict[str, Tensor]:
     """Those of a layer with an adapter for each token; `options` as in lora_inputs."""
     inputs, device = lora_inputs(m, k, n, r, dtype, adapter_dtype, **options), options.get("device", "cpu")

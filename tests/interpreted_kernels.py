@@ -14,6 +14,7 @@ from error_rule import (
     group_inputs,
     lora_inputs,
     multi_layer_inputs,
+    multi_lora_inputs,
     random,
 )
 from test_ops import (
@@ -24,7 +25,6 @@ from test_ops import (
     dora_inputs,
     group,
     lora,
-    multi_inputs,
     plain_group,
     plain_lora,
     raw_arguments,
@@ -88,14 +88,14 @@ def test_many_tokens_through_dora(dtype, adapter_dtype):
 
 @dtypes
 def test_many_tokens_of_few_adapters(dtype, adapter_dtype):
-    inputs = multi_inputs(150, 70, 140, 33, 2, dtype, adapter_dtype)
+    inputs = multi_lora_inputs(150, 70, 140, 33, 2, dtype, adapter_dtype)
     assert_multi_lora(inputs, torch.randint(-1, 2, (150,)), torch.tensor([0.7, -1.3]), torch.tensor([33, 18]))
 
 
 def test_more_adapters_than_one_scan_of_the_segments():
     num_adapters = 2 * SCAN.value + 3
     slots = torch.tensor([num_adapters - 1, 0, -1, SCAN.value, 5, SCAN.value - 1, num_adapters - 1])
-    assert_multi_lora(multi_inputs(7, 20, 9, 2, num_adapters, torch.float32), slots, torch.randn(num_adapters))
+    assert_multi_lora(multi_lora_inputs(7, 20, 9, 2, num_adapters, torch.float32), slots, torch.randn(num_adapters))
 
 
 def test_tokens_of_no_segment_are_left_alone():
@@ -116,7 +116,7 @@ def test_tokens_of_no_segment_are_left_alone():
 
 
 def test_unused_ranks_get_zero_gradients_from_nan_too():
-    inputs = multi_inputs(4, 8, 5, 3, 1, torch.float32)
+    inputs = multi_lora_inputs(4, 8, 5, 3, 1, torch.float32)
     with torch.no_grad():
         inputs["x"][1] = float("nan")
     slots, ranks = torch.zeros(4, dtype=torch.int64), torch.tensor([2])

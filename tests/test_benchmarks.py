@@ -167,10 +167,9 @@ def test_rounds_are_interleaved():
 
 def test_memory_is_weighed():
     problem = providers.problem(TRAINED, "cpu")
-    leaves = problem.leaves("fp32")
     kept = F.linear(problem.x, problem.weight).exp  # exp keeps its result, F.linear only the frozen weight
-    assert measure.saved_bytes(problem, Call(kept, leaves)) == TRAINED.M * TRAINED.N * 4
-    assert measure.saved_bytes(problem, Call(lambda: F.linear(problem.x, problem.weight), leaves)) == 0
+    assert measure.saved_bytes(kept, [problem.weight]) == TRAINED.M * TRAINED.N * 4
+    assert measure.saved_bytes(lambda: F.linear(problem.x, problem.weight), [problem.weight]) == 0
     assert measure.peak_bytes(lambda: torch.empty(1000).neg().neg_(), "cpu") == 8000
 
 
@@ -214,7 +213,7 @@ def test_the_table_of_choices_comes_from_results_on_a_gpu(tmp_path, capsys):
         "benchmarks": [
             entry(forward, "peft", "16bit", 1.0),
             entry(forward, "triton", "16bit", 3.0),
-            entry(forward, choose.ROW, "16bit", 2.0),
+            entry(forward, providers.OUR_ADDMM, "16bit", 2.0),
             entry(forward, "triton", "fp32", 2.0),
             entry(training, "reference", "fp32", 2.0, mode="eager"),
         ],

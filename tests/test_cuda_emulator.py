@@ -14,6 +14,7 @@ from error_rule import (
     TOLERANCE,
     assert_error_rule,
     multi_layer_inputs,
+    multi_lora_inputs,
     poisoned_memory,
     random,
     unfused_ia3,
@@ -39,14 +40,8 @@ ADAPTERS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _emulator():
-    with emulated_cuda.loaded():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _cuda():
-    with ops.use_backend("cuda"):
+def _emulated():
+    with emulated_cuda.loaded(), ops.use_backend("cuda"):
         yield
 
 
@@ -120,16 +115,6 @@ def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
 # --- multi-LoRA ---
 
 
-def multi_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
-    adapter_dtype = adapter_dtype or dtype
-    return {
-        "y": random(t, n, dtype=dtype),
-        "x": random(t, k, dtype=dtype),
-        "lora_A": random(num_adapters, r, k, dtype=adapter_dtype),
-        "lora_B": random(num_adapters, n, r, dtype=adapter_dtype),
-    }
-
-
 def routed(slots, num_adapters):
     return ops.route(slots.tolist(), num_adapters)
 
@@ -154,7 +139,7 @@ def assert_multi_lora(inputs, slots, scaling, ranks=None, hidden=None):
 )
 def test_multi_lora(dtype, adapter_dtype, shape):
     slots = torch.randint(-1, shape[-1], (shape[0],))
-    assert_multi_lora(multi_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
+    assert_multi_lora(multi_lora_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
 
 
 # Few tokens of adapters of the base layer's dtype go through one kernel, if all sides are multiples of 8.
@@ -193,7 +178,7 @@ def test_multi_lora_true_ranks_and_idle_adapters(shape, adapter_dtype):
     used = torch.randint(0, num_adapters, (3,))
     used[0] = 0
     slots = torch.cat([used, torch.tensor([-1])])[torch.randint(0, 4, (t,))]
-    inputs = multi_inputs(*shape, torch.bfloat16, adapter_dtype)
+    inputs = multi_lora_inputs(*shape, torch.bfloat16, adapter_dtype)
     beyond = torch.arange(r) >= ranks[:, None]
     nan = torch.tensor(torch.nan, dtype=adapter_dtype)
     hidden = {
@@ -204,7 +189,7 @@ def test_multi_lora_true_ranks_and_idle_adapters(shape, adapter_dtype):
 
 
 def test_decode_among_many_idle_adapters():
-    inputs = {n: t.detach() for n, t in multi_inputs(20, 24, 40, 4, 600, torch.bfloat16).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(20, 24, 40, 4, 600, torch.bfloat16).items()}
     slots = torch.tensor([0, 599, 300, 255, 256])[torch.randint(0, 5, (20,))]
     assert_multi_lora(inputs | {"y": inputs["y"].requires_grad_()}, slots, torch.randn(600))
 
@@ -220,7 +205,7 @@ def in_margins(tensor, fill=torch.nan):
 @pytest.mark.parametrize("tokens", [20, 200])
 @pytest.mark.parametrize("columns", [72, 75])
 def test_nothing_is_read_or_written_beside_the_rows(tokens, columns):
-    inputs = {n: t.detach() for n, t in multi_inputs(tokens, columns, columns, 8, 3, torch.bfloat16).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(tokens, columns, columns, 8, 3, torch.bfloat16).items()}
     slots = torch.randint(-1, 3, (tokens,))
     routing = routed(slots, 3)
     x, _ = in_margins(inputs["x"])
@@ -234,7 +219,7 @@ def test_nothing_is_read_or_written_beside_the_rows(tokens, columns):
 
 
 def test_decode_is_the_same_whatever_the_order_of_blocks(monkeypatch):
-    inputs = {n: t.detach() for n, t in multi_inputs(24, 1100, 520, 20, 6, torch.float16).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(24, 1100, 520, 20, 6, torch.float16).items()}
     slots = torch.randint(-1, 6, (24,))
 
     def run(chosen=slice(None)):
@@ -251,7 +236,7 @@ def test_decode_is_the_same_whatever_the_order_of_blocks(monkeypatch):
 
 
 def test_tokens_of_unknown_adapters_are_left_alone():
-    inputs = {n: t.detach() for n, t in multi_inputs(30, 40, 48, 8, 2, torch.bfloat16).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(30, 40, 48, 8, 2, torch.bfloat16).items()}
     slots = torch.randint(-1, 4, (30,))
     order, segments = torch.empty(30, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
     reference.group_tokens(slots, order, segments)

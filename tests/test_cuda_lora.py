@@ -33,14 +33,8 @@ plain_lora = functools.partial(unfused_lora, scaling=0.7)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _emulator():
-    with emulated_cuda.loaded():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _cuda():
-    with ops.use_backend("cuda"):
+def _emulated():
+    with emulated_cuda.loaded(), ops.use_backend("cuda"):
         yield
 
 

@@ -13,6 +13,7 @@ from error_rule import (
     grouped,
     lora_inputs,
     multi_layer_inputs,
+    multi_lora_inputs,
     random,
     unfused_bottleneck,
     unfused_delta,
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.gpu
 dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + MIXED)
 gpu_random = functools.partial(random, device="cuda")
 gpu_lora_inputs = functools.partial(lora_inputs, device="cuda")
-
+gpu_multi_lora_inputs = functools.partial(multi_lora_inputs, device="cuda")
 
 BACKENDS = [
     name for name in ("triton", "cuda", "addmm") if any(row.backend == name for row in dispatch.TABLE["lora_forward"])
@@ -75,7 +76,7 @@ def test_aligned_operands_are_served(backend, dtype):
     m, k, n, r = ALIGNED
     lora(**gpu_lora_inputs(*ALIGNED, dtype, torch.float32)).sum().backward()
     slots = torch.randint(-1, 4, (m,), device="cuda")
-    inputs = multi_lora_inputs(m, k, n, r, 4, dtype)
+    inputs = gpu_multi_lora_inputs(m, k, n, r, 4, dtype)
     ops.multi_lora(inputs.pop("y").clone(), **inputs, slots=slots, scaling=0.5).sum().backward()
     for adapter_dtype in (dtype, torch.float32):
         inputs = multi_layer_inputs(*ALIGNED, 4, dtype, adapter_dtype, device="cuda")
@@ -192,16 +193,6 @@ def test_ia3_linear(dtype, adapter_dtype, feedforward, shape):
     )
 
 
-def multi_lora_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
-    adapter_dtype = adapter_dtype or dtype
-    return {
-        "y": gpu_random(t, n, dtype=dtype),
-        "x": gpu_random(t, k, dtype=dtype),
-        "lora_A": gpu_random(num_adapters, r, k, dtype=adapter_dtype),
-        "lora_B": gpu_random(num_adapters, n, r, dtype=adapter_dtype),
-    }
-
-
 @dtypes
 @pytest.mark.parametrize(
     "shape", [(9, 33, 20, 4, 3), (64, 1024, 513, 16, 40), (64, 1024, 512, 16, 40), (500, 96, 136, 8, 5)]
@@ -215,7 +206,7 @@ def test_multi_lora(dtype, adapter_dtype, shape, ranked):
     assert_error_rule(
         lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=scaling, ranks=ranks),
         functools.partial(unfused_multi_lora, slots=slots, scaling=scaling, ranks=ranks),
-        multi_lora_inputs(*shape, dtype, adapter_dtype),
+        gpu_multi_lora_inputs(*shape, dtype, adapter_dtype),
     )
 
 
@@ -251,7 +242,7 @@ def test_multi_lora_in_one_launch(monkeypatch, shape):
     from pyfastpeft.kernels import blocks, multi_lora
 
     tokens, _, _, rank, num_adapters = shape
-    inputs = multi_lora_inputs(*shape, torch.bfloat16)
+    inputs = gpu_multi_lora_inputs(*shape, torch.bfloat16)
     y, x, lora_A, lora_B = (tensor.detach() for tensor in inputs.values())
     scaling = torch.randn(num_adapters, device="cuda")
     ranks = torch.randint(1, rank + 1, (num_adapters,), device="cuda")
@@ -297,7 +288,7 @@ def test_multi_lora_in_one_launch(monkeypatch, shape):
 
 
 def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypatch):
-    inputs = {name: tensor.detach() for name, tensor in multi_lora_inputs(20, 64, 48, 4, 3, torch.bfloat16).items()}
+    inputs = {name: tensor.detach() for name, tensor in gpu_multi_lora_inputs(20, 64, 48, 4, 3, torch.bfloat16).items()}
     slots = torch.randint(-1, 3, (20,), device="cuda")
     bad = slots.clone().fill_(3)
     run = functools.partial(ops.multi_lora, **inputs, scaling=0.5)
@@ -326,7 +317,7 @@ def gradients(run, inputs):
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_a_hundred_runs_are_bit_identical(adapter_dtype):
     slots = torch.randint(-1, 7, (300,), device="cuda")
-    many = multi_lora_inputs(300, 512, 264, 16, 7, torch.bfloat16, adapter_dtype)
+    many = gpu_multi_lora_inputs(300, 512, 264, 16, 7, torch.bfloat16, adapter_dtype)
     cases = [
         (lora, gpu_lora_inputs(300, 512, 264, 16, torch.bfloat16, adapter_dtype)),
         (lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=0.5), many),
@@ -339,7 +330,7 @@ def test_a_hundred_runs_are_bit_identical(adapter_dtype):
 
 @pytest.mark.parametrize("tokens", [64, 500])
 def test_a_captured_graph_serves_slots_that_change(backend, tokens):
-    inputs = {n: t.detach() for n, t in multi_lora_inputs(tokens, 256, 136, 8, 5, torch.bfloat16).items()}
+    inputs = {n: t.detach() for n, t in gpu_multi_lora_inputs(tokens, 256, 136, 8, 5, torch.bfloat16).items()}
     base, slots = inputs.pop("y"), torch.full((tokens,), -1, device="cuda")
     if backend == "addmm" and tokens * 8 * (256 + 136) > addmm.GATHERED:
         pytest.skip("adapters that come one after the other are looked up on the host")

@@ -20,6 +20,7 @@ from error_rule import (
     grouped,
     lora_inputs,
     multi_layer_inputs,
+    multi_lora_inputs,
     poisoned_memory,
     random,
     unfused_adalora,
@@ -37,6 +38,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
 from pyfastpeft.ops import choice, dispatch, inference, native, reference, schemas
 
@@ -378,16 +380,6 @@ def test_activations_are_exact_where_they_are_small_and_where_they_saturate(back
         assert_error_rule(ours, theirs, inputs)
 
 
-def multi_inputs(t, k, n, r, num_adapters, dtype, adapter_dtype=None):
-    adapter_dtype = adapter_dtype or dtype
-    return {
-        "y": random(t, n, dtype=dtype),
-        "x": random(t, k, dtype=dtype),
-        "lora_A": random(num_adapters, r, k, dtype=adapter_dtype),
-        "lora_B": random(num_adapters, n, r, dtype=adapter_dtype),
-    }
-
-
 def assert_multi_lora(inputs, slots, scaling, ranks=None):
     assert_error_rule(
         lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=scaling, ranks=ranks),
@@ -401,7 +393,7 @@ def assert_multi_lora(inputs, slots, scaling, ranks=None):
 @pytest.mark.parametrize("shape", [(1, 5, 3, 1, 1), (9, 33, 20, 4, 3), (64, 96, 130, 16, 5), (70, 40, 33, 3, 2)])
 def test_multi_lora(backend, dtype, adapter_dtype, shape):
     slots = torch.randint(-1, shape[-1], (shape[0],))
-    assert_multi_lora(multi_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
+    assert_multi_lora(multi_lora_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
 
 
 def assert_multi_lora_linear(inputs, slots, scaling, ranks=None):
@@ -440,7 +432,7 @@ def test_a_layer_under_many_adapters_forms_one_gradient_alone(backend, tokens, o
 @branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
-    inputs = multi_inputs(20, 33, 18, 8, 4, dtype)
+    inputs = multi_lora_inputs(20, 33, 18, 8, 4, dtype)
     ranks = torch.tensor([8, 3, 0, 1])
     slots = torch.randint(-1, 4, (20,), dtype=torch.int32)
     exact = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
@@ -471,7 +463,7 @@ def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
 
 @branch_backends
 def test_idle_adapters_get_zero_gradients_from_poisoned_memory(backend):
-    inputs = multi_inputs(6, 10, 12, 2, 5, torch.float32)
+    inputs = multi_lora_inputs(6, 10, 12, 2, 5, torch.float32)
     slots = torch.tensor([3, 1, 3, -1, 1, 3])
     with poisoned_memory():
         ops.multi_lora(
@@ -566,7 +558,7 @@ def test_multi_lora_takes_any_shape(backend, shape, dtypes, ranked, seed):
     t, _, _, r, num_adapters = shape
     ranks = torch.randint(0, r + 1, (num_adapters,)) if ranked else None
     slots = torch.randint(-1, num_adapters, (t,))
-    assert_multi_lora(multi_inputs(*shape, *dtypes), slots, torch.randn(num_adapters), ranks)
+    assert_multi_lora(multi_lora_inputs(*shape, *dtypes), slots, torch.randn(num_adapters), ranks)
 
 
 @branch_backends
@@ -609,7 +601,7 @@ def test_weights_and_biases_of_odd_strides(backend, dtype, adapter_dtype, shape)
 @backends
 @pytest.mark.parametrize("trains", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_A"), ("y", "lora_B")])
 def test_multi_lora_forms_the_gradients_asked_for(backend, trains):
-    inputs = multi_inputs(12, 20, 18, 4, 3, torch.float32)
+    inputs = multi_lora_inputs(12, 20, 18, 4, 3, torch.float32)
     inputs = {name: t.detach().requires_grad_(name in trains) for name, t in inputs.items()}
     assert_multi_lora(inputs, torch.randint(-1, 3, (12,)), torch.randn(3))
 
@@ -878,7 +870,7 @@ def test_compiled_in_place_ops_keep_the_gradients_of_views(backend, n):
 def test_two_runs_are_bit_identical(backend):
     def run():
         torch.manual_seed(2)
-        inputs = multi_inputs(40, 300, 260, 8, 6, torch.float32)
+        inputs = multi_lora_inputs(40, 300, 260, 8, 6, torch.float32)
         out = ops.multi_lora(inputs["y"].clone(), inputs["x"], inputs["lora_A"], inputs["lora_B"], slots, 0.3)
         out.square().sum().backward()
         return [out, *(t.grad for t in inputs.values())]
@@ -1031,21 +1023,6 @@ def test_autocast_keeps_the_dtype_of_a_residual(backend):
     torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
     out.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in inputs.values())
-
-
-def saved_bytes(run, parameters):
-    seen = {}
-
-    def pack(tensor):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
-    for parameter in parameters:
-        seen.pop(parameter.untyped_storage().data_ptr(), None)
-    assert out.requires_grad
-    return sum(seen.values())
 
 
 @backends
@@ -1226,7 +1203,7 @@ def test_route_groups_tokens_stably(backend, slots):
 
 @backends
 def test_a_routing_serves_in_place_of_slots(backend):
-    inputs = {n: t.detach() for n, t in multi_inputs(9, 10, 12, 2, 3, torch.float32).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(9, 10, 12, 2, 3, torch.float32).items()}
     slots = torch.randint(-1, 3, (9,))
     y = inputs.pop("y")
     once = ops.multi_lora(y.clone(), **inputs, slots=slots, scaling=0.5)
@@ -1236,7 +1213,7 @@ def test_a_routing_serves_in_place_of_slots(backend):
 
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_a_routing_made_by_hand_is_checked(backend):
-    inputs = {n: t.detach() for n, t in multi_inputs(4, 8, 6, 2, 1, torch.float32).items()}
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(4, 8, 6, 2, 1, torch.float32).items()}
     for order in ([0, 1, 2, 9], [0, 1, 1, 2], [-1, 0, 1, 2]):
         routing = ops.Routing(torch.tensor(order), torch.tensor([0, 4]))
         with pytest.raises(RuntimeError, match="order must be a permutation"):
@@ -1269,11 +1246,25 @@ def alike(run, tensors):
         assert torch.equal(ours, theirs)
 
 
+NATIVE_CALLS = (
+    "lora",
+    "lora_training",
+    "lora_gradients",
+    "dora",
+    "dora_gradients",
+    "ia3",
+    "ia3_gradients",
+    "lora_",
+    "multi_lora",
+    "multi_lora_",
+)
+
+
 @pytest.fixture
 def native_calls(monkeypatch):
     """Whether every native inference call that was made did its work."""
     done = []
-    for name in ("lora", "lora_training", "ia3", "ia3_gradients", "lora_", "multi_lora", "multi_lora_"):
+    for name in NATIVE_CALLS:
 
         def call(op, *args):
             result = op(*args)
@@ -1296,6 +1287,9 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
     tokens = inputs["x"].shape[:-1].numel()
     alike(lora, inputs)
     alike(lambda bias, **rest: lora(**rest), inputs)
+    magnitude = random(shape[2], dtype=adapter_dtype or dtype, grad=False)
+    alike(functools.partial(ops.dora_linear, scaling=0.7), inputs | {"magnitude": magnitude})
+    alike(functools.partial(ops.dora_linear, bias=None, scaling=0.7), inputs | {"magnitude": magnitude})
     y = random(*inputs["x"].shape[:-1], shape[2], dtype=dtype, grad=False)
     lora_A, lora_B = inputs["lora_A"], inputs["lora_B"]
     alike(
@@ -1317,7 +1311,7 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
         scaled = {"x": inputs["x"], "weight": inputs["weight"], "ia3_l": vector}
         alike(functools.partial(ops.ia3_linear, feedforward=feedforward), scaled | {"bias": inputs["bias"]})
         alike(functools.partial(ops.ia3_linear, bias=None, feedforward=feedforward), scaled)
-    assert native_calls == [tokens > 0] * (2 * 2 + 1 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
+    assert native_calls == [tokens > 0] * (2 * 3 + 2 * 3 + 2 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -1331,7 +1325,7 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
 def test_inference_gives_the_same_bits_for_any_slots_and_strides_of_rows(backend, shape, dtypes, gap, seed):
     torch.manual_seed(seed)
     t, _, n, r, adapters = shape
-    inputs = {name: tensor.detach() for name, tensor in multi_inputs(*shape, *dtypes).items()}
+    inputs = {name: tensor.detach() for name, tensor in multi_lora_inputs(*shape, *dtypes).items()}
     y = torch.zeros(t, n + gap, dtype=dtypes[0])[:, :n].copy_(inputs.pop("y"))
     slots, ranks = torch.randint(-1, adapters, (t,)), torch.randint(0, r + 1, (adapters,))
     general = ops.multi_lora(
@@ -1353,7 +1347,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
     zeros, slots = torch.zeros(4, 6), torch.tensor([0, -1, 0, 0])
 
     def native_by(y=zeros, scaling=0.5, dropout_p=0.0, **changed):
-        """Whether all five ops (True) or none (False) are done by their native calls."""
+        """Whether all six ops (True) or none (False) are done by their native calls."""
         x, weight, lora_A, lora_B, bias = (inputs | changed).values()
         native_calls.clear()
         with suppress(Exception):  # what the general path makes of it is for other tests
@@ -1368,7 +1362,10 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         if not changed.keys() - {"x"} and scaling == 0.5 and dropout_p == 0:
             with suppress(Exception):
                 ops.ia3_linear(x, weight, bias, bias, False)
-        assert sum(native_calls) in (0, 5) or (torch.is_grad_enabled() and x.requires_grad)
+            with suppress(Exception):
+                ops.dora_linear(x, weight, bias, lora_A, lora_B, bias, scaling)
+        most = 6 - torch.is_autocast_enabled("cpu")  # DoRA's norm is that of the weight before it is cast
+        assert sum(native_calls) in (0, most) or (torch.is_grad_enabled() and x.requires_grad)
         return any(native_calls)
 
     x = inputs["x"]
@@ -1377,7 +1374,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by()
     with torch.autocast("cpu"):
         assert native_by()
-        assert native_calls == [False, True] * 5  # the op casts and calls itself without autocast
+        assert native_calls == [False, True] * 5 + [False]  # the op casts and calls itself without autocast
     with ops.use_backend("reference"):
         assert not native_by()
     with ops.use_backend("cpu"):
@@ -1398,7 +1395,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by(**changed)
     trained = x.clone().requires_grad_()
     assert native_by(x=trained)
-    assert native_calls == [True, True]  # forward passes of lora_linear and ia3_linear
+    assert native_calls == [True, True, True]  # forward passes of lora_linear, ia3_linear and dora_linear
     with torch.no_grad():
         assert native_by(x=trained)
     seen = []
@@ -1605,6 +1602,42 @@ def test_an_ia3_call_that_is_out_of_the_ordinary_is_left_to_python():
     dy = random(4, 6, grad=False)
     for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
         assert inference.ia3_gradients(strange, None, weight, outer, False, strange, True, True) == (None, None)
+
+
+def test_a_dora_call_that_is_out_of_the_ordinary_is_left_to_python():
+    plain = {name: t.detach() for name, t in lora_inputs(4, 8, 6, 2, torch.float32).items()}
+    x, weight, bias, lora_A, lora_B = (plain[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+    magnitude = torch.rand(6)
+    plain |= {"magnitude": magnitude, "scaling": 0.5, "keep_unscaled": True}
+    for changed in (
+        {"weight": weight[:5]},
+        {"weight": torch.randn(8, 6).T},
+        {"weight": weight.bfloat16()},
+        {"bias": bias[:5]},
+        {"lora_A": lora_A[:1]},
+        {"lora_A": lora_A.bfloat16()},
+        {"lora_A": lora_A.to("meta")},
+        {"lora_B": lora_B[:5]},
+        {"magnitude": magnitude[:5]},
+        {"magnitude": magnitude[:, None]},
+        {"magnitude": magnitude.double()},
+        {"magnitude": magnitude.int()},
+        {"magnitude": magnitude.to("meta")},
+        {"magnitude": magnitude.repeat_interleave(2)[::2]},
+        {"magnitude": None},
+        {"x": x[:0]},
+        {"x": torch.randn(8, 4).T},
+        {"x": x.double(), "weight": weight.double(), "bias": bias.double()},
+    ):
+        assert inference.dora(**plain | changed) == (None,) * 5, changed
+    y, s, unscaled, scale, norm = inference.dora(**plain)
+    assert torch.equal(y, unscaled * scale + bias)
+    assert inference.dora(**plain | {"keep_unscaled": False})[2] is None
+    dy, vectors, rest = random(4, 6, grad=False), (scale, norm), (0.5, 0.0, None, s)
+    for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
+        given = strange, x, weight, lora_A, lora_B
+        assert inference.lora_gradients(*given, *rest, True, True, True) == (None,) * 3
+        assert inference.dora_gradients(*given, *vectors, *rest, unscaled, True, True, True, True) == (None,) * 4
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -26,17 +26,7 @@ from pyfastpeft.methods import (
 )
 from pyfastpeft.methods.prompt import nearest_words
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """A second thread would only wait: everything here is tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 VIRTUAL, VOCABULARY, TOKENS = 4, 99, 12
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

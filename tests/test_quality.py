@@ -25,6 +25,8 @@ from benchmarks.quality.tasks import TASKS, Misuse, hold_out, own_task
 from benchmarks.quality.train import Budget, trained
 from benchmarks.quality.vocabulary import llama2c_tokenizer, word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PYFASTPEFT_DATA", ROOT.parent / "shared" / "data"))  # real data, where there is some
@@ -56,14 +58,6 @@ FILES = {
         "devset.csv": 'mr,ref\n"name[C]",C is a pub.\n"name[D]",D is bad.\n"name[C]",There is a pub C.\n',
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -20,13 +20,7 @@ from pyfastpeft.methods import adapter_parameters, load_adapter, merge_adapter, 
 VOCABULARY = 61
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def llama(dtype=torch.float32):

@@ -83,7 +83,7 @@ def test_spills_are_those_of_the_same_blocks(monkeypatch):
 
     cache = dict(enumerate([compiled(64, 3, 0), compiled(64, 4, 8), compiled(32, 3, None)]))
     function = SimpleNamespace(arg_names=["x", "BLOCK_M", "BLOCK_K"], device_caches={0: (cache, {}, None)})
-    monkeypatch.setitem(tune.FUNCTIONS, "shrink", [function])
+    monkeypatch.setitem(tune.KERNELS, "shrink", function)
     found = [tune.spills("shrink", blocks.entry(16, 0, *sizes)) for sizes in ((64, 4, 3), (64, 4, 4), (32, 4, 3))]
     assert found == [False, True, False]
 

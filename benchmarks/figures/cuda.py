@@ -175,8 +175,8 @@ ALL = (first_layer, default_adapters, decoding, scaling, other_layers)
 
 
 def measured(tiny: bool, seconds: float, entries: list[dict], device: str = "cuda") -> Iterator[Figure]:
-    """All of them, those first that tell most; `tiny` tries the code only, at 1/64 of every side. What would begin
-    after so many seconds is not measured."""
+    """All of them, the most important first. `tiny` only tries the code, at 1/64 of every side. After `seconds` no
+    measurement begins."""
     bench = Bench(device, tiny, seconds, entries)
     try:
         for figures in ALL:

@@ -276,7 +276,7 @@ def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, see
     """A BERT of 2 layers, 128 wide, with words of the training texts for vocabulary; pooler and classifier are new.
 
     Its words start from `word_vectors` of these texts, and it is pretrained on them for `steps` steps of 32 rows of at
-    most 32 tokens: as a masked language model, and to tell all words of a row from its first state, which is what a
+    most 32 tokens: as a masked language model, and to predict the words of a row from its first state, which is what a
     classifier is to read.
     """
     task = one_task(problems)

@@ -18,7 +18,6 @@ NOTES = {
     "rougeL": "rouge-score, F1 with stemming, best reference",
     "cider": "pycocoevalcap (only where it is installed), 13a tokens, document frequencies of these references",
 }
-LARGEST = {"bleu": 100.0}  # what a perfect score is where it is not 1; NIST and CIDEr have no largest value
 
 
 def measure(names: Sequence[str], predicted: Sequence, targets: Sequence) -> dict[str, float]:

@@ -36,7 +36,7 @@ def measures(results: dict, task: str) -> list[str]:
     ]
 
 
-def spread(values: list[float]) -> str:
+def mean_and_deviation(values: list[float]) -> str:
     """Mean and, of several, sample deviation."""
     mean = statistics.mean(values)
     return f"{mean:.3g}" if len(values) == 1 else f"{mean:.3g} ± {statistics.stdev(values):.2g}"
@@ -79,7 +79,7 @@ def _row(method, runs, task, names, before):
     if "memory" in runs[0]:
         memory, seconds = ([run[key] for run in runs] for key in ("memory", "seconds_per_step"))
         cost[1:] = f"{statistics.mean(memory) / 1e6:.3g}", f"{statistics.median(seconds) * 1e3:.3g}"
-    values = [spread([run["tasks"][task][name] for run in runs]) for name in names]
+    values = [mean_and_deviation([run["tasks"][task][name] for run in runs]) for name in names]
     return [method, rate, *cost, f"{before:.3g}", *values]
 
 

@@ -47,7 +47,7 @@ class Task:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The completions to choose from; none where text is generated. A score is told as the nearest integer."""
+        """The completions to choose from; none where text is generated. A score is written as the nearest integer."""
         return tuple(self.labels.values()) if self.kind == "classification" else tuple("012345") * self.is_score
 
     @property

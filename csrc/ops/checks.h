@@ -139,6 +139,14 @@ bool summed_in(Dtype x, const Tensor& lora_A, const Tensor& lora_B) {
          (x == Dtype::f64) == (sizeof(C) == 8);
 }
 
+// Whether these are an adapter of x [..., K], of which `in` are the rows.  lora_A: [r, K];  lora_B: [N, r]
+template <class C>
+bool low_rank(const Tensor& x, const Rows& in, const Tensor& lora_A, const Tensor& lora_B, int64_t n) {
+  if (!in || lora_A.dim() != 2 || lora_A.numel() == 0 || !summed_in<C>(in.dtype, lora_A, lora_B)) return false;
+  int64_t rank = lora_A.size(0);
+  return shaped(lora_A, {rank, x.size(-1)}) && shaped(lora_B, {n, rank});
+}
+
 // Whether a [M, F], separate rows of t, ends before b begins or begins after b, a dense tensor, ends.
 inline bool apart(const Rows& a, int64_t rows, int64_t features, const Tensor& b) {
   int64_t extent = 1;

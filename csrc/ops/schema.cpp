@@ -54,6 +54,10 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "lora_training(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling)"
       " -> (Tensor?, Tensor?)");
+  m.def(
+      "lora_gradients(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
+      " float dropout_p, Tensor? seed, Tensor? s, bool need_x, bool need_A, bool need_B)"
+      " -> (Tensor?, Tensor?, Tensor?)");
   m.def("lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> bool");
   m.def(
       "multi_lora_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor slots,"
@@ -67,6 +71,13 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def(
       "ia3_gradients(Tensor dy, Tensor? x, Tensor weight, Tensor ia3_l, bool feedforward, Tensor? base, bool need_x,"
       " bool need_l) -> (Tensor?, Tensor?)");
+  m.def(
+      "dora_call(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling,"
+      " bool keep_unscaled) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+  m.def(
+      "dora_gradients(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scale, Tensor norm,"
+      " float scaling, float dropout_p, Tensor? seed, Tensor? s, Tensor? unscaled, bool need_x, bool need_A,"
+      " bool need_B, bool need_magnitude) -> (Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def("cpu_capability() -> str");
   m.def("cuda_capability() -> str");
 }
@@ -86,9 +97,13 @@ using O = OptionalTensor;
 void refuse_all(torch::stable::detail::StableLibrary& m) {
   m.impl("lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, double>)));
   m.impl("lora_training", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, T, double>)));
+  m.impl("lora_gradients", TORCH_BOX((&refuse<std::tuple<O, O, O>, T, O, O, T, T, double, double, O, O, bool, bool, bool>)));
   m.impl("lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, double>)));
   m.impl("ia3_call", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, bool, bool>)));
   m.impl("ia3_gradients", TORCH_BOX((&refuse<std::tuple<O, O>, T, O, T, T, bool, O, bool, bool>)));
+  m.impl("dora_call", TORCH_BOX((&refuse<std::tuple<O, O, O, O, O>, T, T, O, T, T, T, double, bool>)));
+  m.impl("dora_gradients", TORCH_BOX((&refuse<std::tuple<O, O, O, O>, T, O, T, T, T, T, T, double, double, O, O, O, bool,
+                                              bool, bool, bool>)));
   m.impl("multi_lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
   m.impl("multi_lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
 }

@@ -18,7 +18,7 @@ from ..methods.configs import BottleneckConfig, PrefixTuningConfig, PromptTuning
 from ..methods.files import need_file, opened, read_json
 from ..methods.prompt import nearest_words
 from ..ops.checks import need
-from .tables import count, size, table
+from .tables import size, table
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -35,19 +35,19 @@ UNMERGEABLE = [config.peft_type for config in (BottleneckConfig, PrefixTuningCon
 
 def add_to(commands) -> None:
     """Add these commands to the command line."""
-    parser = commands.add_parser("inspect", help="tell what a stored adapter is: method, targets, ranks, sizes")
+    parser = commands.add_parser("inspect", help="show the method, targets, ranks and sizes of a stored adapter")
     parser.add_argument("adapter", metavar="DIR", type=Path, help="a directory with adapter_config.json")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=lambda options: _print(inspect(options.adapter), options.json, render))
 
-    parser = commands.add_parser("merge", help="write the plain model that a model and an adapter amount to")
+    parser = commands.add_parser("merge", help="merge an adapter into a model and write the plain model")
     parser.add_argument("--model", metavar="DIR", type=Path, required=True, help="a transformers model")
     parser.add_argument("--adapter", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where nothing is yet")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a directory that is new or empty")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's")
     parser.set_defaults(run=lambda options: merge(options.model, options.adapter, options.out, options.dtype))
 
-    parser = commands.add_parser("words", help="tell the vocabulary's words nearest to a prompt's virtual tokens")
+    parser = commands.add_parser("words", help="show the vocabulary's words nearest to the virtual tokens of a prompt")
     parser.add_argument("adapter", metavar="DIR", type=Path)
     parser.add_argument("--model", metavar="DIR", type=Path, required=True, help="a transformers model")
     parser.add_argument("-k", type=int, default=5, help="how many for each virtual token (default: 5)")
@@ -107,11 +107,11 @@ def render(found: dict) -> str:
         ("method", " ".join([str(found["method"]), *found["variants"]])),
         ("base model", str(found["base_model"] or "not named")),
         ("task", str(found["task_type"] or "not named")),
-        ("parameters", count(found["parameters"])),
+        ("parameters", f"{found['parameters']:,}"),
         *((f"in {dtype}", size(held)) for dtype, held in sorted(found["bytes"].items())),
     ]
     rows = [
-        (row["name"], count(row["modules"]), " ".join(map(str, row["ranks"])), count(row["parameters"]))
+        (row["name"], f"{row['modules']:,}", " ".join(map(str, row["ranks"])), f"{row['parameters']:,}")
         for row in found["targets"]
     ]
     return f"{table(('adapter', found['directory']), facts)}\n\n" + table(
@@ -123,7 +123,7 @@ def render(found: dict) -> str:
 
 
 def merge(model: Path, adapter: Path, out: Path, dtype: str | None = None) -> int:
-    """Write to `out` the plain transformers model that `model` with `adapter` amounts to, and its tokenizer.
+    """Merge `adapter` into the transformers model `model`, and write the plain model and its tokenizer to `out`.
 
     Sums are float32 and rounded once. Nothing is overwritten; if it fails, `out` is not there.
     """

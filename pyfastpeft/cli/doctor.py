@@ -1,4 +1,4 @@
-"""`pyfastpeft doctor`: what this machine runs, and why it does not run the rest."""
+"""`pyfastpeft doctor`: which backends run on this machine, and why the others do not."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ VARIABLES = ("PYFASTPEFT_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVI
 
 def add_to(commands) -> None:
     """Add this command to the command line."""
-    parser = commands.add_parser("doctor", help="tell what this machine runs, and why it does not run the rest")
+    parser = commands.add_parser("doctor", help="show which backends run on this machine, and why the others do not")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
 
@@ -33,11 +33,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def diagnose() -> dict:
-    """What `pyfastpeft doctor` tells: dicts and lists of strings, numbers and booleans."""
+    """What `pyfastpeft doctor` prints: dicts and lists of strings, numbers and booleans."""
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: installed(name) for name in PACKAGES}
     backends = [_backend(name, devices, packages) for name in dispatch.BACKENDS]
     return {
         "pyfastpeft": pyfastpeft.__version__,
@@ -59,7 +59,8 @@ def diagnose() -> dict:
     }
 
 
-def _version(package):
+def installed(package: str) -> str | None:
+    """The version of an installed package, else None."""
     try:
         return version(package)
     except PackageNotFoundError:

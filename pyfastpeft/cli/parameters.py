@@ -11,7 +11,7 @@ from torch import nn
 from .. import methods
 from ..methods.files import need_file, read_json
 from ..ops.checks import need
-from .tables import count, size, table
+from .tables import size, table
 
 
 def add_to(commands) -> None:
@@ -106,7 +106,7 @@ def render(model: nn.Module, rows: list[dict]) -> str:
     """The rows as an aligned table, and below it why methods are missing."""
     missing = [f"{row['method']}: {row['why_not']}" for row in rows if "why_not" in row]
     cells = [
-        (row["method"], count(row["parameters"]), f"{row['percent']:.3f}", size(row["bytes"]))
+        (row["method"], f"{row['parameters']:,}", f"{row['percent']:.3f}", size(row["bytes"]))
         for row in rows
         if "why_not" not in row
     ]

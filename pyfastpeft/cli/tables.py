@@ -16,15 +16,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[
     )
 
 
-def count(number: int) -> str:
-    """A number with its thousands apart."""
-    return f"{number:,}"
-
-
-def size(count: int) -> str:
+def size(number: float) -> str:
     """Bytes in the largest unit of which there is one."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
+        if number < 1024 or unit == "GiB":
             break
-        count /= 1024
-    return f"{count:.{0 if unit == 'B' else 1}f} {unit}"
+        number /= 1024
+    return f"{number:.{0 if unit == 'B' else 1}f} {unit}"

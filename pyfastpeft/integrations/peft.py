@@ -191,7 +191,7 @@ class _Pending:
 
 
 class _Thread(threading.local):
-    """What one group of this thread has pending: until the next call of a layer, be it of that group or not."""
+    """What one group of this thread has pending: until the next call of any layer, of that group or not."""
 
     pending: _Pending | None = None
 
@@ -231,7 +231,7 @@ def _shared(layer: FusedLoraLinear, x: Tensor, base: _Base, adapter: _Adapter) -
 
 
 def _state(x: Tensor, base: _Base, adapter: _Adapter) -> tuple:
-    """All that an output hangs on. Tensors count by identity, version and whether they ask for a gradient."""
+    """All that an output depends on: of tensors the identity, the version and whether they require a gradient."""
     device = x.device.type
     under = torch.get_autocast_dtype(device) if autocasting(x) else None
     tensors = [t for t in (x, *base, adapter.lora_A, adapter.lora_B) if t is not None]
@@ -424,7 +424,7 @@ def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
 
     Layers of one input in a transformers model (query, key and value; gate and up) read it once, where one adapter is
     active and drops nothing: the first that is called computes the outputs of all, and the others take theirs if they
-    are called next with that very tensor and nothing that it hangs on has changed since. Writes through `.data` in
+    are called next with that very tensor and nothing that it depends on has changed since. Writes through `.data` in
     between are not seen. Compiled layers, those in inference mode and those with hooks run alone, on a CPU also those
     that form no gradients. A copy of the model has to be accelerated again to share its inputs.
 

@@ -26,7 +26,7 @@ _ALLOCATORS = "rank_allocators."  # what keys of an allocator's tensors in the m
 class AdapterCallback(TrainerCallback):
     """Drives the active adapters of `model` through Trainer's steps.
 
-    AdaLoRA: importances are observed and ranks allotted after every optimizer step, whose gradients are still there;
+    AdaLoRA: importances are observed and ranks allocated after every optimizer step, whose gradients are still there;
     the orthogonality term joins the loss once a step. A total_step that is None becomes the number of steps that
     Trainer takes. DyLoRA: each step's rank is drawn when it begins, from Trainer's seed, and serves all of its
     micro-batches; evaluation sees all ranks.
@@ -53,14 +53,14 @@ class AdapterCallback(TrainerCallback):
         self.hooks = []
         # A checkpoint is loaded before training begins. Hooks of state dicts are partials, not bound methods, since
         # torch sets an attribute on them.
-        model.register_load_state_dict_pre_hook(self._restore)
-        model.register_load_state_dict_post_hook(partial(self._forgive))
+        model.register_load_state_dict_pre_hook(self._load_allocators)
+        model.register_load_state_dict_post_hook(partial(self._allow_missing))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         own = any(module is self.model for module in model.modules())
         need(own, "AdapterCallback", "model", "another than Trainer trains", "the one given to Trainer")
         self._release()
-        self.hooks.append(self.model.register_state_dict_post_hook(partial(self._reduce)))
+        self.hooks.append(self.model.register_state_dict_post_hook(partial(self._trained_only)))
         if isinstance(self.model, PreTrainedModel):
             self.model.save_pretrained = self._save
         for name, allocator in self.allocators.items():
@@ -104,24 +104,24 @@ class AdapterCallback(TrainerCallback):
                 save_adapter(self.model, directory if name == "default" else Path(directory, name), name)
             write_files(directory, {"model.safetensors": tensors_as_bytes(state_dict or self.model.state_dict())})
 
-    def _reduce(self, module, state_dict, prefix, metadata):
-        """Of the model's state dict, leave what a checkpoint holds."""
+    def _trained_only(self, module, state_dict, prefix, metadata):
+        """Hook of the model's state dict: leaves what a checkpoint holds, and adds the allocators' state."""
         for name in self._frozen():
             state_dict.pop(prefix + name, None)
         for name, allocator in self.allocators.items():
             for key, tensor in allocator.state_dict().items():
                 state_dict[f"{prefix}{_ALLOCATORS}{name}.{key}"] = tensor
 
-    def _restore(self, module, state_dict, prefix, *args):
-        """Take the allocators' state out of a state dict that the model is given."""
+    def _load_allocators(self, module, state_dict, prefix, *args):
+        """Hook before the model loads a state dict: takes the allocators' state out of it."""
         for name, allocator in self.allocators.items():
             begin = f"{prefix}{_ALLOCATORS}{name}."
             held = {key.removeprefix(begin): state_dict.pop(key) for key in list(state_dict) if key.startswith(begin)}
             if held:
                 allocator.load_state_dict(held)
 
-    def _forgive(self, module, incompatible):
-        """Where none of the frozen parameters is in a state dict, it was meant to hold none."""
+    def _allow_missing(self, module, incompatible):
+        """Hook after the model has loaded one: without any frozen parameter, it was meant to hold none."""
         frozen = self._frozen()
         if frozen <= set(incompatible.missing_keys):
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]

@@ -1,5 +1,5 @@
-"""Drop-in modules on a frozen linear layer: LoRALinear, IA3Linear and, for many adapters at once, MultiLoRALinear; and
-Bottleneck, which stands after a layer or beside it. PrefixEncoder and PromptEmbedding hold virtual tokens."""
+"""Drop-in modules with a frozen linear layer: LoRALinear, IA3Linear and, for many adapters at once, MultiLoRALinear.
+Bottleneck goes after a layer or beside it. PrefixEncoder and PromptEmbedding hold virtual tokens."""
 
 from .bottleneck import Bottleneck
 from .ia3 import IA3Linear

@@ -38,11 +38,11 @@ class Part(nn.Module):
         return None
 
     def merged_beside(self, merged: Tensor, weight: Tensor) -> Tensor:
-        """merged [N, K] with what `beside` amounts to on the weight [N, K] itself, in the dtype of accumulation."""
+        """merged [N, K] plus the change of weight [N, K] that has the effect of `beside`, in the dtype of sums."""
         return merged
 
     def merged_around(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """weight [N, K] and bias [N] with what `before` and `after` amount to, in the dtype of accumulation."""
+        """weight [N, K] and bias [N] changed so as to have the effect of `before` and `after`, in the dtype of sums."""
         return weight, bias
 
 
@@ -71,7 +71,7 @@ class Adapted:
 
 
 class AdaptedMatrix(Adapted):
-    """A linear layer or an embedding; `matrix` is its weight as [N, K], which may be a view."""
+    """A linear layer or an embedding; `matrix()` is its weight as [N, K], which may be a view."""
 
     transposed = False  # whether the weight is stored as [K, N]
     foreign = False  # whether the class computes something of its own from its weight
@@ -99,8 +99,8 @@ class AdaptedMatrix(Adapted):
         return y
 
     def merge(self, names: tuple[str, ...]) -> None:
-        """Put the weight (and bias) that these adapters amount to, summed in float32 and rounded once, in the place of
-        the original ones, which are kept. Raises RuntimeError if something is merged already."""
+        """Replace the weight (and bias) by those that have the effect of these adapters, summed in float32 and rounded
+        once; the original ones are kept. Raises RuntimeError if something is merged already."""
         checks.need(not self.merged, "merge", "the layer", f"merged with {self.merged}", "unmerged", RuntimeError)
         wide = accumulation(self.weight.dtype)
         weight, bias = self.matrix().detach().to(wide), getattr(self, "bias", None)
@@ -142,7 +142,7 @@ class AdaptedMatrix(Adapted):
 
 
 class AdaptedLinear(AdaptedMatrix, nn.Linear):
-    """torch.nn.Linear with adapters; of it, `AdaptedMatrix` tells."""
+    """torch.nn.Linear with adapters."""
 
     @property
     def plain(self) -> bool:
@@ -202,12 +202,12 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 @cache
 def carrier_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a module of exactly this class is swapped to, be it a matrix or any other module."""
+    """The class that a module of exactly this class is swapped to, a matrix or any other module."""
     return adapted_class(kind) or type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
 
 
 def _brought(kind: type[Adapted]) -> set[str]:
-    """The names that a carrier's class has for purposes of its own."""
+    """The public names that the class of a carrier adds to the class of the module."""
     names = {name for c in kind.__mro__ if issubclass(c, Adapted) for name in vars(c)}
     return {name for name in names - {"forward"} if not name.startswith("_")}
 
@@ -222,7 +222,7 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
 
 
 class Parts(nn.ModuleDict):
-    """adapter name -> part. As `module.adapters` those that join a module's computation, as `module.replaced` the
+    """adapter name -> part. `module.adapters` holds the `Part`s of its computation, `module.replaced` the
     `Replacement`s of its parameters."""
 
 
@@ -272,7 +272,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def carriers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of all modules in `model` that hold something of an adapter."""
+    """(path, module) of all modules in `model` that carry parts or replacements of adapters."""
     return [(path, module) for path, module in uncompiled(model).named_modules() if _parts(module)]
 
 

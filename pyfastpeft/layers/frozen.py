@@ -28,7 +28,7 @@ class FrozenLinear(nn.Module):
         """A layer on the weight and bias of `linear`, which are shared, not copied, and frozen.
 
         The other arguments are those of the class, without in_features, out_features, bias, device and dtype, which
-        `linear` tells. Raises TypeError unless it is exactly a torch.nn.Linear of a float dtype.
+        are those of `linear`. Raises TypeError unless it is exactly a torch.nn.Linear of a float dtype.
         """
         layer = cls.__new__(cls)
         layer._adapt(linear, *args, **options)

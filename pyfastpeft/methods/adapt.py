@@ -15,7 +15,7 @@ from .configs import Config, as_config
 
 @dataclass
 class Adaptation:
-    """What a model knows of its adapters; `model.pyfastpeft`.
+    """The adapters of a model, as `model.pyfastpeft`.
 
     configs: name -> config, in the order of injection; active: the names of those that run, in order.
     """

@@ -127,7 +127,7 @@ class LoraConfig(TargetedConfig):
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False  # stored for PEFT; here a layer's type tells how it holds its weight
+    fan_in_fan_out: bool = False  # stored for PEFT; here it follows from the layer's type
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,7 +150,7 @@ class LoraConfig(TargetedConfig):
 
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
-    """AdaLoRA (Zhang et al. 2023): ranks allotted to layers by importance, under a budget that falls from init_r to
+    """AdaLoRA (Zhang et al. 2023): ranks allocated to layers by importance, under a budget that falls from init_r to
     target_r ranks a layer.
 
     tinit, tfinal: steps at full budget at the start and at the final one at the end; between them the budget is cut

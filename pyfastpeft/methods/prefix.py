@@ -75,7 +75,7 @@ class Prefixes:
         return sum([encoder.num_virtual_tokens for encoder in self.encoders()])
 
     def shift(self, module, args, kwargs):
-        """Pre-hook of a module that embeds positions. Those of padding stay, where they are told apart."""
+        """Pre-hook of a module that embeds positions. Those of padding stay, if the module marks them."""
         virtual = self.num_virtual_tokens()
         if not virtual:
             return None

@@ -112,7 +112,7 @@ class RankAllocator:
 
     def finalize(self) -> None:
         """Drop the ranks outside the budget, after training: parameters become new, smaller ones, and what the model
-        computes stays the same. Where the schedule has not come to its end, the final budget is allotted first.
+        computes stays the same. If the schedule has not ended yet, the final budget is allocated first.
 
         Raises RuntimeError where no step was taken.
         """

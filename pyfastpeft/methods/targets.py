@@ -153,8 +153,8 @@ def _need_pattern(op, argument, pattern):
 
 
 def close_names(name: str, candidates: Sequence[str]) -> str:
-    """What an error tells that is needed instead of `name`: those of `candidates`, module or parameter paths, that are
-    spelt alike, or else what there is."""
+    """For an error: which names are possible instead of `name`: those of `candidates`, module or parameter paths, that
+    are spelt alike, or else what there is."""
     ends = {".".join(path.split(".")[-n:]) for path in candidates for n in (1, 2, 99)}
     close = get_close_matches(name, ends, n=5, cutoff=0.5)
     short = sorted({path.rsplit(".", 1)[-1] for path in candidates})

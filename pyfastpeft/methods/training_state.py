@@ -1,4 +1,4 @@
-"""Training that stops and goes on: what an adapter's own two files do not hold.
+"""Resuming training: what an adapter's own two files do not hold.
 
 training_state.safetensors has every tensor: the adapter's parameters as they train (with the MLP of prefix tuning and
 the ranks that are out of AdaLoRA's budget), the optimizer's by the parameters' names, the generators'.
@@ -131,7 +131,7 @@ def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
 
 
 def _fields_that_train(config) -> dict:
-    """The fields that tell how an adapter trains; where it lies is told by its parameters' names."""
+    """The fields that determine how an adapter trains. Its place in the model follows from its parameters' names."""
     places = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
     places |= {"target_parameters", "modules_to_save", "fan_in_fan_out", "task_type"}
     of_the_run = {"base_model_name_or_path", "revision", "inference_mode"}

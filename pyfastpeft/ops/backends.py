@@ -11,7 +11,7 @@ _DEVICE = ("cuda",)  # ROCm tensors are of this device type too
 
 
 def register_all() -> None:
-    """Register the rows of every backend that this installation has, and the reasons for those it has not."""
+    """Register the rows of every backend that can run here, and the reasons why the others cannot."""
     for op in schemas.SCHEMAS:
         dtypes = (torch.int64,) if op == "group_tokens" else dispatch.FLOATS
         # The grouped formulas look at values on the host, which a compiled graph cannot: they are nodes of it.

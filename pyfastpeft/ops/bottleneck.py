@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast_off, autocasting, first_order, needs_gradient, shaped, without_autocast
+from .rows import as_rows, autocast_off, autocasting, first_order, needs_gradient, shaped, without_autocast, zero
 
 
 def _forward(x, residual, down, down_bias, up, up_bias, scaling, activation):
@@ -44,8 +44,7 @@ class _Bottleneck(Function):
             for t, need in ((down, need_down), (down_bias, need_down_bias), (up, need_up))
         )
         if dy.numel() == 0:
-            for gradient in (ddown, ddown_bias, dup):
-                gradient is None or gradient.zero_()
+            zero(ddown, ddown_bias, dup)
         elif need_x or need_down or need_down_bias or need_up:
             x_rows = None if x is None else as_rows(x)
             given = dy_rows, x_rows, down, down_bias, up, scaling, activation, s, serial

@@ -1,9 +1,9 @@
-"""Which backend serves an op on CUDA tensors: the fastest that was measured on such a GPU, for the nearest shape.
+"""Which backend runs an op on CUDA tensors: the one measured to be the fastest on such a GPU, for the nearest shape.
 
 choices.json holds the measurements, made by `python -m benchmarks.choose` from what `make gpu` wrote: for every
-architecture entries {"op", "kind", "sizes", "backends"}, where the backends, the fastest first, all passed their tests
-there. The nearest entry is that of the same op and kind whose sizes are off by the smallest product of factors. Where
-there is none, no GPU of this architecture has run our kernels on such operands, and torch's own products serve: RULE.
+architecture a list of {"op", "kind", "sizes", "backends"}, its backends being those that gave right results, the
+fastest first. The nearest entry has the same op and kind and the smallest sum of |log(size / size)|. Without one, no
+GPU of this architecture has run our kernels on such operands, and RULE applies: torch's own products.
 """
 
 import functools
@@ -32,7 +32,7 @@ def ranking(op: str, args: tuple) -> tuple[str, ...]:
 
 
 def leading(args: tuple) -> Tensor:
-    """The tensor that tells an op's device and dtype: its first argument, or the first of a list of these."""
+    """The tensor whose device and dtype count as the op's: its first argument, or the first of a list of these."""
     return args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
 
 

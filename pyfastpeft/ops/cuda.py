@@ -1,12 +1,13 @@
-"""What the CUDA C++ kernels of csrc/ops/cuda take: one function for every op that has one, with the raw op's arguments,
-which returns what it lacks, "" where it takes them. Nothing here looks at a value on a device."""
+"""Which arguments the CUDA C++ kernels of csrc/ops/cuda take: one function for every op that has a kernel, called with
+the raw op's arguments. It returns what the kernel takes instead, or "" if it takes these. Nothing here looks at a value
+on a device."""
 
 import functools
 
 import torch
 from torch import Tensor
 
-SHORT = (torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 MAX_RANK, MAX_RANKS = 256, 432  # of a layer, and of the layers of a group together
 SHARED = 112 * 1024  # bytes of shared memory that a block takes
 
@@ -39,7 +40,7 @@ def ia3_backward(*args) -> str:
 
 def multi_lora_forward(x, weight, bias, lora_A, *rest) -> str:
     """Any shapes, and any strides of weight."""
-    if lacking := _short(x, lora_A):
+    if lacking := _sixteen_bit(x, lora_A):
         return lacking
     if len(lora_A) > 65535:
         return f"takes up to 65535 adapters, not {len(lora_A)}"
@@ -55,9 +56,9 @@ def group_tokens(slots, order, segments) -> str:
     return "" if len(slots) + len(segments) <= 2**14 else "takes up to 16384 tokens and adapters"
 
 
-def _short(x: Tensor, lora_A: Tensor) -> str:
+def _sixteen_bit(x: Tensor, lora_A: Tensor) -> str:
     """The dtypes that tensor cores multiply."""
-    if x.dtype not in SHORT:
+    if x.dtype not in SIXTEEN_BIT:
         return "takes bfloat16 and float16 activations"
     return "" if lora_A.dtype in (x.dtype, torch.float32) else f"takes adapters of {x.dtype} or float32"
 
@@ -75,7 +76,7 @@ def _numbered(**lists: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
-    if lacking := _short(x, lora_A):
+    if lacking := _sixteen_bit(x, lora_A):
         return lacking
     (rank, features), outputs = lora_A.shape, lora_B.shape[0]
     if features % 8 or outputs % 8 or rank > MAX_RANK:

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     devices: tuple[str, ...]  # device types; empty: any
     dtypes: tuple[torch.dtype, ...]  # of the activations
     function: Callable
-    fits: Callable[..., str]  # what the row lacks for these arguments of the op; "": nothing
+    fits: Callable[..., str]  # why the row does not take these arguments of the op; "": it does
 
 
 TABLE: dict[str, list[Row]] = {}
@@ -48,9 +48,8 @@ def forced_backend() -> str | None:
 
 
 def run(op: str, *args, backend: str | None = None) -> str | None:
-    """Run `op` on its raw arguments, the first tensor of which tells device and dtype, by the first row that takes
-    them; by that of `backend`, where it is given and does. Returns the forced backend: a backward pass is to run there
-    too."""
+    """Run `op` on its raw arguments by the first row that takes them, that of `backend` being tried first. Device and
+    dtype are those of the first tensor. Returns the forced backend, by which the backward pass has to run, too."""
     select(op, args, backend).function(*args)
     return _forced
 
@@ -77,8 +76,8 @@ def select(op: str, args: tuple, backend: str | None = None) -> Row:
 
 
 def preferred(op: str, args: tuple) -> bool:
-    """Whether `op` on these raw arguments, as far as `choice.described` looks at them, is served by the backend that is
-    forced or, for CUDA tensors, found to be the fastest: and not by another for want of a row."""
+    """Whether the backend that is forced, or that is the fastest for CUDA tensors, has a row for `op`; without one,
+    another backend would run it. Of the raw arguments only those that `choice.described` reads have to be given."""
     on_cuda = choice.leading(args).device.type == "cuda"
     name = _forced or (choice.ranking(op, args)[0] if on_cuda else None)
     return name is None or any(row.backend == name for row in TABLE[op])

@@ -1,12 +1,24 @@
 """DoRA on a linear layer: every output feature of W + scaling * B A scaled to a learned magnitude (Liu et al. 2024)."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import checks, dispatch, reference
-from .rows import as_rows, autocast, autocast_off, autocasting, dropout_seed, needs_gradient, shaped, without_autocast
+from . import checks, dispatch, inference, reference
+from .rows import (
+    as_rows,
+    autocast,
+    autocast_off,
+    autocasting,
+    dropout_seed,
+    needs_gradient,
+    shaped,
+    without_autocast,
+    zero,
+)
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, keep_unscaled):
@@ -22,13 +34,46 @@ def _forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, k
     return y, s, unscaled, backend
 
 
+def _gradients(
+    dy, x, weight, lora_A, lora_B, scale, norm, scaling, dropout_p, seed, s, unscaled, needs, shape, backend
+):
+    """(dx, dlora_A, dlora_B, dmagnitude), where `needs` tells that they are needed."""
+    tensors = x, weight, lora_A, lora_B, scale
+    kept = scaling, dropout_p, seed, s, unscaled
+    if backend in (None, "cpu") and inference.call(dy, *tensors, norm, seed, s, unscaled):
+        found = inference.dora_gradients(dy, *tensors, norm, *kept, *needs)
+        if any([gradient is not None for gradient in found]):
+            return found
+    need_x, need_A, need_B, need_magnitude = needs
+    rows, x_rows = as_rows(dy), None if x is None else as_rows(x)
+    dx = rows.new_empty(rows.shape[0], shape[-1]) if need_x else None
+    dlora_A = torch.empty_like(lora_A) if need_A else None
+    dlora_B = torch.empty_like(lora_B) if need_B else None
+    dscale = torch.empty_like(scale) if need_magnitude else None
+    if dy.numel():
+        arguments = rows, x_rows, weight, lora_A, lora_B, scale, *kept, dx, dlora_A, dlora_B, dscale
+        dispatch.run("dora_backward", *arguments, backend=backend)
+    else:
+        zero(dlora_A, dlora_B, dscale)
+    return shaped(dx, shape), dlora_A, dlora_B, dscale / norm if need_magnitude else None
+
+
 class _DoRA(Function):
+    """`norm` is None where the forward pass is to be one native call."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed):
         _, need_weight, _, need_A, need_B, need_magnitude, *_ = ctx.needs_input_grad
-        scale = magnitude / norm
-        arguments = x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed
-        y, s, unscaled, backend = _forward(*arguments, need_magnitude)
+        if norm is None:
+            arguments = x, weight, bias, lora_A, lora_B, magnitude, scaling, need_magnitude
+            y, s, unscaled, scale, norm = inference.dora(*arguments)
+            backend = dispatch.forced_backend()
+            if y is None:
+                raise inference.Declined
+        else:
+            scale = magnitude / norm
+            arguments = x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed
+            y, s, unscaled, backend = _forward(*arguments, need_magnitude)
         kept_x, kept_s = x if need_A or need_weight else None, s if need_B else None
         ctx.save_for_backward(kept_x, weight, lora_A, lora_B, scale, norm, kept_s, unscaled, seed)
         ctx.options = backend, scaling, dropout_p, x.shape, magnitude.dtype
@@ -40,23 +85,18 @@ class _DoRA(Function):
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, scale, norm, s, unscaled, seed = ctx.saved_tensors
         backend, scaling, dropout_p, shape, dtype = ctx.options
-        need_x, need_weight, need_bias, need_A, need_B, need_magnitude, *_ = ctx.needs_input_grad
-        dy_rows = as_rows(dy)
-        x_rows = None if x is None else as_rows(x)
-        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
-        dlora_A = torch.empty_like(lora_A) if need_A else None
-        dlora_B = torch.empty_like(lora_B) if need_B else None
-        dscale = torch.empty_like(scale) if need_magnitude else None
-        if dy.numel() == 0:
-            for gradient in (dlora_A, dlora_B, dscale):
-                gradient is None or gradient.zero_()
-        elif need_x or need_A or need_B or need_magnitude:
-            given = dy_rows, x_rows, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled
-            dispatch.run("dora_backward", *given, dx, dlora_A, dlora_B, dscale, backend=backend)
-        dweight = (dy_rows * scale).to(dy.dtype).T @ x_rows if need_weight else None
-        dbias = dy_rows.sum(0) if need_bias else None
-        dmagnitude = (dscale / norm).to(dtype) if need_magnitude else None
-        return shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, dmagnitude, None, None, None, None
+        need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad[:6]
+        needs = need_x, *need_adapter
+        dx = dlora_A = dlora_B = dmagnitude = None
+        if any(needs):
+            kept = scaling, dropout_p, seed, s, unscaled
+            given = dy, x, weight, lora_A, lora_B, scale, norm, *kept, needs, shape, backend
+            dx, dlora_A, dlora_B, dmagnitude = _gradients(*given)
+        if dmagnitude is not None:
+            dmagnitude = dmagnitude.to(dtype)
+        dweight = (as_rows(dy) * scale).to(dy.dtype).T @ as_rows(x) if need_weight else None
+        dbias = as_rows(dy).sum(0) if need_bias else None
+        return dx, dweight, dbias, dlora_A, dlora_B, dmagnitude, None, None, None, None
 
 
 @torch.no_grad()
@@ -123,6 +163,17 @@ def dora_linear(
     magnitude trains, two vectors [N] and the seed. Under autocast x, weight and bias are cast first, but the norm is
     that of the weight as it is given. Raises ValueError or TypeError naming the argument that does not fit.
     """
+    if (
+        type(scaling) is type(dropout_p) is float
+        and dropout_p == 0.0
+        and weight_norm_squared is None
+        and (call := inference.call(x, weight, bias, lora_A, lora_B, magnitude))
+    ):
+        if call == "training":
+            with suppress(inference.Declined):
+                return _DoRA.apply(x, weight, bias, lora_A, lora_B, magnitude, None, scaling, 0.0, None)
+        elif (y := inference.dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, False)[0]) is not None:
+            return y
     checks.floating("dora_linear", "x", x)
     arguments = lora_A, lora_B, magnitude, scaling, dropout_p, weight_norm_squared
     if autocasting(x):

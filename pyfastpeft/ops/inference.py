@@ -1,10 +1,16 @@
-"""Inference on the CPU, and passes in training, in one native call, which checks its arguments itself.
+"""Inference on the CPU, and single passes in training, in one native call that checks its arguments itself.
 
-A call that is out of the ordinary is left, untouched, to the op in Python: to its checks and messages, casts, copies
-and gradients. What is computed is the same either way, bit by bit.
+If something about a call is unusual, the native op declines before it has written anything, and the op in Python takes
+over: its checks and messages, casts, copies and gradients. The result is the same either way, bit by bit.
 
-    lora(x, weight, bias, lora_A, lora_B, scaling)          y, or None: left to Python
-    lora_training(the same)                                 (y, s), or (None, None); under a Function alone
+    lora(x, weight, bias, lora_A, lora_B, scaling)          y, or None: declined
+    lora_training(the same)                                 (y, s), or (None, None); only inside a Function
+    lora_gradients(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B)
+                                                            (dx, dlora_A, dlora_B) as wanted, or Nones
+    dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, keep_unscaled)
+                                                            (y, s, unscaled or None, scale, norm), or Nones
+    dora_gradients(dy, x, weight, lora_A, lora_B, scale, norm, scaling, dropout_p, seed, s, unscaled,
+        need_x, need_A, need_B, need_magnitude)             (dx, dlora_A, dlora_B, dmagnitude) as wanted, or Nones
     ia3(x, weight, bias, ia3_l, feedforward, keep_base)     (y, base or None), or (None, None)
     ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)    (dx, dia3_l) as wanted, or (None, None)
     lora_(y, x, lora_A, lora_B, scaling)                    whether it is done
@@ -12,8 +18,8 @@ and gradients. What is computed is the same either way, bit by bit.
     multi_lora_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    whether it is done
 
 `multi_lora` and `multi_lora_` take a routing's order for `slots` where `segments` is given, and one number `scaling`
-where `scalings` is None. They take any tensor, or None, for a tensor, and find out themselves whether autocast, a mode,
-a transform or a trace has to see what the op consists of. The rest is for `call` and `writable` to find.
+where `scalings` is None. The native ops themselves decline under autocast, modes, transforms and traces, which have to
+see what the op consists of. All else that they cannot see is found by `call` and `writable` beforehand.
 """
 
 import torch
@@ -28,25 +34,33 @@ _TENSORS = {Tensor, torch.nn.Parameter, type(None)}  # no subclass, which may se
 if native.AVAILABLE:
     lora = torch.ops.pyfastpeft.lora_inference.default
     lora_training = torch.ops.pyfastpeft.lora_training.default
+    lora_gradients = torch.ops.pyfastpeft.lora_gradients.default
+    dora = torch.ops.pyfastpeft.dora_call.default
+    dora_gradients = torch.ops.pyfastpeft.dora_gradients.default
     ia3 = torch.ops.pyfastpeft.ia3_call.default
     ia3_gradients = torch.ops.pyfastpeft.ia3_gradients.default
     lora_ = torch.ops.pyfastpeft.lora_inference_.default
     multi_lora = torch.ops.pyfastpeft.multi_lora_inference.default
     multi_lora_ = torch.ops.pyfastpeft.multi_lora_inference_.default
 else:
-    lora, lora_training, ia3, ia3_gradients, lora_, multi_lora, multi_lora_ = (
-        lambda *_, nothing=nothing: nothing for nothing in (None, *[(None, None)] * 3, False, None, False)
+
+    def _nothing(result):
+        return lambda *_: result
+
+    lora, multi_lora, lora_, multi_lora_ = map(_nothing, (None, None, False, False))
+    lora_training, ia3, ia3_gradients, lora_gradients, dora_gradients, dora = (
+        _nothing((None,) * parts) for parts in (2, 2, 2, 3, 4, 5)
     )
 
 
 class Declined(Exception):
-    """The native call has left a Function's forward pass to Python."""
+    """The native call has declined the forward pass of a Function."""
 
 
 # After a large matmul Python's own memory is cold, and a frame or a name more costs a microsecond or two.
 def call(*tensors) -> str | None:
-    """ "inference", or "training" where a graph is made, if these are tensors or None and no other backend is wanted;
-    else None."""
+    """ "training" if autograd records the op, else "inference". None where no native call may be made: while compiling,
+    in forward mode, where another backend is forced, and with anything but plain tensors and None."""
     if (
         is_dynamo_compiling()
         or dispatch._forced not in (None, "cpu")

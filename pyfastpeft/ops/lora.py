@@ -20,6 +20,7 @@ from .rows import (
     without_autocast,
     writable_rows,
     written,
+    zero,
 )
 
 
@@ -33,6 +34,25 @@ def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
         out = y.view(-1, y.shape[-1])
         backend = dispatch.run("lora_forward", rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, out, s)
     return y, s, backend
+
+
+def _gradients(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B, shape, backend):
+    """(dx, dlora_A, dlora_B), where they are needed."""
+    if backend in (None, "cpu") and inference.call(dy, x, weight, lora_A, lora_B, seed, s):
+        arguments = dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s
+        found = inference.lora_gradients(*arguments, need_x, need_A, need_B)
+        if any([gradient is not None for gradient in found]):
+            return found
+    rows, x_rows = as_rows(dy), None if x is None else as_rows(x)
+    dx = rows.new_empty(rows.shape[0], shape[-1]) if need_x else None
+    dlora_A = torch.empty_like(lora_A) if need_A else None
+    dlora_B = torch.empty_like(lora_B) if need_B else None
+    if dy.numel():
+        arguments = rows, x_rows, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B
+        dispatch.run("lora_backward", *arguments, backend=backend)
+    else:
+        zero(dlora_A, dlora_B)
+    return shaped(dx, shape), dlora_A, dlora_B
 
 
 class _LoRA(Function):
@@ -59,20 +79,12 @@ class _LoRA(Function):
         x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
         backend, scaling, dropout_p, shape = ctx.options
         need_y, need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-        dy_rows = as_rows(dy)
-        x_rows = None if x is None else as_rows(x)
-        dx = dy_rows.new_empty(dy_rows.shape[0], shape[-1]) if need_x else None
-        dlora_A = torch.empty_like(lora_A) if need_A else None
-        dlora_B = torch.empty_like(lora_B) if need_B else None
-        if dy.numel() == 0:
-            for gradient in (dlora_A, dlora_B):
-                gradient is None or gradient.zero_()
-        elif need_x or need_A or need_B:
-            arguments = dy_rows, x_rows, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B
-            dispatch.run("lora_backward", *arguments, backend=backend)
-        dweight = dy_rows.T @ x_rows if need_weight else None
-        dbias = dy_rows.sum(0) if need_bias else None
-        return (dy if need_y else None), shaped(dx, shape), dweight, dbias, dlora_A, dlora_B, None, None, None, None
+        needs = need_x, need_A, need_B
+        arguments = dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s
+        dx, dlora_A, dlora_B = _gradients(*arguments, *needs, shape, backend) if any(needs) else (None, None, None)
+        dweight = as_rows(dy).T @ as_rows(x) if need_weight else None
+        dbias = as_rows(dy).sum(0) if need_bias else None
+        return (dy if need_y else None), dx, dweight, dbias, dlora_A, dlora_B, None, None, None, None
 
 
 def lora_linear(

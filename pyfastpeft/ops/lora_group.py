@@ -17,6 +17,7 @@ from .rows import (
     needs_gradient,
     shaped,
     without_autocast,
+    zero,
 )
 
 
@@ -66,8 +67,7 @@ class _LoRAGroup(Function):
         dlora_A = torch.empty_like(lora_A) if any(need_As) else None
         dlora_Bs = [torch.empty_like(lora_B) for lora_B in lora_Bs] if any(need_Bs) else []
         if dys[0].numel() == 0:
-            for gradient in (dlora_A, *dlora_Bs):
-                gradient is None or gradient.zero_()
+            zero(dlora_A, *dlora_Bs)
         elif need_x or dlora_A is not None or dlora_Bs:
             arguments = dy_rows, x_rows, weights, lora_A, lora_Bs, scalings, dropout_p, seed, s, dx, dlora_A, dlora_Bs
             dispatch.run("lora_group_backward", *arguments, backend=backend)

@@ -21,6 +21,7 @@ from .rows import (
     without_autocast,
     writable_rows,
     written,
+    zero,
 )
 
 
@@ -115,8 +116,7 @@ class _MultiLoRA(Function):
         dlora_A = torch.empty_like(lora_A) if need_A else None
         dlora_B = torch.empty_like(lora_B) if need_B else None
         if dy.numel() == 0:
-            for gradient in (dlora_A, dlora_B):
-                gradient is None or gradient.zero_()
+            zero(dlora_A, dlora_B)
         elif need_x or need_A or need_B:
             arguments = dy_rows, x_rows, weight, lora_A, lora_B, scaling, ranks, order, segments, s
             dispatch.run("multi_lora_backward", *arguments, dx, dlora_A, dlora_B, backend=backend)

@@ -1,6 +1,6 @@
 """Loads the libraries that csrc/ops is built into: that of the CPU, which declares the ops, and that of CUDA.
 
-AVAILABLE and CUDA_AVAILABLE tell whether they are there, WHY_NOT and CUDA_WHY_NOT why they are not.
+AVAILABLE and CUDA_AVAILABLE say whether they are loaded, WHY_NOT and CUDA_WHY_NOT why they are not.
 """
 
 import os
@@ -15,7 +15,7 @@ if (_level := os.environ.get("PYFASTPEFT_CPU_ISA")) not in (None, "", "baseline"
 
 
 def _load(name: str, how: str) -> str:
-    """Why the library is not there, or nothing."""
+    """Why the library is not loaded; "" if it is."""
     if not (path := Path(__file__).parent.parent / name).exists():
         return f"the op library {name} is not built: {how}"
     try:

@@ -98,6 +98,12 @@ def written(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
+def zero(*gradients: Tensor | None) -> None:
+    """What no token reaches."""
+    for gradient in gradients:
+        gradient is None or gradient.zero_()
+
+
 def dropout_seed(x: Tensor, p: float) -> Tensor | None:
     """[1] int64 on x's device from torch's generator, so that manual_seed and checkpointing hold; None where p = 0."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <tuple>
 
 #include "ops/cpu/base.h"
 #include "ops/cpu/lowrank.h"
@@ -43,13 +44,13 @@ void norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, doub
         in[j] = row_of(w, first + j, k, stage.get() + j * k);
         products[j] = cross.get() + j * rank;
       }
-      kernel.dot(in, count, a.dtype, a.data, a.stride, rank, k, products);
+      kernel.dot(in, item_size(w.dtype) == sizeof(C) ? w.stride : 0, count, a.dtype, a.data, a.stride, rank, k, products);
       for (int64_t j = 0, i = first; j < count; ++j, ++i) {
         C square, *to = &square;
         if (squares) {
           square = squares[i];
         } else {
-          kernel.dot(in + j, 1, gram.rows().dtype, in[j], k, 1, k, &to);
+          kernel.dot(in + j, 0, 1, gram.rows().dtype, in[j], k, 1, k, &to);
         }
         const C *factors = row_of(b, i, rank, row.get()), *p = products[j], *q = own.data.get() + i * rank;
         for (int64_t r = 0; r < rank; ++r) square += C(scaling) * factors[r] * (2 * p[r] + C(scaling) * q[r]);
@@ -148,6 +149,78 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
   }
 }
 
+// (y, s, unscaled, scale, norm); none where the call is out of the ordinary.
+// y: [..., N];  s: [M, r];  unscaled: [M, N], where it is wanted;  scale = magnitude / norm, norm: [N]
+template <class C>
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> call(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, double scaling, bool keep_unscaled) {
+  constexpr bool wide = sizeof(C) == 8;
+  Rows in = separate_rows(x);
+  auto dtype = float_dtype(magnitude);
+  if (!linear(x, in, weight, bias) || !low_rank<C>(x, in, lora_A, lora_B, weight.size(0))) return {};
+  int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k, rank = lora_A.size(0);
+  if (weight.stride(1) != 1 || !dtype || (*dtype == Dtype::f64) != wide || !shaped(magnitude, {n})) return {};
+  ScalarType summed = wide ? ScalarType::Double : ScalarType::Float;
+  Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n), s = torch::stable::new_empty(x, {m, rank}, summed);
+  Tensor length = torch::stable::new_empty(x, {n}, summed), scale = torch::stable::new_empty(x, {n}, summed);
+  OptionalTensor unscaled;
+  if (keep_unscaled) unscaled = torch::stable::new_empty(x, {m, n});
+  norm<C>(weight, lora_A, lora_B, scaling, {}, length);
+  auto wanted = widened<C>(magnitude, n, "magnitude");
+  const C* found = sums<C>(length, {n}, "norm");
+  for (int64_t i = 0; i < n; ++i) wanted[i] /= found[i];
+  std::copy_n(wanted.get(), n, sums<C>(scale, {n}, "scale"));
+  forward<C>(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scale, scaling, 0, {}, out, s, unscaled);
+  return {y, s, unscaled, scale, length};
+}
+
+// (dx, dlora_A, dlora_B, dmagnitude), of those that are wanted; none where dy or x is out of the ordinary.
+// dy: [..., N];  x: [..., K];  dx: [..., K], dmagnitude: [N], out
+template <class C>
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> gradients(
+    const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& scale, const Tensor& norm, double scaling, double p, const OptionalTensor& seed,
+    const OptionalTensor& s, const OptionalTensor& unscaled, bool need_x, bool need_A, bool need_B,
+    bool need_magnitude) {
+  Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
+  if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  int64_t n = lora_B.size(0), k = lora_A.size(1), m = dy.numel() / n;
+  OptionalTensor rows, dx, out, dlora_A, dlora_B, dmagnitude;
+  if (x) rows = as_matrix(*x, m, k, in.stride);
+  if (need_x) dx = empty_rows(dy, k), out = as_matrix(*dx, m, k, k);
+  if (need_A) dlora_A = torch::stable::new_empty(lora_A, lora_A.sizes());
+  if (need_B) dlora_B = torch::stable::new_empty(lora_B, lora_B.sizes());
+  if (need_magnitude) dmagnitude = torch::stable::new_empty(scale, {n});
+  backward<C>(as_matrix(dy, m, n, gradient.stride), rows, weight, lora_A, lora_B, scale, scaling, p, seed, s, unscaled,
+              out, dlora_A, dlora_B, dmagnitude);
+  if (need_magnitude) {
+    C* to = sums<C>(*dmagnitude, {n}, "dmagnitude");
+    const C* lengths = sums<C>(norm, {n}, "norm");
+    for (int64_t i = 0; i < n; ++i) to[i] /= lengths[i];
+  }
+  return {dx, dlora_A, dlora_B, dmagnitude};
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_call(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, double scaling, bool keep_unscaled) {
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B) || !on_cpu(magnitude)) return {};
+  auto run = x.scalar_type() == ScalarType::Double ? call<double> : call<float>;
+  return run(x, weight, bias, lora_A, lora_B, magnitude, scaling, keep_unscaled);
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_gradients(
+    const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& scale, const Tensor& norm, double scaling, double dropout_p, const OptionalTensor& seed,
+    const OptionalTensor& s, const OptionalTensor& unscaled, bool need_x, bool need_A, bool need_B,
+    bool need_magnitude) {
+  if (!on_cpu(dy)) return {};
+  auto run = dy.scalar_type() == ScalarType::Double ? gradients<double> : gradients<float>;
+  return run(dy, x, weight, lora_A, lora_B, scale, norm, scaling, dropout_p, seed, s, unscaled, need_x, need_A, need_B,
+             need_magnitude);
+}
+
 void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
                const OptionalTensor& weight_norm_squared, Tensor& out) {
   auto run = weight.scalar_type() == ScalarType::Double ? norm<double> : norm<float>;
@@ -175,6 +248,11 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
   m.impl("dora_norm", TORCH_BOX(&dora_norm));
   m.impl("dora_forward", TORCH_BOX(&dora_forward));
   m.impl("dora_backward", TORCH_BOX(&dora_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("dora_call", TORCH_BOX(&dora_call));
+  m.impl("dora_gradients", TORCH_BOX(&dora_gradients));
 }
 
 }  // namespace pyfastpeft

@@ -11,6 +11,11 @@ enum class Activation : int { relu, gelu, gelu_tanh, silu, tanh, identity };
 
 inline int64_t item_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
+// Elements from a row to the one that is used a call later, which is asked for meanwhile; 0: none is.
+struct Next {
+  int64_t c = 0, y = 0;
+};
+
 // Sums are formed in C: double for f64, float for all others.
 template <class C>
 struct Kernels {
@@ -19,13 +24,13 @@ struct Kernels {
   // out[i] = in[i], rounded to nearest even; out is of the given dtype.
   void (*narrow)(Dtype, const C* in, void* out, int64_t n);
   // s[t][j] = sum over k of x[t][k] a[j][k] for t < tokens, j < ranks; x and s hold row pointers, a is [ranks, k] of the
-  // given dtype with row stride lda.
-  void (*dot)(const C* const* x, int64_t tokens, Dtype, const void* a, int64_t lda, int64_t ranks, int64_t k,
-              C* const* s);
+  // given dtype with row stride lda. Where x's rows lie `stride` apart, not 0, those after them are asked for.
+  void (*dot)(const C* const* x, int64_t stride, int64_t tokens, Dtype, const void* a, int64_t lda, int64_t ranks,
+              int64_t k, C* const* s);
   // y[i][n] (+)= sum over q of s[i][q * step] c[q * ldc + n] for i < rows, q < depth, n < columns; s and y hold row
   // pointers.
   void (*axpy)(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
-               int64_t columns, bool accumulate);
+               int64_t columns, bool accumulate, Next);
   // y[n] += sum over r of s[r] b[n * ldb + r] for r < rank, n < columns.
   void (*project)(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns);
   // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns.

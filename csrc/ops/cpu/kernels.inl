@@ -166,10 +166,11 @@ void narrow(Dtype dtype, const C* in, void* out, int64_t n) {
 // Bytes of a long row that are asked for ahead of their use: a page, since processors prefetch within pages only.
 constexpr int64_t AHEAD = 4096;
 
-// s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators.
+// s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators. Every `step`-th row of x
+// from `first` on is asked for `ahead` elements on.
 template <class C, class A, int T, int R>
 inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, int64_t end, C* const* s, int64_t rank,
-                     bool accumulate) {
+                     bool accumulate, int64_t first, int64_t step, int64_t ahead) {
   constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][R] = {};
   int64_t i = begin;
@@ -183,8 +184,11 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
   for (; i + L <= end; i += L) {
     Vec<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(a + r * lda + i);
-    if (T <= 2)  // more tokens leave time to wait
+    if (T <= 2) {  // more tokens leave time to wait
       for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * lda + i + AHEAD / sizeof(A));
+    } else if (R == 4) {
+      for (int64_t t = first; t < T; t += step) __builtin_prefetch(x[t] + i + ahead, 0, 2);
+    }
     for (int t = 0; t < T; ++t) {
       Vec<C> v = load(x[t] + i);
       for (int r = 0; r < R; ++r) acc[t][r] += v * row[r];
@@ -209,34 +213,38 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
 }
 
 template <class C, class A, int T>
-inline void dot_ranks(const C* const* x, const A* a, int64_t lda, int64_t ranks, int64_t k, C* const* s) {
+inline void dot_ranks(const C* const* x, int64_t stride, const A* a, int64_t lda, int64_t ranks, int64_t k,
+                      C* const* s) {
   constexpr int64_t BLOCK = 4096 / sizeof(C);  // T rows of x this long stay in the first cache for all ranks
   for (int64_t begin = 0; begin < k; begin += BLOCK) {
-    int64_t end = k - begin < 2 * BLOCK ? k : begin + BLOCK, r = 0;
-    for (; r + 4 <= ranks; r += 4) dot_tile<C, A, T, 4>(x, a + r * lda, lda, begin, end, s, r, begin > 0);
-    for (; r < ranks; ++r) dot_tile<C, A, T, 1>(x, a + r * lda, lda, begin, end, s, r, begin > 0);
+    int64_t end = k - begin < 2 * BLOCK ? k : begin + BLOCK, r = 0, passes = ranks / 4;
+    // The rows of the next tile come while this one's are used, a share of them in every pass.
+    for (; r + 4 <= ranks; r += 4)
+      dot_tile<C, A, T, 4>(x, a + r * lda, lda, begin, end, s, r, begin > 0, stride ? r / 4 : T, passes, T * stride);
+    for (; r < ranks; ++r) dot_tile<C, A, T, 1>(x, a + r * lda, lda, begin, end, s, r, begin > 0, T, 1, 0);
     if (end == k) break;
   }
 }
 
 template <class C>
-void dot(const C* const* x, int64_t tokens, Dtype dtype, const void* a, int64_t lda, int64_t ranks, int64_t k,
-         C* const* s) {
+void dot(const C* const* x, int64_t stride, int64_t tokens, Dtype dtype, const void* a, int64_t lda, int64_t ranks,
+         int64_t k, C* const* s) {
   constexpr int T = BYTES == 64 ? 6 : 3;  // T * 4 accumulators, 4 rows of a and 1 of x fill the registers
   typed<C>(dtype, a, [&](auto* rows) {
     using A = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     int64_t t = 0;
-    for (; t + T <= tokens; t += T) dot_ranks<C, A, T>(x + t, rows, lda, ranks, k, s + t);
+    for (; t + T <= tokens; t += T) dot_ranks<C, A, T>(x + t, stride, rows, lda, ranks, k, s + t);
     if constexpr (T > 4)
-      for (; t + 4 <= tokens; t += 4) dot_ranks<C, A, 4>(x + t, rows, lda, ranks, k, s + t);
-    for (; t + 2 <= tokens; t += 2) dot_ranks<C, A, 2>(x + t, rows, lda, ranks, k, s + t);
-    for (; t < tokens; ++t) dot_ranks<C, A, 1>(x + t, rows, lda, ranks, k, s + t);
+      for (; t + 4 <= tokens; t += 4) dot_ranks<C, A, 4>(x + t, stride, rows, lda, ranks, k, s + t);
+    for (; t + 2 <= tokens; t += 2) dot_ranks<C, A, 2>(x + t, stride, rows, lda, ranks, k, s + t);
+    for (; t < tokens; ++t) dot_ranks<C, A, 1>(x + t, stride, rows, lda, ranks, k, s + t);
   });
 }
 
 // T rows of y, W vectors wide, from column n.
 template <class C, int T, int W, bool Accumulate>
-inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y, int64_t n) {
+inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y, int64_t n,
+                      Next next) {
   constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][W];
 #pragma GCC unroll 8
@@ -247,6 +255,13 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
     Vec<C> v[W];
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) v[w] = load(c + q * ldc + n + w * L);
+    if (next.c) {
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) __builtin_prefetch(c + next.c + q * ldc + n + w * L, 0, 2);
+    } else if (next.y && q < T) {
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) __builtin_prefetch(y[q] + next.y + n + w * L);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       Vec<C> factor = splat(s[t][q * step]);
@@ -262,12 +277,12 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
 
 template <class C, int T, bool Accumulate>
 inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y,
-                      int64_t columns) {
+                      int64_t columns, Next next) {
   constexpr int64_t L = Simd<C>::lanes;
   constexpr int W = BYTES == 64 ? 4 : 2;
   int64_t n = 0;
-  for (; n + W * L <= columns; n += W * L) axpy_tile<C, T, W, Accumulate>(s, step, c, ldc, depth, y, n);
-  for (; n + L <= columns; n += L) axpy_tile<C, T, 1, Accumulate>(s, step, c, ldc, depth, y, n);
+  for (; n + W * L <= columns; n += W * L) axpy_tile<C, T, W, Accumulate>(s, step, c, ldc, depth, y, n, next);
+  for (; n + L <= columns; n += L) axpy_tile<C, T, 1, Accumulate>(s, step, c, ldc, depth, y, n, next);
   for (; n < columns; ++n) {
     for (int t = 0; t < T; ++t) {
       C total = Accumulate ? y[t][n] : C(0);
@@ -279,19 +294,20 @@ inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, 
 
 template <class C, bool Accumulate>
 inline void axpy_all(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
-                     int64_t columns) {
+                     int64_t columns, Next next) {
   int64_t t = 0;
-  for (; t + 6 <= rows; t += 6) axpy_rows<C, 6, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
-  for (; t + 4 <= rows; t += 4) axpy_rows<C, 4, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
-  for (; t + 2 <= rows; t += 2) axpy_rows<C, 2, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
-  for (; t < rows; ++t) axpy_rows<C, 1, Accumulate>(s + t, step, c, ldc, depth, y + t, columns);
+  auto own = [&] { return Next{t ? 0 : next.c, next.y}; };  // rows of c are the same for all
+  for (; t + 6 <= rows; t += 6) axpy_rows<C, 6, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
+  for (; t + 4 <= rows; t += 4) axpy_rows<C, 4, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
+  for (; t + 2 <= rows; t += 2) axpy_rows<C, 2, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
+  for (; t < rows; ++t) axpy_rows<C, 1, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
 }
 
 template <class C>
 void axpy(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
-          int64_t columns, bool accumulate) {
+          int64_t columns, bool accumulate, Next next) {
   auto run = accumulate ? axpy_all<C, true> : axpy_all<C, false>;
-  run(s, step, rows, c, ldc, depth, y, columns);
+  run(s, step, rows, c, ldc, depth, y, columns, next);
 }
 
 // Four rows of b at a time, N ranks at a time.

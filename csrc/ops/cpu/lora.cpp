@@ -150,12 +150,34 @@ void lora_group_backward(const std::vector<Tensor>& dys, const OptionalTensor& x
   run(dys, x, layers, lora_A, dropout_p, seed, s, dx, dlora_A, dlora_Bs);
 }
 
-// Whether a call is an ordinary one.  x: [..., K];  lora_A: [r, K];  lora_B: [N, r]
+// (dx, dlora_A, dlora_B), of those that are wanted; none where dy or x is out of the ordinary.
+// dy: [..., N];  x: [..., K];  dx: [..., K], out
 template <class C>
-bool ordinary(const Tensor& x, const Rows& in, const Tensor& lora_A, const Tensor& lora_B, int64_t n) {
-  if (!in || lora_A.dim() != 2 || lora_A.numel() == 0 || !summed_in<C>(in.dtype, lora_A, lora_B)) return false;
-  int64_t rank = lora_A.size(0);
-  return shaped(lora_A, {rank, x.size(-1)}) && shaped(lora_B, {n, rank});
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gradients(
+    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    double scaling, double p, const OptionalTensor& seed, const OptionalTensor& s, bool need_x, bool need_A,
+    bool need_B) {
+  Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
+  if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  int64_t n = lora_B.size(0), k = lora_A.size(1), m = dy.numel() / n;
+  OptionalTensor rows, dx, out, dlora_A, dlora_B;
+  std::vector<Tensor> dlora_Bs;
+  if (x) rows = as_matrix(*x, m, k, in.stride);
+  if (need_x) dx = empty_rows(dy, k), out = as_matrix(*dx, m, k, k);
+  if (need_A) dlora_A = torch::stable::new_empty(lora_A, lora_A.sizes());
+  if (need_B) dlora_Bs.push_back(*(dlora_B = torch::stable::new_empty(lora_B, lora_B.sizes())));
+  backward<C>({as_matrix(dy, m, n, gradient.stride)}, rows, {{weight, std::nullopt, lora_B, scaling}}, lora_A, p, seed,
+              s, out, dlora_A, dlora_Bs);
+  return {dx, dlora_A, dlora_B};
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> lora_gradients(
+    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    double scaling, double dropout_p, const OptionalTensor& seed, const OptionalTensor& s, bool need_x, bool need_A,
+    bool need_B) {
+  if (!on_cpu(dy)) return {};
+  auto run = dy.scalar_type() == ScalarType::Double ? gradients<double> : gradients<float>;
+  return run(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B);
 }
 
 // y [..., N], or none.  s: where given, made [M, r] for the backward pass.
@@ -163,7 +185,7 @@ template <class C>
 OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                     const Tensor& lora_B, double scaling, OptionalTensor* s) {
   Rows in = separate_rows(x);
-  if (!linear(x, in, weight, bias) || !ordinary<C>(x, in, lora_A, lora_B, weight.size(0))) return {};
+  if (!linear(x, in, weight, bias) || !low_rank<C>(x, in, lora_A, lora_B, weight.size(0))) return {};
   int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k, rank = lora_A.size(0);
   Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);
   std::unique_ptr<C[]> own(s ? nullptr : new C[m * rank]);
@@ -178,7 +200,7 @@ bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, cons
   Rows in = separate_rows(x), out = separate_rows(y);
   if (!out || out.dtype != in.dtype) return false;
   int64_t n = y.size(-1), m = y.numel() / n;
-  if (!ordinary<C>(x, in, lora_A, lora_B, n) || !same_lead(x, y)) return false;
+  if (!low_rank<C>(x, in, lora_A, lora_B, n) || !same_lead(x, y)) return false;
   for (const Tensor* other : {&x, &lora_A, &lora_B})
     if (!apart(out, m, n, *other)) return false;
   auto branch = single<C>(lora_A, lora_B, scaling, m, 0, {});
@@ -227,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
   m.impl("lora_inference", TORCH_BOX(&lora_inference));
   m.impl("lora_training", TORCH_BOX(&lora_training));
+  m.impl("lora_gradients", TORCH_BOX(&lora_gradients));
   m.impl("lora_inference_", TORCH_BOX(&lora_inference_in_place));
 }
 

@@ -93,14 +93,14 @@ void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t en
       in[i] = staged(x, tokens[t + i], 0, k, dropout, buffer.get() + (stage ? i * k : 0));
       out[i] = row(t + i);
     }
-    kernels<C>().dot(in, count, a.dtype, a.at(r0), a.stride, r1 - r0, k, out);
+    kernels<C>().dot(in, stage || tokens.order ? 0 : x.stride, count, a.dtype, a.at(r0), a.stride, r1 - r0, k, out);
   }
 }
 
-// Where the sums of a token are formed: in y, if they can be, else in `buffer`. They begin with `from`.
+// Where the sums of a token are formed: in the target, if they can be, else in `buffer`. They begin with `from`.
 template <class C>
 C* begin_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* buffer) {
-  C* out = in_place ? reinterpret_cast<C*>(to.y.at(token)) : buffer;
+  C* out = in_place ? reinterpret_cast<C*>((to.unscaled ? to.unscaled : to.y).at(token)) : buffer;
   if (to.from && to.from.at(token) != reinterpret_cast<char*>(out))
     kernels<C>().widen(to.from.dtype, to.from.at(token), out, n);
   return out;
@@ -109,10 +109,15 @@ C* begin_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* bu
 template <class C>
 void finish_row(const Target<C>& to, int64_t token, int64_t n, bool in_place, C* sums) {
   const auto& k = kernels<C>();
-  if (to.unscaled) k.narrow(to.unscaled.dtype, sums, to.unscaled.at(token), n);
-  if (to.scale) k.multiply(sums, to.scale, sums, n);
-  if (to.shift) k.add(sums, to.shift, n);
-  if (!in_place) k.narrow(to.y.dtype, sums, to.y.at(token), n);
+  if (to.unscaled && !in_place) k.narrow(to.unscaled.dtype, sums, to.unscaled.at(token), n);
+  C* y = in_place ? reinterpret_cast<C*>(to.y.at(token)) : sums;
+  if (to.scale) {
+    k.multiply(sums, to.scale, y, n);
+  } else if (y != sums) {
+    std::copy_n(sums, n, y);
+  }
+  if (to.shift) k.add(y, to.shift, n);
+  if (!in_place) k.narrow(to.y.dtype, y, to.y.at(token), n);
 }
 
 // The target with drop'(s[i] c) for a branch, on columns c0 .. c0 + n, where its memory begins; c is [rank, n] with row
@@ -133,7 +138,8 @@ void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Target<C>&
       out[i] = buffer + i * COLUMN_BLOCK;
       if (!drops) out[i] = begin_row(to, tokens[t + i], n, in_place, out[i]);
     }
-    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate);
+    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate, 
+           {0, in_place && !tokens.order ? ROWS * (to.unscaled ? to.unscaled : to.y).stride : 0});
     for (int64_t i = 0; i < count; ++i) {
       if (drops) {
         k.drop(out[i], n, c0, tokens[t + i], dropout.seed, dropout.p);
@@ -167,24 +173,39 @@ void project_block(Row s, double scaling, const C* b, int64_t ldb, int64_t rank,
 template <class C, class Row>
 void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64_t c0, int64_t n, const Dropout& dropout,
                  C* g) {
-  bool direct = x.dtype == native<C> && dropout.p == 0 && !tokens.order;
-  auto stage = scratch<C>(direct ? 0 : TOKEN_BLOCK * COLUMN_BLOCK);
-  auto factors = scratch<C>(rank * TOKEN_BLOCK);  // s^T of the block
+  constexpr int64_t SUMS = 2048, WIDTH = 64, DEPTH = 24;  // of a step, which fits the first cache with its rows of x
+  const auto& k = kernels<C>();
   std::vector<const C*> in(rank);
   std::vector<C*> out(rank);
-  for (int64_t r = 0; r < rank; ++r) in[r] = factors.get() + r * TOKEN_BLOCK, out[r] = g + r * COLUMN_BLOCK;
+  auto sums_at = [&](int64_t column) {
+    for (int64_t r = 0; r < rank; ++r) out[r] = g + r * COLUMN_BLOCK + column;
+  };
+  if (x.dtype == native<C> && dropout.p == 0 && !tokens.order) {
+    int64_t step = tokens.count > 1 ? s(1) - s(0) : 0;
+    int64_t width = std::max(WIDTH, SUMS / rank / WIDTH * WIDTH);
+    for (int64_t c = 0; c < n; c += width) {
+      sums_at(c);
+      for (int64_t t = 0; t < tokens.count; t += DEPTH) {
+        for (int64_t r = 0; r < rank; ++r) in[r] = s(t) + r;
+        k.axpy(in.data(), step, rank, reinterpret_cast<const C*>(x.at(t, c0 + c)), x.stride,
+               std::min(DEPTH, tokens.count - t), out.data(), std::min(width, n - c), t > 0, {DEPTH * x.stride, 0});
+      }
+    }
+    return;
+  }
+  auto stage = scratch<C>(TOKEN_BLOCK * COLUMN_BLOCK), factors = scratch<C>(rank * TOKEN_BLOCK);  // x and s^T
+  sums_at(0);
+  for (int64_t r = 0; r < rank; ++r) in[r] = factors.get() + r * TOKEN_BLOCK;
   for (int64_t t = 0; t < tokens.count; t += TOKEN_BLOCK) {
     int64_t count = std::min(TOKEN_BLOCK, tokens.count - t);
     for (int64_t i = 0; i < count; ++i) {
       const C* row = s(t + i);
       for (int64_t r = 0; r < rank; ++r) factors[r * TOKEN_BLOCK + i] = row[r];
-      if (direct) continue;
       C* to = stage.get() + i * COLUMN_BLOCK;
       const C* from = staged(x, tokens[t + i], c0, n, dropout, to);
       if (from != to) std::copy_n(from, n, to);
     }
-    const C* c = direct ? reinterpret_cast<const C*>(x.at(t, c0)) : stage.get();
-    kernels<C>().axpy(in.data(), 1, rank, c, direct ? x.stride : COLUMN_BLOCK, count, out.data(), n, t > 0);
+    k.axpy(in.data(), 1, rank, stage.get(), COLUMN_BLOCK, count, out.data(), n, t > 0, {});
   }
 }
 

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 STARTING = 180.0  # seconds that a process may take to import what it needs
 
 
-class Lost(Exception):
+class WorkerLost(Exception):
     """The process hung, died or gave up; `at` is where it said that it was, None before it said anything."""
 
     def __init__(self, why: str, at=None):
@@ -16,7 +16,7 @@ class Lost(Exception):
         self.at = at
 
 
-class Apart:
+class Worker:
     """One process that answers one message after the other. It is started when it is first asked, and started anew
     after it was lost.
 
@@ -28,7 +28,7 @@ class Apart:
         self.process = self.connection = None
 
     def ask(self, message, patience: float):
-        """The answer. Raises Lost where the process dies, gives up, or says nothing for `patience` seconds."""
+        """The answer. Raises WorkerLost where the process dies, gives up, or says nothing for `patience` seconds."""
         at = None
         try:
             if self.process is None:
@@ -39,14 +39,14 @@ class Apart:
                 if kind == "done":
                     return value
                 if kind == "lost":
-                    raise Lost(value)
+                    raise WorkerLost(value)
                 at = value
-        except Lost as lost:
+        except WorkerLost as lost:
             self.close()
-            raise Lost(str(lost), at) from None
+            raise WorkerLost(str(lost), at) from None
         except OSError as error:  # it died between two messages
             self.close()
-            raise Lost(f"it died: {error}", at) from None
+            raise WorkerLost(f"it died: {error}", at) from None
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -64,23 +64,23 @@ class Apart:
         other.close()
         kind, value = self._next(STARTING)
         if kind == "lost":
-            raise Lost(value)
+            raise WorkerLost(value)
 
     def _next(self, patience):
         if not self.connection.poll(patience):
-            raise Lost(f"it did nothing for {patience:.0f} s and was killed")
+            raise WorkerLost(f"it did nothing for {patience:.0f} s and was killed")
         try:
             return self.connection.recv()
         except EOFError:
             self.process.join(10)
             code = self.process.exitcode
             how = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-            raise Lost(f"it died: {how}") from None
+            raise WorkerLost(f"it died: {how}") from None
 
 
 def serve(connection: Connection, answer: Callable) -> None:
-    """Sends answer(message, tell) for every message, until there are none. tell(at) says where it is, and that it
-    lives. An exception ends this: nobody knows then what still works."""
+    """Sends answer(message, tell) for every message, until the connection is closed. answer calls tell(at) to report
+    where it is, and that it is alive. An exception ends the process, since nobody knows then what still works."""
 
     def tell(at):
         connection.send(("at", at))
@@ -101,7 +101,7 @@ def serve(connection: Connection, answer: Callable) -> None:
 
 
 def described(error: Exception) -> str:
-    """Its type and the line that tells what is wrong: CUDA's go on with advice, those of Triton's compiler begin with
-    the source."""
+    """The error's type and the line of its message that says what is wrong: the first one, since CUDA's go on with
+    advice; the last one of those from Triton's compiler, which begin with the source."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1 if lines[0].startswith('at ') else 0]}"

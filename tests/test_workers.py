@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.apart import Apart, Lost, serve
+from benchmarks.worker import Worker, WorkerLost, serve
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,16 +44,16 @@ def test_finds_cuda_whole():
 """
 
 
-def run_apart(tmp_path, text, *options):
+def run_in_workers(tmp_path, text, *options):
     (tmp_path / "test_some.py").write_text(text)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, ROOT / "tests" / "run_apart.py", tmp_path / "test_some.py", *options]
+    command = [sys.executable, ROOT / "tests" / "run_in_workers.py", tmp_path / "test_some.py", *options]
     done = subprocess.run(list(map(str, command)), env=inherited, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout.splitlines()
 
 
 def test_a_bad_test_costs_itself_alone(tmp_path):
-    status, said = run_apart(tmp_path, TESTS, "--processes", "1", "--patience", "8")
+    status, said = run_in_workers(tmp_path, TESTS, "--processes", "1", "--patience", "8")
     assert status == 1
     assert said[-1].startswith("5 failed, 1 not run, 2 passed, 1 skipped in ")
     assert {line.partition(":")[0]: line.partition(": ")[2] for line in said if line.startswith("FAILED")} == {
@@ -70,14 +70,14 @@ def test_a_bad_test_costs_itself_alone(tmp_path):
 
 def test_the_run_ends_in_time(tmp_path):
     slow = "import time\nimport pytest\n@pytest.mark.parametrize('i', range(9))\ndef test_it(i):\n    time.sleep(3)\n"
-    status, said = run_apart(tmp_path, slow, "--processes", "2", "--seconds", "3")
+    status, said = run_in_workers(tmp_path, slow, "--processes", "2", "--seconds", "3")
     assert status == 1
     assert "FAILED test_it[" in said[-2]
     assert "time was up" in said[-2]
 
 
 def test_tests_that_cannot_be_collected_are_told(tmp_path):
-    status, said = run_apart(tmp_path, "import nothing_of_that_name\n")
+    status, said = run_in_workers(tmp_path, "import nothing_of_that_name\n")
     assert status == 1
     assert said[-1] == "no tests were run: pytest ended with INTERRUPTED: its log tells why"
     assert any("No module named 'nothing_of_that_name'" in line for line in said)
@@ -94,18 +94,18 @@ def answers(connection):
 
 
 def test_a_process_is_kept_until_it_is_lost():
-    apart = Apart(answers)
-    first, again = (apart.ask("hello", 60) for _ in range(2))
+    worker = Worker(answers)
+    first, again = (worker.ask("hello", 60) for _ in range(2))
     assert first == again
     assert first[0] == "hello"
-    with pytest.raises(Lost, match="ValueError: what is wrong") as lost:
-        apart.ask("raise", 60)
+    with pytest.raises(WorkerLost, match="ValueError: what is wrong") as lost:
+        worker.ask("raise", 60)
     assert lost.value.at == "there"
-    assert apart.ask("hello", 60)[1] != first[1]
-    apart.process.kill()
-    with pytest.raises(Lost, match="it died"):
-        apart.ask("hello", 60)
-    apart.close()
+    assert worker.ask("hello", 60)[1] != first[1]
+    worker.process.kill()
+    with pytest.raises(WorkerLost, match="it died"):
+        worker.ask("hello", 60)
+    worker.close()
 
 
 # --- measurements ---
@@ -124,7 +124,7 @@ class Scripted:
         self.asked.append([provider.name for provider in contenders])
         for provider in contenders:
             if provider.name in self.fate:
-                raise Lost(self.fate[provider.name], provider.name)
+                raise WorkerLost(self.fate[provider.name], provider.name)
         seconds = {"base": 1.0, "cuda-16bit": 1.1, "triton-16bit": 1.05, "copy": 0.5}
         return {p.name: Result(case, p, seconds=[seconds.get(p.name, 2.0)] * 3) for p in contenders}
 
@@ -138,7 +138,7 @@ def test_a_provider_that_is_lost_is_left_out_and_the_others_are_measured():
     from benchmarks.shapes import Lora
 
     measurer = Measurer("cuda")
-    measurer.apart = Scripted({"cuda-16bit": "it did nothing for 60 s and was killed"})
+    measurer.worker = Scripted({"cuda-16bit": "it did nothing for 60 s and was killed"})
     contenders = [Provider(name, None) for name in ("base", "cuda-16bit", "triton-16bit")]
     for M in (16, 32, 64):
         found = measurer(Lora(M=M, K=64, N=64, dtype="bf16"), EFFORT["quick"], contenders)
@@ -146,7 +146,7 @@ def test_a_provider_that_is_lost_is_left_out_and_the_others_are_measured():
         assert not found["base"].refused
         assert "it did nothing for 60 s" in found["cuda-16bit"].refused
     assert "is not tried on lora_linear again: cuda-16bit on lora_linear bf16" in found["cuda-16bit"].refused
-    assert list(map(len, measurer.apart.asked)) == [3, 2, 3, 2, 2]
+    assert list(map(len, measurer.worker.asked)) == [3, 2, 3, 2, 2]
 
 
 def scripted_figures(monkeypatch, fate, seconds=float("inf")):
@@ -159,7 +159,7 @@ def scripted_figures(monkeypatch, fate, seconds=float("inf")):
 
     def scripted(self, *arguments):
         make(self, *arguments)
-        self.measurer.apart = Scripted(fate)
+        self.measurer.worker = Scripted(fate)
 
     monkeypatch.setattr(cuda.Bench, "__init__", scripted)
     entries = []

@@ -1,7 +1,7 @@
 """Runs tests in processes of their own: one that hangs, kills its process or breaks CUDA in it fails alone, and the
 rest goes on in a new one.
 
-    python tests/run_apart.py tests/test_gpu.py [--processes N] [--seconds S] [--patience S]
+    python tests/run_in_workers.py tests/test_gpu.py [--processes N] [--seconds S] [--patience S]
 
 Prints every failure in full, then why tests were skipped and what took long, and last what fits a screen: a line for
 each kind of failure, and the counts.
@@ -21,7 +21,7 @@ from _pytest.runner import runtestprotocol
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.apart import Apart, Lost, described, serve  # noqa: E402
+from benchmarks.worker import Worker, WorkerLost, described, serve  # noqa: E402
 
 HUNG = 2  # tests of a kind after which the others of it are not run
 
@@ -81,11 +81,11 @@ class Run:
         self.found: dict[str, dict] = {}
 
     def all(self) -> dict[str, dict]:
-        """name -> outcome. Raises Lost where tests cannot be collected."""
-        first = Apart(work, self.arguments)
+        """name -> outcome. Raises WorkerLost where tests cannot be collected."""
+        first = Worker(work, self.arguments)
         names = first.ask(None, self.patience)
         self.left = collections.deque(names)
-        others = [Apart(work, self.arguments) for _ in range(min(self.processes, len(names)) - 1)]
+        others = [Worker(work, self.arguments) for _ in range(min(self.processes, len(names)) - 1)]
         threads = [threading.Thread(target=self.go_on, args=(each,)) for each in (first, *others)]
         for thread in threads:
             thread.start()
@@ -95,7 +95,7 @@ class Run:
             self.found[name] = not_run("time was up")
         return {name: self.found[name] for name in names}
 
-    def go_on(self, process: Apart) -> None:
+    def go_on(self, worker: Worker) -> None:
         while name := self.next():
             # A kind is a test function on one backend, its first parameter.
             kind, remaining = name.rpartition("::")[2].partition("-")[0], self.until - time.monotonic()
@@ -104,15 +104,15 @@ class Run:
                 continue
             begin = time.monotonic()
             try:
-                self.found[name] = process.ask(name, min(self.patience, max(remaining, 1)))
-            except Lost as lost:
+                self.found[name] = worker.ask(name, min(self.patience, max(remaining, 1)))
+            except WorkerLost as lost:
                 if time.monotonic() >= self.until:
                     self.found[name] = not_run("time was up")
                     continue
                 seconds = time.monotonic() - begin
                 self.hung[kind] += seconds >= self.patience
                 self.found[name] = {"outcome": "failed", "why": str(lost), "text": str(lost), "seconds": seconds}
-        process.close()
+        worker.close()
 
     def next(self) -> str | None:
         with self.lock:
@@ -163,7 +163,7 @@ def main() -> int:
     begin = time.monotonic()
     try:
         found = Run(arguments, options.processes, options.seconds, options.patience).all()
-    except Lost as lost:
+    except WorkerLost as lost:
         print(f"no tests were run: {lost}")
         return 1
     print(full(found))
