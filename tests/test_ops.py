@@ -1067,6 +1067,7 @@ def test_a_serial_bottleneck_keeps_x_and_s_alone(backend):
 FIRST_ORDER = {
     "lora": lambda x, w, A, B: ops.lora_linear(x, w, None, A, B, 0.7),
     "group": lambda x, w, A, B: ops.lora_linear_group(x, [w, w], [None, None], [A, A], [B, B], [0.7, 0.7])[1],
+    "dora": lambda x, w, A, B: ops.dora_linear(x, w, None, A, B, B[:, 0], 0.7),
     "ia3": lambda x, w, A, B: ops.ia3_linear(x, w, None, A[0], True),
     "multi_lora": lambda x, w, A, B: ops.multi_lora_linear(x, w, None, A[None], B[None], ops.route([0, 0, -1], 1), 0.7),
     "bottleneck": lambda x, w, A, B: ops.bottleneck(x, x @ w.T, A, None, B, None, 0.7, "gelu"),

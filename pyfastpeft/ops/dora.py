@@ -5,7 +5,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, inference, reference
 from .rows import (
@@ -14,6 +13,7 @@ from .rows import (
     autocast_off,
     autocasting,
     dropout_seed,
+    first_order,
     needs_gradient,
     shaped,
     without_autocast,
@@ -80,7 +80,7 @@ class _DoRA(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, scale, norm, s, unscaled, seed = ctx.saved_tensors
