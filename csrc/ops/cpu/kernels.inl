@@ -166,11 +166,11 @@ void narrow(Dtype dtype, const C* in, void* out, int64_t n) {
 // Bytes of a long row that are asked for ahead of their use: a page, since processors prefetch within pages only.
 constexpr int64_t AHEAD = 4096;
 
-// s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators. Every `step`-th row of x
-// from `first` on is asked for `ahead` elements on.
-template <class C, class A, int T, int R>
+// s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators. Every `passes`-th row of
+// x from the rank / 4-th on is asked for `ahead` elements on, if any are.
+template <class C, class A, int T, int R, bool Ask>
 inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, int64_t end, C* const* s, int64_t rank,
-                     bool accumulate, int64_t first, int64_t step, int64_t ahead) {
+                     bool accumulate, int64_t passes, int64_t ahead) {
   constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][R] = {};
   int64_t i = begin;
@@ -184,11 +184,10 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
   for (; i + L <= end; i += L) {
     Vec<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(a + r * lda + i);
-    if (T <= 2) {  // more tokens leave time to wait
+    if (T <= 2)  // more tokens leave time to wait
       for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * lda + i + AHEAD / sizeof(A));
-    } else if (R == 4) {
-      for (int64_t t = first; t < T; t += step) __builtin_prefetch(x[t] + i + ahead, 0, 2);
-    }
+    if constexpr (Ask)
+      for (int64_t t = rank / 4; t < T; t += passes) __builtin_prefetch(x[t] + i + ahead, 0, 2);
     for (int t = 0; t < T; ++t) {
       Vec<C> v = load(x[t] + i);
       for (int r = 0; r < R; ++r) acc[t][r] += v * row[r];
@@ -212,16 +211,16 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
   }
 }
 
-template <class C, class A, int T>
-inline void dot_ranks(const C* const* x, int64_t stride, const A* a, int64_t lda, int64_t ranks, int64_t k,
-                      C* const* s) {
+template <class C, class A, int T, bool Ask = false>
+inline void dot_ranks(const C* const* x, const A* a, int64_t lda, int64_t ranks, int64_t k, C* const* s,
+                      int64_t stride = 0) {
   constexpr int64_t BLOCK = 4096 / sizeof(C);  // T rows of x this long stay in the first cache for all ranks
   for (int64_t begin = 0; begin < k; begin += BLOCK) {
     int64_t end = k - begin < 2 * BLOCK ? k : begin + BLOCK, r = 0, passes = ranks / 4;
     // The rows of the next tile come while this one's are used, a share of them in every pass.
     for (; r + 4 <= ranks; r += 4)
-      dot_tile<C, A, T, 4>(x, a + r * lda, lda, begin, end, s, r, begin > 0, stride ? r / 4 : T, passes, T * stride);
-    for (; r < ranks; ++r) dot_tile<C, A, T, 1>(x, a + r * lda, lda, begin, end, s, r, begin > 0, T, 1, 0);
+      dot_tile<C, A, T, 4, Ask>(x, a + r * lda, lda, begin, end, s, r, begin > 0, passes, T * stride);
+    for (; r < ranks; ++r) dot_tile<C, A, T, 1, false>(x, a + r * lda, lda, begin, end, s, r, begin > 0, 0, 0);
     if (end == k) break;
   }
 }
@@ -233,18 +232,22 @@ void dot(const C* const* x, int64_t stride, int64_t tokens, Dtype dtype, const v
   typed<C>(dtype, a, [&](auto* rows) {
     using A = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     int64_t t = 0;
-    for (; t + T <= tokens; t += T) dot_ranks<C, A, T>(x + t, stride, rows, lda, ranks, k, s + t);
+    if (stride)
+      for (; t + T <= tokens; t += T) dot_ranks<C, A, T, true>(x + t, rows, lda, ranks, k, s + t, stride);
+    for (; t + T <= tokens; t += T) dot_ranks<C, A, T>(x + t, rows, lda, ranks, k, s + t);
     if constexpr (T > 4)
-      for (; t + 4 <= tokens; t += 4) dot_ranks<C, A, 4>(x + t, stride, rows, lda, ranks, k, s + t);
-    for (; t + 2 <= tokens; t += 2) dot_ranks<C, A, 2>(x + t, stride, rows, lda, ranks, k, s + t);
-    for (; t < tokens; ++t) dot_ranks<C, A, 1>(x + t, stride, rows, lda, ranks, k, s + t);
+      for (; t + 4 <= tokens; t += 4) dot_ranks<C, A, 4>(x + t, rows, lda, ranks, k, s + t);
+    for (; t + 2 <= tokens; t += 2) dot_ranks<C, A, 2>(x + t, rows, lda, ranks, k, s + t);
+    for (; t < tokens; ++t) dot_ranks<C, A, 1>(x + t, rows, lda, ranks, k, s + t);
   });
 }
 
-// T rows of y, W vectors wide, from column n.
-template <class C, int T, int W, bool Accumulate>
+enum class Ask { nothing, c, y };
+
+// T rows of y, W vectors wide, from column n. The rows of c or of y that lie `ahead` elements on are asked for.
+template <class C, int T, int W, bool Accumulate, Ask ask = Ask::nothing>
 inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y, int64_t n,
-                      Next next) {
+                      int64_t ahead = 0) {
   constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][W];
 #pragma GCC unroll 8
@@ -255,12 +258,10 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
     Vec<C> v[W];
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) v[w] = load(c + q * ldc + n + w * L);
-    if (next.c) {
+    if constexpr (ask != Ask::nothing) {
+      const C* row = ask == Ask::c ? c + q * ldc : y[q < T ? q : 0];
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) __builtin_prefetch(c + next.c + q * ldc + n + w * L, 0, 2);
-    } else if (next.y && q < T) {
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) __builtin_prefetch(y[q] + next.y + n + w * L);
+      for (int w = 0; w < W; ++w) __builtin_prefetch(row + ahead + n + w * L, 0, ask == Ask::c ? 2 : 3);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -281,8 +282,16 @@ inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, 
   constexpr int64_t L = Simd<C>::lanes;
   constexpr int W = BYTES == 64 ? 4 : 2;
   int64_t n = 0;
-  for (; n + W * L <= columns; n += W * L) axpy_tile<C, T, W, Accumulate>(s, step, c, ldc, depth, y, n, next);
-  for (; n + L <= columns; n += L) axpy_tile<C, T, 1, Accumulate>(s, step, c, ldc, depth, y, n, next);
+  if constexpr (T == 6) {
+    if (next.c)
+      for (; n + W * L <= columns; n += W * L)
+        axpy_tile<C, T, W, Accumulate, Ask::c>(s, step, c, ldc, depth, y, n, next.c);
+    if (next.y)
+      for (; n + W * L <= columns; n += W * L)
+        axpy_tile<C, T, W, Accumulate, Ask::y>(s, step, c, ldc, depth, y, n, next.y);
+  }
+  for (; n + W * L <= columns; n += W * L) axpy_tile<C, T, W, Accumulate>(s, step, c, ldc, depth, y, n);
+  for (; n + L <= columns; n += L) axpy_tile<C, T, 1, Accumulate>(s, step, c, ldc, depth, y, n);
   for (; n < columns; ++n) {
     for (int t = 0; t < T; ++t) {
       C total = Accumulate ? y[t][n] : C(0);

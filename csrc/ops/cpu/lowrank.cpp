@@ -58,6 +58,12 @@ int64_t multiply_adds(const Branch<C>& branch, int64_t features) {
   return work;
 }
 
+// Elements from a row to the next, where rows to come are to be asked for: they lie evenly, too many for a cache; else 0.
+int64_t stride_ahead(const Rows& rows, const Tokens& tokens) {
+  constexpr int64_t CACHED = 1 << 20;
+  return tokens.order || tokens.count * rows.stride * item_size(rows.dtype) <= CACHED ? 0 : rows.stride;
+}
+
 // Row `token` of x, columns c0 .. c0 + n, as C: where it lies if it is of that type and whole, else staged.
 template <class C>
 const C* staged(const Rows& x, int64_t token, int64_t c0, int64_t n, const Dropout& dropout, C* stage) {
@@ -93,7 +99,7 @@ void shrink_block(const Rows& x, const Tokens& tokens, int64_t begin, int64_t en
       in[i] = staged(x, tokens[t + i], 0, k, dropout, buffer.get() + (stage ? i * k : 0));
       out[i] = row(t + i);
     }
-    kernels<C>().dot(in, stage || tokens.order ? 0 : x.stride, count, a.dtype, a.at(r0), a.stride, r1 - r0, k, out);
+    kernels<C>().dot(in, stage ? 0 : stride_ahead(x, tokens), count, a.dtype, a.at(r0), a.stride, r1 - r0, k, out);
   }
 }
 
@@ -128,6 +134,7 @@ void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Target<C>&
   constexpr int64_t ROWS = 6;
   const auto& k = kernels<C>();
   bool drops = dropout.p > 0, in_place = to.y.dtype == native<C> && !drops, accumulate = to.from && !drops;
+  int64_t ahead = in_place ? ROWS * stride_ahead(to.unscaled ? to.unscaled : to.y, tokens) : 0;
   C buffer[ROWS * COLUMN_BLOCK], previous[COLUMN_BLOCK];
   for (int64_t t = 0; t < tokens.count; t += ROWS) {
     int64_t count = std::min(ROWS, tokens.count - t);
@@ -138,8 +145,7 @@ void expand_block(Row s, int64_t rank, const C* c, int64_t ldc, const Target<C>&
       out[i] = buffer + i * COLUMN_BLOCK;
       if (!drops) out[i] = begin_row(to, tokens[t + i], n, in_place, out[i]);
     }
-    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate, 
-           {0, in_place && !tokens.order ? ROWS * (to.unscaled ? to.unscaled : to.y).stride : 0});
+    k.axpy(factors, 1, count, c, ldc, rank, out, n, accumulate, {0, ahead});
     for (int64_t i = 0; i < count; ++i) {
       if (drops) {
         k.drop(out[i], n, c0, tokens[t + i], dropout.seed, dropout.p);
@@ -188,7 +194,7 @@ void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64
       for (int64_t t = 0; t < tokens.count; t += DEPTH) {
         for (int64_t r = 0; r < rank; ++r) in[r] = s(t) + r;
         k.axpy(in.data(), step, rank, reinterpret_cast<const C*>(x.at(t, c0 + c)), x.stride,
-               std::min(DEPTH, tokens.count - t), out.data(), std::min(width, n - c), t > 0, {DEPTH * x.stride, 0});
+               std::min(DEPTH, tokens.count - t), out.data(), std::min(width, n - c), t > 0, {DEPTH * stride_ahead(x, tokens), 0});
       }
     }
     return;
