@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import dispatch
+from ..ops.arguments import autocasting, needs_gradient
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
-from ..ops.rows import autocasting, needs_gradient
 
 try:
     from peft.tuners import ia3, lora

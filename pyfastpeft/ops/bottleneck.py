@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast_off, autocasting, needs_gradient, shaped, without_autocast, zero
+from .arguments import as_rows, autocast_off, autocasting, needs_gradient, shaped, without_autocast, zero
 
 
 def _forward(x, residual, down, down_bias, up, up_bias, scaling, activation):

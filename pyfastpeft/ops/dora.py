@@ -8,11 +8,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, inference, reference
-from .rows import (
+from .arguments import (
     as_rows,
-    autocast,
     autocast_off,
     autocasting,
+    cast_for_autocast,
     dropout_seed,
     needs_gradient,
     shaped,
@@ -178,7 +178,7 @@ def dora_linear(
     arguments = lora_A, lora_B, magnitude, scaling, dropout_p, weight_norm_squared
     if autocasting(x):
         with autocast_off(x):
-            return _linear(weight, *autocast(x, weight, bias), *arguments)
+            return _linear(weight, *cast_for_autocast(x, weight, bias), *arguments)
     return _linear(weight, x, weight, bias, *arguments)
 
 

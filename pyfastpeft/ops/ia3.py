@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, inference
-from .rows import as_rows, autocast, autocast_off, autocasting, needs_gradient, shaped, without_autocast
+from .arguments import as_rows, autocast_off, autocasting, cast_for_autocast, needs_gradient, shaped, without_autocast
 
 
 def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
@@ -102,7 +102,7 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, fe
     op = "ia3_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
-        cast = autocast(x, weight, bias)
+        cast = cast_for_autocast(x, weight, bias)
         with autocast_off(x):
             return ia3_linear(*cast, ia3_l, feedforward)
     checks.linear(op, x, weight, bias)

@@ -9,11 +9,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import checks, dispatch, inference, reference
-from .rows import (
+from .arguments import (
     as_rows,
-    autocast,
     autocast_off,
     autocasting,
+    cast_for_autocast,
     dropout_seed,
     needs_gradient,
     shaped,
@@ -125,7 +125,7 @@ def lora_linear(
     op = "lora_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
-        cast = autocast(x, weight, bias)
+        cast = cast_for_autocast(x, weight, bias)
         with autocast_off(x):
             return lora_linear(*cast, lora_A, lora_B, scaling, dropout_p)
     checks.linear(op, x, weight, bias)

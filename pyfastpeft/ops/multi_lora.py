@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import checks, dispatch, host, inference, reference
-from .rows import (
+from .arguments import (
     as_rows,
-    autocast,
     autocast_off,
     autocasting,
+    cast_for_autocast,
     needs_gradient,
     shaped,
     without_autocast,
@@ -160,7 +160,7 @@ def multi_lora_linear(
     op = "multi_lora_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
-        cast = autocast(x, weight, bias)
+        cast = cast_for_autocast(x, weight, bias)
         with autocast_off(x):
             return multi_lora_linear(*cast, lora_A, lora_B, slots, scaling, ranks)
     checks.linear(op, x, weight, bias)
