@@ -17,11 +17,12 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import Misuse
 from benchmarks.quality import learners, metrics, report
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.learners import Generative, Problem, batches
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.tasks import TASKS, Misuse, hold_out, own_task
+from benchmarks.quality.tasks import TASKS, hold_out, own_task
 from benchmarks.quality.train import Budget, trained
 from benchmarks.quality.vocabulary import llama2c_tokenizer, word_tokenizer
 

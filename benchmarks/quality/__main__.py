@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import machine
+from benchmarks import Misuse, machine
 
 from . import learners, report
 from .learners import Problem
 from .methods import METHODS, PROMPTING, known
-from .tasks import KINDS, TASKS, Misuse, hold_out, own_task
+from .tasks import KINDS, TASKS, hold_out, own_task
 from .train import Budget, Learner, prompted, trained
 
 GRID = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # times a method's learning rate, in a sweep

@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from benchmarks import Misuse
 from pyfastpeft.methods.losses import IGNORED, choice_scores, rank_classification
 
-from .tasks import Misuse, Row, Task
+from .tasks import Row, Task
 from .vocabulary import llama2c_tokenizer, word_tokenizer
 
 SPARE = 32  # positions left free for virtual tokens
