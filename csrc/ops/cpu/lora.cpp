@@ -6,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/cpu/layer.h"
-#include "ops/layers.h"
+#include "ops/cpu/adapted_linear.h"
+#include "ops/lora_layers.h"
 
 namespace pyfastpeft {
 
@@ -21,22 +21,22 @@ Branch<C> shrinking(const Tensor& lora_A, int64_t tokens, double p, const Option
 }
 
 template <class C>
-Branch<C> expanding(const Layer& layer, Dtype dtype, int64_t tokens) {
+Branch<C> expanding(const LoraLayer& layer, Dtype dtype, int64_t tokens) {
   Rows b = rows_of(layer.lora_B, layer.features(), layer.rank(), "lora_B");
   check_adapters<C>(dtype, b.dtype);
   return {{{Rows{}, b, layer.rank(), layer.scaling, {nullptr, tokens}}}, 0, layer.features()};
 }
 
-void check_ranks(const std::vector<Layer>& layers, int64_t rank) {
+void check_ranks(const std::vector<LoraLayer>& layers, int64_t rank) {
   int64_t sum = 0;
-  for (const Layer& layer : layers) sum += layer.rank();
+  for (const LoraLayer& layer : layers) sum += layer.rank();
   STD_TORCH_CHECK(sum == rank, "the rows of lora_A must be as many as the columns of every lora_B");
 }
 
 // s = drop(x) A^T;  y = x W^T + bias + scaling * s B^T for every layer and its columns of s; without W, y += the rest.
 // lora_A: [R, K], R the sum of all ranks;  ys: of every layer [M, N], out;  s: [M, R], out
 template <class C>
-void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lora_A, double p,
+void forward(const Tensor& x, const std::vector<LoraLayer>& layers, const Tensor& lora_A, double p,
              const OptionalTensor& seed, const std::vector<Tensor>& ys, C* s) {
   int64_t m = x.size(0), k = lora_A.size(1), ranks = lora_A.size(0);
   check_ranks(layers, ranks);
@@ -47,12 +47,12 @@ void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lo
   if (upcast) convert(in, wide.rows(), m, k);
   shrink<C>(stack, upcast ? wide.rows() : in, s, ranks);
   for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
+    const LoraLayer& layer = layers[i];
     int64_t n = layer.features();
     auto branch = expanding<C>(layer, stack.adapters[0].a.dtype, m);
     Tensor y = ys[i];
     if (layer.weight) {
-      layer_forward<C>(x, wide, *layer.weight, layer.bias, branch, s, ranks, y);
+      adapted_linear<C>(x, wide, *layer.weight, layer.bias, branch, s, ranks, y);
     } else {
       expand<C>(branch, s, ranks, rows_of(y, m, n, "y"), 0, n);
     }
@@ -64,7 +64,7 @@ void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lo
 // dx = the sum of dy W + drop'(ds A), without W the second term alone: what is wanted of these.
 // dys: of every layer [M, N];  lora_A, s as in forward;  out: dx [M, K], dlora_A [R, K], dlora_Bs of every layer or none
 template <class C>
-void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Layer>& layers,
+void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<LoraLayer>& layers,
               const Tensor& lora_A, double p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor& dx,
               OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs) {
   int64_t m = dys[0].size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
@@ -80,7 +80,7 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   Buffer<float> sum(upcast ? m : 0, k);
   Buffer<C> ds(dx || dlora_A ? m : 0, ranks);
   for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
+    const LoraLayer& layer = layers[i];
     int64_t n = layer.features();
     auto branch = expanding<C>(layer, stack.adapters[0].a.dtype, m);
     if (!dlora_Bs.empty()) branch.adapters[0].db = rows_of(dlora_Bs[i], n, layer.rank(), "dlora_B");
@@ -109,7 +109,7 @@ void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalT
                   const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
                   Tensor& s) {
   int64_t m = x.size(0), rank = lora_A.size(0);
-  std::vector<Layer> layers{{weight, bias, lora_B, scaling}};
+  std::vector<LoraLayer> layers{{weight, bias, lora_B, scaling}};
   if (x.scalar_type() == ScalarType::Double) {
     forward(x, layers, lora_A, dropout_p, seed, {y}, sums<double>(s, {m, rank}, "s"));
   } else {
@@ -130,7 +130,7 @@ void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, con
                         const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
                         double dropout_p, const OptionalTensor& seed, const std::vector<Tensor>& ys, Tensor& s) {
   int64_t m = x.size(0), ranks = lora_A.size(0);
-  auto layers = layers_of(weights, biases, lora_Bs, scalings);
+  auto layers = lora_layers(weights, biases, lora_Bs, scalings);
   STD_TORCH_CHECK(ys.size() == layers.size(), "ys must hold one tensor for each layer");
   if (x.scalar_type() == ScalarType::Double) {
     forward(x, layers, lora_A, dropout_p, seed, ys, sums<double>(s, {m, ranks}, "s"));
@@ -143,7 +143,7 @@ void lora_group_backward(const std::vector<Tensor>& dys, const OptionalTensor& x
                          const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
                          double dropout_p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor dx,
                          OptionalTensor dlora_A, const std::vector<Tensor>& dlora_Bs) {
-  auto layers = layers_of(weights, {}, lora_Bs, scalings);
+  auto layers = lora_layers(weights, {}, lora_Bs, scalings);
   STD_TORCH_CHECK(dys.size() == layers.size() && (dlora_Bs.empty() || dlora_Bs.size() == layers.size()),
                   "dys and dlora_Bs must hold one tensor for each layer");
   auto run = dys[0].scalar_type() == ScalarType::Double ? backward<double> : backward<float>;

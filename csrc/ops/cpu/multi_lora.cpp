@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "group_tokens.h"
-#include "ops/cpu/layer.h"
+#include "ops/cpu/adapted_linear.h"
 
 namespace pyfastpeft {
 
@@ -78,7 +78,7 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   Buffer<float> wide(upcast ? tokens : 0, k);
   if (upcast) convert(in, wide.rows(), tokens, k);
   shrink<C>(branch, upcast ? wide.rows() : in, s, rank);
-  if (weight) return layer_forward<C>(x, wide, *weight, bias, branch, s, rank, y);
+  if (weight) return adapted_linear<C>(x, wide, *weight, bias, branch, s, rank, y);
   expand<C>(branch, s, rank, rows_of(y, tokens, branch.features_out, "y"), 0, branch.features_out);
 }
 
