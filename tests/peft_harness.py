@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import pyfastpeft
-from pyfastpeft.ops import dispatch, inference, reference
+from pyfastpeft.ops import dispatch, native_calls, reference
 
 BACKENDS = [name for name in ("reference", "cpu") if any(row.backend == name for row in dispatch.TABLE["lora_forward"])]
 HIDDEN = 24
@@ -97,11 +97,11 @@ def rows_replaced(wrap):
     before = {op: list(rows) for op, rows in dispatch.TABLE.items()}
     for op, rows in before.items():
         dispatch.TABLE[op] = [row._replace(function=wrap(op, row.function)) for row in rows]
-    call, inference.call = inference.call, lambda *_: None
+    call, native_calls.mode = native_calls.mode, lambda *_: None
     try:
         yield
     finally:
-        inference.call = call
+        native_calls.mode = call
         dispatch.TABLE.update(before)
 
 

@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
-from pyfastpeft.ops import choice, dispatch, inference, native, reference, schemas
+from pyfastpeft.ops import choice, dispatch, native, native_calls, reference, schemas
 
 BACKENDS = os.environ.get("PYFASTPEFT_TEST_BACKENDS", "reference cpu").split()  # test_triton_interpreter.py sets it
 SHAPES = [
@@ -1210,7 +1210,7 @@ def test_a_routing_made_by_hand_is_checked(backend):
             ops.multi_lora(**inputs, slots=routing, scaling=1.0)
 
 
-# --- inference in one native call ---
+# --- native calls ---
 
 
 def alike(run, tensors):
@@ -1224,35 +1224,35 @@ def alike(run, tensors):
 
     with poisoned_memory():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(inference, "call", lambda *_: None)
+            patch.setattr(native_calls, "mode", lambda *_: None)
             general = train()
         trained = train()
         before = {name: t.clone() for name, t in tensors.items()}
         with torch.no_grad():
-            native_call = run(**tensors)
+            called = run(**tensors)
     assert all(torch.equal(t, before[name]) for name, t in tensors.items())
-    assert torch.equal(native_call, general[0])
+    assert torch.equal(called, general[0])
     for ours, theirs in zip(trained, general):
         assert torch.equal(ours, theirs)
 
 
 NATIVE_CALLS = (
-    "lora",
-    "lora_training",
+    "lora_call",
+    "lora_call_with_s",
     "lora_gradients",
-    "dora",
+    "lora_call_",
+    "dora_call",
     "dora_gradients",
-    "ia3",
+    "ia3_call",
     "ia3_gradients",
-    "lora_",
-    "multi_lora",
-    "multi_lora_",
+    "multi_lora_call",
+    "multi_lora_call_",
 )
 
 
 @pytest.fixture
-def native_calls(monkeypatch):
-    """Whether every native inference call that was made did its work."""
+def worked(monkeypatch):
+    """Whether every native call that was made did its work."""
     done = []
     for name in NATIVE_CALLS:
 
@@ -1265,14 +1265,14 @@ def native_calls(monkeypatch):
             )
             return result
 
-        monkeypatch.setattr(inference, name, functools.partial(call, getattr(inference, name)))
+        monkeypatch.setattr(native_calls, name, functools.partial(call, getattr(native_calls, name)))
     return done
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
 @dtypes
 @pytest.mark.parametrize("shape", [*SHAPES, ((2, 3), 20, 9, 4), ((0,), 5, 4, 2)])
-def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, native_calls):
+def test_native_calls_give_the_same_bits(backend, dtype, adapter_dtype, shape, worked):
     inputs = {name: t.detach() for name, t in lora_inputs(*shape, dtype, adapter_dtype).items()}
     tokens = inputs["x"].shape[:-1].numel()
     alike(lora, inputs)
@@ -1301,7 +1301,7 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
         scaled = {"x": inputs["x"], "weight": inputs["weight"], "ia3_l": vector}
         alike(functools.partial(ops.ia3_linear, feedforward=feedforward), scaled | {"bias": inputs["bias"]})
         alike(functools.partial(ops.ia3_linear, bias=None, feedforward=feedforward), scaled)
-    assert native_calls == [tokens > 0] * (2 * 3 + 2 * 3 + 2 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
+    assert worked == [tokens > 0] * (2 * 3 + 2 * 3 + 2 + 3 * 2 * 2 * 2 + 2 * 2 * 3)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -1312,7 +1312,7 @@ def test_inference_gives_the_same_bits(backend, dtype, adapter_dtype, shape, nat
     gap=st.integers(0, 2),
     seed=st.integers(0, 99),
 )
-def test_inference_gives_the_same_bits_for_any_slots_and_strides_of_rows(backend, shape, dtypes, gap, seed):
+def test_native_calls_give_the_same_bits_for_any_slots_and_strides_of_rows(backend, shape, dtypes, gap, seed):
     torch.manual_seed(seed)
     t, _, n, r, adapters = shape
     inputs = {name: tensor.detach() for name, tensor in multi_lora_inputs(*shape, *dtypes).items()}
@@ -1321,11 +1321,11 @@ def test_inference_gives_the_same_bits_for_any_slots_and_strides_of_rows(backend
     general = ops.multi_lora(
         y.clone(), **inputs | {"x": inputs["x"].clone().requires_grad_()}, slots=slots, scaling=0.7, ranks=ranks
     )
-    assert inference.multi_lora_(y, *inputs.values(), slots, None, None, 0.7, ranks)
+    assert native_calls.multi_lora_call_(y, *inputs.values(), slots, None, None, 0.7, ranks)
     assert torch.equal(y, general)
 
 
-def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
+def test_a_call_is_left_to_python_wherever_somebody_looks_on(worked):
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **kwargs or {})
@@ -1339,7 +1339,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
     def native_by(y=zeros, scaling=0.5, dropout_p=0.0, **changed):
         """Whether all six ops (True) or none (False) are done by their native calls."""
         x, weight, lora_A, lora_B, bias = (inputs | changed).values()
-        native_calls.clear()
+        worked.clear()
         with suppress(Exception):  # what the general path makes of it is for other tests
             ops.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
         with suppress(Exception):
@@ -1355,8 +1355,8 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
             with suppress(Exception):
                 ops.dora_linear(x, weight, bias, lora_A, lora_B, bias, scaling)
         most = 6 - torch.is_autocast_enabled("cpu")  # DoRA's norm is that of the weight before it is cast
-        assert sum(native_calls) in (0, most) or (torch.is_grad_enabled() and x.requires_grad)
-        return any(native_calls)
+        assert sum(worked) in (0, most) or (torch.is_grad_enabled() and x.requires_grad)
+        return any(worked)
 
     x = inputs["x"]
     assert native_by()
@@ -1364,7 +1364,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by()
     with torch.autocast("cpu"):
         assert native_by()
-        assert native_calls == [False, True] * 5 + [False]  # the op casts and calls itself without autocast
+        assert worked == [False, True] * 5 + [False]  # the op casts and calls itself without autocast
     with ops.use_backend("reference"):
         assert not native_by()
     with ops.use_backend("cpu"):
@@ -1385,7 +1385,7 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
         assert not native_by(**changed)
     trained = x.clone().requires_grad_()
     assert native_by(x=trained)
-    assert native_calls == [True, True, True]  # forward passes of lora_linear, ia3_linear and dora_linear
+    assert worked == [True, True, True]  # forward passes of lora_linear, ia3_linear and dora_linear
     with torch.no_grad():
         assert native_by(x=trained)
     seen = []
@@ -1395,11 +1395,11 @@ def test_inference_is_left_to_python_wherever_somebody_looks_on(native_calls):
     with torch.inference_mode():
         made = torch.zeros(4, 6)
         assert native_by(y=made)
-    assert not inference.writable(made)
-    assert not inference.writable(None)
+    assert not native_calls.writable(made)
+    assert not native_calls.writable(None)
 
 
-def test_multi_lora_inference_that_is_out_of_the_ordinary_writes_nothing():
+def test_a_multi_lora_call_in_place_that_is_out_of_the_ordinary_writes_nothing():
     x, lora_A, lora_B = random(4, 8, grad=False), random(3, 2, 8, grad=False), random(3, 6, 2, grad=False)
     shared = torch.randn(8, 16)
     y, slots, ranks = torch.zeros(4, 6), torch.tensor([0, -1, 2, 1]), torch.tensor([2, 1, 0])
@@ -1459,14 +1459,14 @@ def test_multi_lora_inference_that_is_out_of_the_ordinary_writes_nothing():
     ):
         arguments = plain | changed
         before = arguments["y"] if arguments["y"] is None else arguments["y"].clone()
-        assert inference.multi_lora_(**arguments) is False, changed
+        assert native_calls.multi_lora_call_(**arguments) is False, changed
         assert before is None or torch.equal(arguments["y"], before)
-    assert inference.multi_lora_(**plain)
+    assert native_calls.multi_lora_call_(**plain)
     beside = plain | {"y": shared.view(-1)[:24].view(4, 6), "lora_A": shared.view(-1)[24:72].view(3, 2, 8)}
-    assert inference.multi_lora_(**beside)
+    assert native_calls.multi_lora_call_(**beside)
 
 
-def test_inference_of_a_layer_under_many_adapters_that_is_out_of_the_ordinary_is_left_to_python():
+def test_a_multi_lora_call_that_is_out_of_the_ordinary_is_left_to_python():
     x, weight, bias = random(4, 8, grad=False), random(6, 8, grad=False), random(6, grad=False)
     lora_A, lora_B = random(3, 2, 8, grad=False), random(3, 6, 2, grad=False)
     plain = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
@@ -1495,12 +1495,12 @@ def test_inference_of_a_layer_under_many_adapters_that_is_out_of_the_ordinary_is
         {"lora_A": torch.randn(3, 8, 2).mT},
         {"lora_B": lora_B[:, :5]},
     ):
-        assert inference.multi_lora(**plain | changed) is None, changed
-    assert inference.multi_lora(**plain).shape == (4, 6)
-    assert inference.multi_lora(**plain | {"bias": None, "weight": random(8, 6, grad=False).T}).shape == (4, 6)
+        assert native_calls.multi_lora_call(**plain | changed) is None, changed
+    assert native_calls.multi_lora_call(**plain).shape == (4, 6)
+    assert native_calls.multi_lora_call(**plain | {"bias": None, "weight": random(8, 6, grad=False).T}).shape == (4, 6)
 
 
-def test_lora_inference_that_is_out_of_the_ordinary_is_left_to_python():
+def test_a_lora_call_that_is_out_of_the_ordinary_is_left_to_python():
     x, weight, bias, lora_A, lora_B = (random(*s, grad=False) for s in ((4, 8), (6, 8), (6,), (2, 8), (6, 2)))
     plain = {
         "x": x,
@@ -1534,17 +1534,17 @@ def test_lora_inference_that_is_out_of_the_ordinary_is_left_to_python():
         {"x": x[:0]},
         {"x": torch.randn(8, 4).T},
     ):
-        assert inference.lora(**plain | changed) is None, changed
+        assert native_calls.lora_call(**plain | changed) is None, changed
         if not changed.keys() & {"weight", "bias"}:
             y = torch.zeros(*(plain | changed)["x"].shape[:-1], 6)
             in_place = {name: t for name, t in (plain | changed).items() if name not in ("weight", "bias")}
-            assert inference.lora_(y, **in_place) is False
+            assert native_calls.lora_call_(y, **in_place) is False
             assert not y.any()
-    assert inference.lora(**plain | {"weight": torch.randn(8, 6).T}) is not None
+    assert native_calls.lora_call(**plain | {"weight": torch.randn(8, 6).T}) is not None
     in_place = {"lora_A": lora_A, "lora_B": lora_B, "scaling": 0.5}
     for y in (torch.zeros(3, 6), torch.zeros(4, 5), torch.zeros(2, 2, 6), torch.zeros(4, 6).half(), x[:, :6], None):
-        assert inference.lora_(y, x, **in_place) is False
-    assert inference.lora_(torch.zeros(4, 6), x, **in_place)
+        assert native_calls.lora_call_(y, x, **in_place) is False
+    assert native_calls.lora_call_(torch.zeros(4, 6), x, **in_place)
 
 
 def test_an_ia3_call_that_is_out_of_the_ordinary_is_left_to_python():
@@ -1569,15 +1569,15 @@ def test_an_ia3_call_that_is_out_of_the_ordinary_is_left_to_python():
         {"x": x[:0]},
         {"x": torch.randn(8, 4).T},
     ):
-        assert inference.ia3(**plain | changed) == (None, None), changed
-    y, base = inference.ia3(**plain)
+        assert native_calls.ia3_call(**plain | changed) == (None, None), changed
+    y, base = native_calls.ia3_call(**plain)
     assert torch.equal(y, base * outer)
-    y, base = inference.ia3(**plain | {"ia3_l": inner, "feedforward": True, "keep_base": False})
+    y, base = native_calls.ia3_call(**plain | {"ia3_l": inner, "feedforward": True, "keep_base": False})
     assert y is not None
     assert base is None
     dy = random(4, 6, grad=False)
     for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
-        assert inference.ia3_gradients(strange, None, weight, outer, False, strange, True, True) == (None, None)
+        assert native_calls.ia3_gradients(strange, None, weight, outer, False, strange, True, True) == (None, None)
 
 
 def test_a_dora_call_that_is_out_of_the_ordinary_is_left_to_python():
@@ -1605,19 +1605,19 @@ def test_a_dora_call_that_is_out_of_the_ordinary_is_left_to_python():
         {"x": torch.randn(8, 4).T},
         {"x": x.double(), "weight": weight.double(), "bias": bias.double()},
     ):
-        assert inference.dora(**plain | changed) == (None,) * 5, changed
-    y, s, unscaled, scale, norm = inference.dora(**plain)
+        assert native_calls.dora_call(**plain | changed) == (None,) * 5, changed
+    y, s, unscaled, scale, norm = native_calls.dora_call(**plain)
     assert torch.equal(y, unscaled * scale + bias)
-    assert inference.dora(**plain | {"keep_unscaled": False})[2] is None
+    assert native_calls.dora_call(**plain | {"keep_unscaled": False})[2] is None
     dy, vectors, rest = random(4, 6, grad=False), (scale, norm), (0.5, 0.0, None, s)
     for strange in (dy[:0], torch.randn(6, 4).T, dy.expand(2, 4, 6), dy.to("meta")):
         given = strange, x, weight, lora_A, lora_B
-        assert inference.lora_gradients(*given, *rest, True, True, True) == (None,) * 3
-        assert inference.dora_gradients(*given, *vectors, *rest, unscaled, True, True, True, True) == (None,) * 4
+        assert native_calls.lora_gradients(*given, *rest, True, True, True) == (None,) * 3
+        assert native_calls.dora_gradients(*given, *vectors, *rest, unscaled, True, True, True, True) == (None,) * 4
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_inference_is_traced_as_what_it_consists_of():
+def test_a_native_call_is_traced_as_what_it_consists_of():
     inputs = {name: t.detach() for name, t in lora_inputs(4, 8, 6, 2, torch.float32).items()}
     lora_A, lora_B = inputs["lora_A"], inputs["lora_B"]
 
@@ -1631,7 +1631,7 @@ def test_inference_is_traced_as_what_it_consists_of():
     assert torch.equal(traced(x), model(x))
 
 
-def test_inference_compiles_as_one_graph():
+def test_native_calls_compile_as_one_graph():
     inputs = [random(*s) for s in ((7, 8), (6, 8), (6,), (2, 8), (6, 2), (2, 2, 8), (2, 6, 2))]
     slots = torch.tensor([0, 1, -1, 1, 0, 0, 1])
 
