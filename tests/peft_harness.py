@@ -93,7 +93,7 @@ def randomise(model) -> None:
 @contextmanager
 def rows_replaced(wrap):
     """Every row of the dispatch table runs `wrap(op, function)` instead of its function; native calls, which
-    go past the table (test_ops.py holds them to the same bits), are off."""
+    go past the table (test_ops_native_calls.py holds them to the same bits), are off."""
     before = {op: list(rows) for op, rows in dispatch.TABLE.items()}
     for op, rows in before.items():
         dispatch.TABLE[op] = [row._replace(function=wrap(op, row.function)) for row in rows]
