@@ -296,10 +296,11 @@ template <class C, bool Accumulate>
 inline void axpy_all(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
                      int64_t columns, Next next) {
   int64_t t = 0;
-  for (; t + 6 <= rows; t += 6) axpy_rows<C, 6, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, next);
-  for (; t + 4 <= rows; t += 4) axpy_rows<C, 4, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, next);
-  for (; t + 2 <= rows; t += 2) axpy_rows<C, 2, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, next);
-  for (; t < rows; ++t) axpy_rows<C, 1, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, next);
+  auto own = [&] { return Next{t ? 0 : next.c, next.y}; };  // rows of c are the same for all
+  for (; t + 6 <= rows; t += 6) axpy_rows<C, 6, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
+  for (; t + 4 <= rows; t += 4) axpy_rows<C, 4, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
+  for (; t + 2 <= rows; t += 2) axpy_rows<C, 2, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
+  for (; t < rows; ++t) axpy_rows<C, 1, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
 }
 
 template <class C>

@@ -173,24 +173,39 @@ void project_block(Row s, double scaling, const C* b, int64_t ldb, int64_t rank,
 template <class C, class Row>
 void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64_t c0, int64_t n, const Dropout& dropout,
                  C* g) {
-  bool direct = x.dtype == native<C> && dropout.p == 0 && !tokens.order;
-  auto stage = scratch<C>(direct ? 0 : TOKEN_BLOCK * COLUMN_BLOCK);
-  auto factors = scratch<C>(rank * TOKEN_BLOCK);  // s^T of the block
+  constexpr int64_t SUMS = 2048, WIDTH = 64, DEPTH = 24;  // of a step, which fits the first cache with its rows of x
+  const auto& k = kernels<C>();
   std::vector<const C*> in(rank);
   std::vector<C*> out(rank);
-  for (int64_t r = 0; r < rank; ++r) in[r] = factors.get() + r * TOKEN_BLOCK, out[r] = g + r * COLUMN_BLOCK;
+  auto sums_at = [&](int64_t column) {
+    for (int64_t r = 0; r < rank; ++r) out[r] = g + r * COLUMN_BLOCK + column;
+  };
+  if (x.dtype == native<C> && dropout.p == 0 && !tokens.order) {
+    int64_t step = tokens.count > 1 ? s(1) - s(0) : 0;
+    int64_t width = std::max(WIDTH, SUMS / rank / WIDTH * WIDTH);
+    for (int64_t c = 0; c < n; c += width) {
+      sums_at(c);
+      for (int64_t t = 0; t < tokens.count; t += DEPTH) {
+        for (int64_t r = 0; r < rank; ++r) in[r] = s(t) + r;
+        k.axpy(in.data(), step, rank, reinterpret_cast<const C*>(x.at(t, c0 + c)), x.stride,
+               std::min(DEPTH, tokens.count - t), out.data(), std::min(width, n - c), t > 0, {DEPTH * x.stride, 0});
+      }
+    }
+    return;
+  }
+  auto stage = scratch<C>(TOKEN_BLOCK * COLUMN_BLOCK), factors = scratch<C>(rank * TOKEN_BLOCK);  // x and s^T
+  sums_at(0);
+  for (int64_t r = 0; r < rank; ++r) in[r] = factors.get() + r * TOKEN_BLOCK;
   for (int64_t t = 0; t < tokens.count; t += TOKEN_BLOCK) {
     int64_t count = std::min(TOKEN_BLOCK, tokens.count - t);
     for (int64_t i = 0; i < count; ++i) {
       const C* row = s(t + i);
       for (int64_t r = 0; r < rank; ++r) factors[r * TOKEN_BLOCK + i] = row[r];
-      if (direct) continue;
       C* to = stage.get() + i * COLUMN_BLOCK;
       const C* from = staged(x, tokens[t + i], c0, n, dropout, to);
       if (from != to) std::copy_n(from, n, to);
     }
-    const C* c = direct ? reinterpret_cast<const C*>(x.at(t, c0)) : stage.get();
-    kernels<C>().axpy(in.data(), 1, rank, c, direct ? x.stride : COLUMN_BLOCK, count, out.data(), n, t > 0, {direct ? TOKEN_BLOCK * x.stride : 0, 0});
+    k.axpy(in.data(), 1, rank, stage.get(), COLUMN_BLOCK, count, out.data(), n, t > 0, {});
   }
 }
 
