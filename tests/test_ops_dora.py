@@ -115,7 +115,7 @@ def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
 @backends
 @settings(max_examples=40)
 @given(
-    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), st.integers(1, 20)),
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), st.integers(4, 20)),
     transposed=st.booleans(),
     weight_transposed=st.booleans(),
     dtypes=st.sampled_from(DTYPES + MIXED),
