@@ -2,23 +2,10 @@
 
 import pytest
 import torch
-from error_rule import (
-    DTYPES,
-    MIXED,
-    assert_error_rule,
-    bottleneck_inputs,
-    random,
-    unfused_bottleneck,
-)
+from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, random, unfused_bottleneck
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from op_cases import (
-    ACTIVATIONS,
-    assert_bottleneck,
-    backends,
-    dtypes,
-    in_both,
-)
+from op_cases import ACTIVATIONS, assert_bottleneck, backends, dtypes, in_both
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops

@@ -5,12 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from error_rule import (
-    lora_inputs,
-)
-from op_cases import (
-    lora,
-)
+from error_rule import lora_inputs
+from op_cases import lora
 
 from pyfastpeft import ops
 from pyfastpeft.ops import choice, dispatch, native

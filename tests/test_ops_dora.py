@@ -2,24 +2,10 @@
 
 import pytest
 import torch
-from error_rule import (
-    DTYPES,
-    MIXED,
-    assert_error_rule,
-    lora_inputs,
-    poisoned_memory,
-    random,
-    unfused_delta,
-)
+from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, poisoned_memory, random, unfused_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import (
-    assert_dora,
-    backends,
-    dora,
-    dora_inputs,
-    dtypes,
-)
+from op_cases import assert_dora, backends, dora, dora_inputs, dtypes
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops

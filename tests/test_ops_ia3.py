@@ -3,15 +3,8 @@
 import functools
 
 import pytest
-from error_rule import (
-    assert_error_rule,
-    random,
-    unfused_ia3,
-)
-from op_cases import (
-    backends,
-    dtypes,
-)
+from error_rule import assert_error_rule, random, unfused_ia3
+from op_cases import backends, dtypes
 
 from pyfastpeft import ops
 

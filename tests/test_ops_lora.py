@@ -17,17 +17,7 @@ from error_rule import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import (
-    SCALINGS,
-    SHAPES,
-    backends,
-    branch_backends,
-    dtypes,
-    group,
-    lora,
-    plain_group,
-    plain_lora,
-)
+from op_cases import SCALINGS, SHAPES, backends, branch_backends, dtypes, group, lora, plain_group, plain_lora
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops

@@ -17,13 +17,7 @@ from error_rule import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import (
-    assert_multi_lora,
-    assert_multi_lora_linear,
-    backends,
-    branch_backends,
-    dtypes,
-)
+from op_cases import assert_multi_lora, assert_multi_lora_linear, backends, branch_backends, dtypes
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops

@@ -5,21 +5,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-from error_rule import (
-    DTYPES,
-    MIXED,
-    lora_inputs,
-    multi_lora_inputs,
-    poisoned_memory,
-    random,
-)
+from error_rule import DTYPES, MIXED, lora_inputs, multi_lora_inputs, poisoned_memory, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import (
-    SHAPES,
-    dtypes,
-    lora,
-)
+from op_cases import SHAPES, dtypes, lora
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 OPS = sorted(TESTS.glob("test_ops*.py"))
 SLOW = "gradcheck or compiles or takes_any_shape"  # interpreted_kernels.py has its own
 RUNS = {
-    "the ops' tests": [*OPS, "-k", f"triton and not ({SLOW})"],
+    "ops": [*OPS, "-k", f"triton and not ({SLOW})"],
     "interpreted_kernels.py": [TESTS / "interpreted_kernels.py"],
 }
 
