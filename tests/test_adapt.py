@@ -212,6 +212,7 @@ def paths_of(model, **options):
         ({"target_modules": "all-linear", "modules_to_save": ["2"]}, ["1.up", "1.down", "3"]),
         ({"target_modules": ["up", "down"], "layers_to_transform": -1}, ["2.up", "2.down"]),
         ({"target_modules": ["up"], "layers_to_transform": [1, -1]}, ["1.up", "2.up"]),
+        ({"target_modules": ["up", "3"], "layers_to_transform": 1}, ["1.up", "3"]),
     ],
 )
 def test_targets_by_name(options, expected):
@@ -311,6 +312,20 @@ def test_embeddings_and_tied_weights(make, tmp_path):
     unload(model)
     assert_same(snapshot(model), before)
     assert model.config.tie_word_embeddings == tied
+
+
+def test_merged_models_move():
+    """What is put back are the very parameters of before: tied to others, or an adapter's own that trains."""
+    model = gpt2()
+    adapt(model, LoraConfig(target_modules=["wte", "c_attn"], bias="lora_only"))
+    trained = adapter_parameters(model, "default")
+    merge_adapter(model)
+    model.double()
+    unmerge_adapter(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    now = adapter_parameters(model, "default")
+    assert all(now[key] is parameter for key, parameter in trained.items())
+    assert {(p.dtype, p.requires_grad) for p in now.values()} == {(torch.float64, True)}
 
 
 @pytest.mark.parametrize("target", [".*", ["wte.weight"]])
@@ -707,6 +722,7 @@ def test_sum_of_factors():
         ({"names": "ab"}, TypeError, "names is 'ab'; it must be a list of names"),
         ({"names": ["a", "head"]}, TypeError, "names is holding 'head', of LORA; it must be of LoRA adapters"),
         ({"names": ["a", "ia3"]}, TypeError, "names is holding 'ia3', of IA3; it must be of LoRA adapters"),
+        ({"weights": 1.0}, ValueError, "weights is 1.0 .* one finite number for each of 2 adapters"),
         ({"weights": [1.0]}, ValueError, "weights is .* one finite number for each of 2 adapters"),
         ({"weights": [1.0, float("nan")]}, ValueError, "weights is .* one finite number for each of 2 adapters"),
         ({"weights": [1.0, "2"]}, ValueError, "weights is .* one finite number for each of 2 adapters"),
@@ -823,6 +839,32 @@ def test_compiled(method, compiler):
         torch.compiler.reset()
     for got, expected in zip(compiled, eager):
         close(got, expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_compiled_model_sees_merging(method):
+    model, given = adapted("tree", method)
+    compiled = torch.compile(model, backend="eager")
+    try:
+        for change in (lambda _: None, merge_adapter, unmerge_adapter):
+            change(model)
+            close(output(compiled, given), output(model, given))
+    finally:
+        torch.compiler.reset()
+
+
+def test_a_compiled_model_is_adapted_as_the_model():
+    model = tree()
+    model[1].up.weight.requires_grad_(False)
+    compiled = torch.compile(model, backend="eager")
+    before = snapshot(model)
+    config = LoraConfig(target_modules=r"1\.up", rank_pattern={"1.up": 3})
+    assert adapt(compiled, config, "a") is compiled
+    assert [path for path, _ in carriers(compiled)] == ["1.up"]
+    add_weighted_adapter(compiled, ["a"], [1.0], "b")
+    assert model.pyfastpeft.configs["b"].target_modules == ["1.up"]
+    unload(compiled)
+    assert_same(snapshot(model), before)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "dora", "bottleneck"])

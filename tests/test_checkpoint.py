@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -50,6 +53,9 @@ def seeded(make):
 llama = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)))
 gpt2 = seeded(lambda: GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=4, n_positions=32, vocab_size=61)))
 roberta = seeded(lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, num_labels=3)))
+distilbert = seeded(lambda: DistilBertForSequenceClassification(DistilBertConfig(
+    vocab_size=61, dim=24, hidden_dim=40, n_layers=2, n_heads=4, num_labels=3,
+)))  # fmt: skip
 answering = seeded(lambda: RobertaForQuestionAnswering(RobertaConfig(**SMALL)))
 t5 = seeded(lambda: T5ForConditionalGeneration(T5Config(
     vocab_size=61, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -128,6 +134,11 @@ CASES = {
         roberta,
         "LoraConfig",
         {**HALF, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
+    ),
+    "lora-heads-by-their-ends": (  # pre_classifier, too
+        distilbert,
+        "LoraConfig",
+        {**HALF, "target_modules": ["q_lin"], "bias": "all", "task_type": "SEQ_CLS"},
     ),
     "lora-bias-own": (
         roberta,
@@ -250,7 +261,7 @@ def test_what_peft_wrote_is_read_to_the_same_logits_and_written_to_the_same_byte
 
     pyfastpeft.save_adapter(ours, tmp_path / "ours")
     theirs = load_file(tmp_path / "peft" / TENSORS)
-    copies = ("embed_tokens.base_layer.weight", "wte.base_layer.weight", "original_module", "modules_to_save.default")
+    copies = ("embed_tokens.base_layer.weight", "wte.base_layer.weight", "original_module", "modules_to_save.")
     needed = {key: tensor for key, tensor in theirs.items() if not any(copied in key for copied in copies)}
     assert_same_tensors(load_file(tmp_path / "ours" / TENSORS), needed)
     with safe_open(tmp_path / "ours" / TENSORS, "pt") as file:
@@ -269,7 +280,11 @@ def test_peft_reads_what_was_written_here_to_the_same_logits_and_bytes(case, tmp
     stock = quietly(peft.PeftModel.from_pretrained, ALL[case][0](), tmp_path)
     torch.testing.assert_close(logits(stock), expected, rtol=1e-5, atol=1e-5)
     kept = peft.get_peft_model_state_dict(stock, save_embedding_layers=False)
-    kept = {key: tensor for key, tensor in kept.items() if "original_module" not in key and ".default." not in key}
+    kept = {
+        key: tensor
+        for key, tensor in kept.items()
+        if not re.search(r"original_module|\.(modules_to_save|default)\.", key)
+    }
     assert_same_tensors(load_file(tmp_path / TENSORS), kept)
 
 
@@ -349,6 +364,15 @@ def test_sixteen_bit_models_keep_float32_adapters(case, tmp_path):
     assert_same_tensors(
         *({k: p.detach() for k, p in methods.adapter_parameters(m, "default").items()} for m in (ours, again))
     )
+
+
+def test_patterns_mean_the_same_after_they_were_sorted(tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 3, r".*0\..*_proj": 5}, "alpha_pattern": {"q_proj": 2, r".*_proj": 7}}
+    config = methods.LoraConfig(**HALF, target_modules=QV, init_lora_weights=False, **patterns)
+    ours = pyfastpeft.adapt(llama(), config)
+    pyfastpeft.save_adapter(ours, tmp_path)
+    for again in (pyfastpeft.load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)):
+        torch.testing.assert_close(logits(again), logits(ours), rtol=1e-5, atol=1e-5)
 
 
 def test_several_adapters_are_kept_apart(tmp_path):

@@ -274,13 +274,6 @@ def test_a_group_keeps_x_once(backend):
     assert kept == 64 * 256 * 2 + 64 * 13 * 4 + 8
 
 
-def test_double_backward_is_refused():
-    inputs = lora_inputs(3, 4, 5, 2, torch.float32)
-    (gradient,) = torch.autograd.grad(lora(**inputs).square().sum(), inputs["lora_A"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 @backends
 def test_a_backward_pass_under_autocast_keeps_its_dtypes(backend):
     def gradients(under):

@@ -1,7 +1,7 @@
 """Native calls on the CPU: the same bits as the general path, which has all that is out of the ordinary."""
 
 import functools
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -202,6 +202,20 @@ def test_a_call_is_left_to_python_wherever_somebody_looks_on(worked):
         assert native_by(y=made)
     assert not native_calls.writable(made)
     assert not native_calls.writable(None)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_inference_mode_forms_no_gradients_where_they_are_enabled(native):
+    x, weight, lora_A, lora_B = random(4, 8, grad=False), random(6, 8), random(2, 8), random(6, 2)
+    with torch.inference_mode(), torch.enable_grad(), nullcontext() if native else ops.use_backend("reference"):
+        x = x.clone()
+        for y in (
+            ops.lora_linear(x, weight, None, lora_A, lora_B, 0.7),
+            ops.dora_linear(x, weight, None, lora_A, lora_B, weight[:, 0], 0.7),
+            ops.ia3_linear(x, weight, None, weight[:, 0], False),
+            ops.multi_lora_linear(x, weight, None, lora_A[None], lora_B[None], torch.tensor([0, -1, 0, 0]), 0.7),
+        ):
+            assert not y.requires_grad
 
 
 def test_a_multi_lora_call_in_place_that_is_out_of_the_ordinary_writes_nothing():

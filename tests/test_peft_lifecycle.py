@@ -388,6 +388,14 @@ def test_what_intercepts_an_inner_module_is_heard(pair, path, way):
     assert [op for op, _ in calls] == ["lora_forward", "lora_backward"]  # the other layer
 
 
+def test_what_intercepts_a_magnitude_is_heard():
+    model, heard = mlp(lora_config(MLP, use_dora=True)), []
+    model.base_model.model.up.lora_magnitude_vector["red"].register_forward_hook(lambda *_: heard.append("red"))
+    pyfastpeft.accelerate(model)
+    assert run(model, embeds())[1] == ["dora_norm", "dora_forward"]  # the other layer
+    assert heard == ["red"]
+
+
 def test_dtypes_that_peft_casts_and_that_the_kernels_do_not():
     """float64 adapters on a float32 base."""
     model = mlp(ia3_config(MLP))

@@ -336,6 +336,12 @@ def test_autocast_is_pefts(kind):
     assert (out.float() - exact).norm() <= 1.1 * own + 1e-3
 
 
+def test_the_mask_of_a_window_in_float64():
+    model = adapted(lambda: decoder("gemma2", "eager").double(), "prefix")
+    inputs, narrow = batch(), copy.deepcopy(model).float()
+    torch.testing.assert_close(model(**inputs).logits.float(), narrow(**inputs).logits)
+
+
 def test_sixteen_bit_models_have_wide_adapters():
     for kind in KINDS:
         model = adapted(lambda: decoder("llama").bfloat16(), kind)

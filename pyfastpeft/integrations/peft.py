@@ -349,13 +349,14 @@ def _adapter(layer: lora.Linear, name: str) -> _Adapter | str:
         return f"adapter {name!r} is not made of ordinary nn.Linear layers"
     if lora_B.bias is not None:
         return f"adapter {name!r} has a bias (lora_bias=True)"
-    if _intercepted(lora_A) or _intercepted(lora_B) or _intercepted(dropout):
+    magnitude = layer.lora_magnitude_vector[name] if dora else None
+    if _intercepted(lora_A) or _intercepted(lora_B) or _intercepted(dropout) or (dora and _intercepted(magnitude)):
         return f"adapter {name!r} has hooks or a forward of its own"
     drops = type(dropout) is nn.Dropout
     if not (drops and dropout.p < 1) and type(dropout) is not nn.Identity:
         return f"adapter {name!r} has a dropout that is not nn.Dropout with p < 1"
     A, B, scaling = lora_A.weight, lora_B.weight, layer.scaling[name]
-    magnitude = layer.lora_magnitude_vector[name].weight if dora else None
+    magnitude = magnitude.weight if dora else None
     if not all(_plain(t) and t.dtype == A.dtype for t in (A, B) + (magnitude,) * dora):
         return f"adapter {name!r} does not hold ordinary floating-point matrices of one dtype"
     if not isinstance(scaling, (int, float)):

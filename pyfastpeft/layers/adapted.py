@@ -55,15 +55,12 @@ class Adapted:
 
     adapters: "Parts"
     active: tuple[str, ...]
+    merged: tuple[str, ...] = ()  # read as an attribute, whose changes torch.compile sees
 
     def __reduce_ex__(self, protocol):
         # A class made by `carrier_class` has no place that pickle could find it in.
         _, _, *state = super().__reduce_ex__(protocol)
         return _blank, (_plain_class(type(self)),), *state
-
-    @property
-    def merged(self) -> tuple[str, ...]:
-        return self.__dict__.get("merged_names", ())
 
     def running(self) -> list[Part]:
         """The parts that take part in a forward pass."""
@@ -121,7 +118,16 @@ class AdaptedMatrix(Adapted):
         if bias is not None:
             self.register_buffer("unmerged_bias", bias, persistent=False)
             self.bias = nn.Parameter(shift.to(bias.dtype), requires_grad=False)
-        self.merged_names = tuple(names)
+        self.merged = tuple(names)
+
+    def _apply(self, fn, recurse=True):
+        # Moved or cast as parameters are, originals stay what they were: tied, in the model's or an adapter's hands.
+        names = [name for name, held in self._buffers.items() if isinstance(held, nn.Parameter)]
+        self._parameters |= {name: self._buffers.pop(name) for name in names}
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._buffers |= {name: self._parameters.pop(name) for name in names}
 
     def unmerge(self) -> None:
         """Put the original weight (and bias) back, bit for bit. Does nothing where nothing is merged."""
@@ -132,7 +138,7 @@ class AdaptedMatrix(Adapted):
             if original is not None:
                 kept = isinstance(original, nn.Parameter)
                 setattr(self, name, original if kept else nn.Parameter(original, requires_grad=False))
-        del self.merged_names
+        del self.merged
 
 
 class AdaptedLinear(AdaptedMatrix, nn.Linear):
@@ -260,9 +266,14 @@ class Replacement(nn.Module):
         return {name: module._buffers.get(f"unmerged_{name}", module._parameters[name]) for name in self.names}
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model in what torch.compile made of it, or else the model: paths of modules and parameters are those here."""
+    return getattr(model, "_orig_mod", model)
+
+
 def carriers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of all modules in `model` that carry parts or replacements of adapters."""
-    return [(path, module) for path, module in model.named_modules() if _parts(module)]
+    return [(path, module) for path, module in uncompiled(model).named_modules() if _parts(module)]
 
 
 def _parts(module) -> dict[str, Parts]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers.adapted import Adapted, AdaptedMatrix, Parts, activate, attach, carriers, detach
+from ..layers.adapted import Adapted, AdaptedMatrix, Parts, activate, attach, carriers, detach, uncompiled
 from ..ops.checks import need
 from . import inject
 from .configs import Config, as_config
@@ -52,11 +52,11 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if not known.configs:
-        known.trainable = {path: p.requires_grad for path, p in model.named_parameters()}
+        known.trainable = {path: p.requires_grad for path, p in uncompiled(model).named_parameters()}
     for _, module in carriers(model):  # what is new starts from the model's own parameters
         activate(module, ())
     try:
-        inject.inject(model, config, name, autocast_adapter_dtype)
+        inject.inject(uncompiled(model), config, name, autocast_adapter_dtype)
     except BaseException:
         _detach_all(model, name)
         for _, module in carriers(model):
@@ -123,9 +123,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _detach_all(model, name)
     del known.configs[name]
     if not known.configs:
-        for path, parameter in model.named_parameters():
+        for path, parameter in uncompiled(model).named_parameters():
             parameter.requires_grad_(known.trainable.get(path, True))
-        del model.pyfastpeft
+        del uncompiled(model).pyfastpeft
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import AdaptedMatrix, carriers
+from ..layers.adapted import AdaptedMatrix, carriers, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
 from .adapt import adapt, adaptation, delete_adapter, disable_adapter, need_adapter, set_adapter
@@ -23,7 +23,7 @@ from .configs import (
     from_fields,
 )
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
-from .inject import own_modules, saved_names
+from .inject import of_pattern, own_modules, saved_names
 from .targets import matches
 
 CONFIG_FILE = "adapter_config.json"
@@ -51,7 +51,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
 
     Raises ValueError for a name that the model does not have, NotADirectoryError or OSError where it cannot write.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     known = adaptation(model, "save_adapter")
     need_adapter(known, "save_adapter", name)
     config = known.configs[name]
@@ -96,7 +96,7 @@ def load_adapter(
     with opened(path) as file:
         adapt(model, config, name, autocast_adapter_dtype)
         try:
-            _fill(model, config, name, file, path, strict)
+            _fill(uncompiled(model), config, name, file, path, strict)
         except BaseException:
             delete_adapter(model, name)
             if active:
@@ -233,9 +233,9 @@ def _unknown(model, config, file, keys: Iterable[str]) -> list[str]:
     unknown = []
     for key in keys:
         tensor = file.get_tensor(key)
-        saved = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
-        if saved != key:
-            twin = file.get_tensor(saved) if saved in file.keys() else None  # noqa: SIM118
+        if ".modules_to_save." in key:  # with or without the adapter's name behind it
+            saved = (re.sub(rf"\.modules_to_save\.{name}", ".", key) for name in ("", r"[^.]+\."))
+            twin = next((file.get_tensor(each) for each in saved if each in file.keys()), None)  # noqa: SIM118
         else:
             twin = own.get(re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix(_base(config))))
         same = twin is not None and twin.shape == tensor.shape
@@ -258,6 +258,8 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
     if type(config) in (LoraConfig, AdaLoraConfig, IA3Config):
         fields |= _named_targets(model, config, name)
         fields["fan_in_fan_out"] |= _transposed(model, name)
+    if isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig):
+        fields |= _sortable_patterns(model, config, name)
     if isinstance(config, IA3Config):
         del fields["layers_to_transform"], fields["layers_pattern"]
     if isinstance(config, AdaLoraConfig) and config.total_step is None:
@@ -268,6 +270,19 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
         kind = type(model)
         fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in fields.items()}
+
+
+def _sortable_patterns(model, config, name) -> dict:
+    """rank_pattern and alpha_pattern, of which the first key that means a path counts, by whole paths where sorting
+    them, as JSON does, would change what they mean."""
+    paths = [path for path, module in carriers(model) if name in getattr(module, "adapters", {})]
+    found = {}
+    for argument in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, argument)
+        meant = {path: of_pattern(path, given, None) for path in paths}
+        if any(of_pattern(path, dict(sorted(given.items())), None) != value for path, value in meant.items()):
+            found[argument] = {re.escape(path): value for path, value in meant.items() if value is not None}
+    return found
 
 
 def _generates(model) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ def combine(model: nn.Module, configs: dict[str, Config], names, weights, combin
     """(config, path -> part) of the adapter that `add_weighted_adapter` makes."""
     op = "add_weighted_adapter"
     need(len(names) > 0, op, "names", names, "of at least one adapter")
-    fits = len(weights) == len(names) and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights)
+    fits = isinstance(weights, Sequence) and len(weights) == len(names)
+    fits = fits and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights)
     need(fits, op, "weights", weights, f"one finite number for each of {len(names)} adapters")
     kinds = ("svd", "cat", "linear")
     need(combination_type in kinds, op, "combination_type", repr(combination_type), f"one of {', '.join(kinds)}")

@@ -18,9 +18,9 @@ _NAMES = {"target_modules", "exclude_modules", "layers_pattern", "feedforward_mo
 class Config:
     """What all methods share.
 
-    modules_to_save: names of modules (a classification head) of which the adapter trains and stores its own copy; with
-        task_type "SEQ_CLS" or "TOKEN_CLS" the heads named classifier and score are among them, with "QUESTION_ANS"
-        that named qa_outputs.
+    modules_to_save: names of modules (a classification head), or ends of names, of which the adapter trains and stores
+        its own copy; with task_type "SEQ_CLS" or "TOKEN_CLS" the heads named classifier and score are among them, with
+        "QUESTION_ANS" that named qa_outputs.
     base_model_name_or_path: of the model that the adapter belongs to; stored, and compared when it is loaded.
     inference_mode: whether the adapter is injected frozen.
     """
@@ -96,6 +96,7 @@ class TargetedConfig(Config):
         "all-linear"; None: the method's usual ones for the model's architecture.
     exclude_modules: names or a regular expression of modules that are not adapted.
     layers_to_transform: indices of the layers that are adapted; None: all. Negative ones count from the last layer.
+        What target_modules name by the whole path is adapted, too.
     layers_pattern: the name of the list of layers, where the first number in a module's path is not its index.
     """
 

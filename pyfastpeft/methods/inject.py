@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..layers.adapted import AdaptedMatrix, Parts, Replacement, adapted_class, attach, carriers
+from ..layers.adapted import AdaptedMatrix, Parts, Replacement, adapted_class, attach, carriers, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
 from ..ops.dispatch import FLOATS
@@ -71,6 +71,7 @@ def _calls_layers(module, args):
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """path -> module of the model itself, without the parts of adapters."""
+    model = uncompiled(model)
     inside = {part for parts in model.modules() if isinstance(parts, Parts) for part in parts.modules()}
     return {path: module for path, module in model.named_modules() if module not in inside}
 
@@ -131,7 +132,7 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
     found = target_matrices(model, config, lambda family: targets.ends(family.query, family.value))
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument) or {}:
-            means = isinstance(config, AdaLoraConfig) or any(_of_pattern(path, {key: True}, False) for path in found)
+            means = isinstance(config, AdaLoraConfig) or any(of_pattern(path, {key: True}, False) for path in found)
             if not means:
                 given, needed = f"holding {key!r}, which means no target", targets.close_names(key, found)
                 need(False, type(config).__name__, argument, given, needed)
@@ -152,8 +153,8 @@ def _biases(module) -> list[str]:
 
 
 def _lora_part(path, module, config, like):
-    r = config.r if isinstance(config, AdaLoraConfig) else _of_pattern(path, config.rank_pattern, config.r)
-    alpha = _of_pattern(path, config.alpha_pattern, config.lora_alpha)
+    r = config.r if isinstance(config, AdaLoraConfig) else of_pattern(path, config.rank_pattern, config.r)
+    alpha = of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
         _need_linear(module, path, "AdaLoraConfig")
@@ -184,7 +185,8 @@ def _need_linear(module, path, op):
     need(not is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
 
 
-def _of_pattern(path, patterns, default):
+def of_pattern(path: str, patterns: dict | None, default):
+    """The value of the first key that means this path, as PEFT reads rank_pattern and alpha_pattern."""
     for key, value in (patterns or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", path):
             return value
@@ -279,7 +281,8 @@ def saved_modules(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     if asked:
         targets.select(type(config).__name__, "modules_to_save", [path for path in modules if path], asked)
     ancestors = {path: [path[: hit.start()] for hit in re.finditer(r"\.|$", path)] for path in modules}
-    return {p: m for p, m in modules.items() if any(targets.matches(ancestor, names) for ancestor in ancestors[p])}
+    # As PEFT reads them, by which DistilBERT's pre_classifier is a classifier, too.
+    return {p: m for p, m in modules.items() if any(ancestor.endswith(tuple(names)) for ancestor in ancestors[p])}
 
 
 def _save_modules(model, config, name):

@@ -180,7 +180,7 @@ def prefixed_mask(module, query, key, mask, virtual, implementation, kwargs):
     positions = positions + virtual  # [B or 1, T]
     seen = positions[:, None, :, None] - torch.arange(virtual, device=query.device) < window
     if mask.dtype != torch.bool:
-        seen = torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
     batch = max(mask.shape[0], seen.shape[0])
     return torch.cat([seen.expand(batch, mask.shape[1], -1, -1), mask.expand(batch, -1, tokens, -1)], -1)
 

@@ -118,10 +118,13 @@ def select(
         need(False, op, argument, given, needed if whole else close_names(name, candidates))
     if layers is None:
         return found
-    return _in_layers(op, found, candidates, [layers] if isinstance(layers, int) else list(layers), layers_pattern)
+    named = () if isinstance(target, str) else tuple(target)
+    return _in_layers(
+        op, found, candidates, named, [layers] if isinstance(layers, int) else list(layers), layers_pattern
+    )
 
 
-def _in_layers(op, found, candidates, layers, pattern):
+def _in_layers(op, found, candidates, named, layers, pattern):
     names = [pattern] if isinstance(pattern, str) else pattern or []
     number = rf"(?:.*\.)?(?:{'|'.join(names)})\.(\d+)\." if names else r"(?:|.*?\.)(\d+)\."
     index = {path: int(hit.group(1)) for path in candidates if (hit := re.match(number, path))}
@@ -131,7 +134,7 @@ def _in_layers(op, found, candidates, layers, pattern):
         needed = f"of integers in [{-count}, {count})"
         need(-count <= layer < count, op, "layers_to_transform", f"holding {layer}", needed)
     wanted = {layer % count for layer in layers}
-    kept = [path for path in found if index.get(path) in wanted]
+    kept = [path for path in found if index.get(path) in wanted or path in named]
     need(
         bool(kept),
         op,

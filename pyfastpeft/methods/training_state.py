@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ..layers.adapted import uncompiled
 from ..ops.checks import need
 from .adapt import adaptation, adapter_parameters, need_adapter
 from .configs import AdaLoraConfig
@@ -118,7 +119,7 @@ def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
     """The parameters that training changes, and their names: "<adapter>/<path>", or the path of the model's own."""
     known = adaptation(model, op)
     need_adapter(known, op, name)
-    every = {parameter: path for path, parameter in model.named_parameters()}
+    every = {parameter: path for path, parameter in uncompiled(model).named_parameters()}
     for other in known.configs:
         every |= {parameter: f"{other}/{path}" for path, parameter in adapter_parameters(model, other).items()}
     trained = list(adapter_parameters(model, name).values())

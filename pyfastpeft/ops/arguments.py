@@ -57,6 +57,19 @@ def autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def first_order(backward: Callable) -> Callable:
+    """A backward pass that refuses to be differentiated, when it is called: torch's once_differentiable refuses later,
+    and to those alone who go back as far; torch.autograd.grad to something else finds zero, and says nothing."""
+
+    @wraps(backward)
+    def run(ctx, *dys):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("gradients of pyfastpeft's ops cannot be differentiated: create_graph must be False")
+        return backward(ctx, *dys)
+
+    return run
+
+
 def without_autocast(backward: Callable) -> Callable:
     """A backward pass that keeps its dtypes also when it is called under autocast."""
 
@@ -74,7 +87,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see an op on these; forward mode, to refuse it."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    graph = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    # In inference mode gradients may be enabled, and are not formed.
+    return graph and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
 def written(tensor: Tensor) -> None:

@@ -4,10 +4,9 @@ al. 2022, table 1)."""
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
-from .arguments import as_rows, autocast_off, autocasting, needs_gradient, shaped, without_autocast, zero
+from .arguments import as_rows, autocast_off, autocasting, first_order, needs_gradient, shaped, without_autocast, zero
 
 
 def _forward(x, residual, down, down_bias, up, up_bias, scaling, activation):
@@ -32,7 +31,7 @@ class _Bottleneck(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, down, down_bias, up, s = ctx.saved_tensors

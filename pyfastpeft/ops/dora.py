@@ -5,7 +5,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, native_calls, reference
 from .arguments import (
@@ -14,6 +13,7 @@ from .arguments import (
     autocasting,
     cast_for_autocast,
     dropout_seed,
+    first_order,
     needs_gradient,
     shaped,
     without_autocast,
@@ -80,7 +80,7 @@ class _DoRA(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, scale, norm, s, unscaled, seed = ctx.saved_tensors

@@ -5,10 +5,18 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, native_calls
-from .arguments import as_rows, autocast_off, autocasting, cast_for_autocast, needs_gradient, shaped, without_autocast
+from .arguments import (
+    as_rows,
+    autocast_off,
+    autocasting,
+    cast_for_autocast,
+    first_order,
+    needs_gradient,
+    shaped,
+    without_autocast,
+)
 
 
 def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
@@ -58,7 +66,7 @@ class _IA3(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, weight, ia3_l, base = ctx.saved_tensors

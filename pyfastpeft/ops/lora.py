@@ -5,7 +5,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import checks, dispatch, native_calls, reference
@@ -15,6 +14,7 @@ from .arguments import (
     autocasting,
     cast_for_autocast,
     dropout_seed,
+    first_order,
     needs_gradient,
     shaped,
     without_autocast,
@@ -73,7 +73,7 @@ class _LoRA(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors

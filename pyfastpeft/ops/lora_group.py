@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
 from .arguments import (
@@ -14,6 +13,7 @@ from .arguments import (
     autocasting,
     cast_for_autocast,
     dropout_seed,
+    first_order,
     needs_gradient,
     shaped,
     without_autocast,
@@ -51,7 +51,7 @@ class _LoRAGroup(Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, *dys):
         x, s, seed, *members = ctx.saved_tensors

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import checks, dispatch, host, native_calls, reference
@@ -16,6 +15,7 @@ from .arguments import (
     autocast_off,
     autocasting,
     cast_for_autocast,
+    first_order,
     needs_gradient,
     shaped,
     without_autocast,
@@ -104,7 +104,7 @@ class _MultiLoRA(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, dy):
         x, s, weight, lora_A, lora_B, scaling, ranks, order, segments = ctx.saved_tensors

@@ -69,6 +69,7 @@ def mode(*tensors) -> str | None:
     ):
         return None
     graph = is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    graph = graph and not is_inference_mode_enabled()  # in which gradients may be enabled, and are not formed
     return "training" if graph else "inference"
 
 
