@@ -1,6 +1,7 @@
 """Checks providers against float64, then times those that are right in interleaved rounds, and weighs their memory."""
 
 import collections
+import copy
 import gc
 import itertools
 import math
@@ -13,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.providers import Call, Problem, Provider, problem
 from benchmarks.shapes import Case
@@ -374,6 +375,11 @@ def interleave(
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the model with the very parameters of the model."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:

@@ -9,7 +9,6 @@ The steps of one method are interleaved, round by round; each figure is the medi
 """
 
 import argparse
-import copy
 import json
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import machine, report
 from benchmarks.figures import Figure
-from benchmarks.measure import Effort, interleave
+from benchmarks.measure import Effort, interleave, twin
 from benchmarks.providers import Provider
 from pyfastpeft import RankAllocator, load_adapter, orthogonality_loss
 
@@ -57,20 +56,15 @@ class Disagreement(Exception):
 
 def pair(base: nn.Module, config: peft.PeftConfig) -> tuple[nn.Module, nn.Module]:
     """(ours, PEFT's): models that share the parameters of `base`, with one random adapter each, of the same values."""
-    theirs = peft.get_peft_model(sharing(base), config)
+    theirs = peft.get_peft_model(twin(base), config)
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
-        ours = load_adapter(sharing(base), directory, is_trainable=True)
+        ours = load_adapter(twin(base), directory, is_trainable=True)
     return ours.train(), theirs.train()
-
-
-def sharing(model: nn.Module) -> nn.Module:
-    """A copy of the model with the very parameters of the model."""
-    return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
 class Loop:

@@ -21,13 +21,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pyfastpeft
-from benchmarks import machine
+from benchmarks import Misuse, machine
+from benchmarks.measure import twin
 from pyfastpeft.ops import dispatch
 
 from . import checks, measure, report, texts
 from .checks import Check, fused
-from .model import base_optimizers, byte_tokenizer, held_out_loss, load, small_llama, train, twin
-from .texts import Misuse
+from .model import base_optimizers, byte_tokenizer, held_out_loss, load, small_llama, train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import pyfastpeft
+from benchmarks.measure import twin
 from pyfastpeft import ops
-
-from .model import twin
 
 OPS = ("lora_linear", "lora_linear_group", "ia3_linear", "multi_lora")
 CURVE_LIMIT = 1e-3  # relative; rounding grows from step to step as Adam divides by small gradients

@@ -1,6 +1,5 @@
 """The small byte-level Llama that is trained where no model is given; loading a given one; training either."""
 
-import copy
 import time
 from collections.abc import Iterator
 
@@ -18,7 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .texts import Misuse, Part
+from benchmarks import Misuse
+
+from .texts import Part
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -45,11 +46,6 @@ def small_llama(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
-
-
-def twin(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares its parameters with `base`."""
-    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def load(path: str, length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

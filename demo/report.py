@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyfastpeft.cli import tables
+from pyfastpeft.methods import tables
 
 NAMES = {
     "base": "bare base model",

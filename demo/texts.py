@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks import Misuse
+
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 PACKAGES = ("asyncio", "email", "json", "logging")  # what the base model does not see and adapters learn
 # Installed packages, and what is data or fixtures more than Python.
@@ -18,10 +20,6 @@ PASSED_OVER = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 BASE_CHARACTERS = 2_000_000
 HELD_OUT_EVERY = 8  # of the rows of a text, every eighth is held out
 MOST_HELD_OUT = 32  # rows
-
-
-class Misuse(Exception):
-    """What was asked for cannot be done; the message says what was given and what is needed."""
 
 
 @dataclass

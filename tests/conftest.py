@@ -20,7 +20,8 @@ PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # other workers have the other c
 torch.set_num_threads(1 if PARALLEL else min(2, os.cpu_count()))
 # Files that take longest, in the order in which `make test` hands files to its workers.
 FIRST = (
-    *("test_triton_interpreter", "test_cuda_aot", "test_packaging", "test_ops", "test_triton_aot", "test_demo"),
+    *("test_triton_interpreter", "test_cuda_aot", "test_packaging", "test_ops_lora", "test_triton_aot", "test_demo"),
+    *("test_ops_multi_lora", "test_ops_native_calls", "test_ops", "test_ops_bottleneck", "test_ops_dora"),
     *("test_cuda_emulator", "test_peft_groups", "test_peft_lifecycle", "test_adapt", "test_benchmarks"),
 )
 
@@ -36,6 +37,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def on_backend(request):
+    """For tests of ops: they run on the backend that they are parametrised with, if there is one."""
+    from pyfastpeft import ops
+
+    if "backend" in request.fixturenames:
+        with ops.use_backend(request.getfixturevalue("backend")):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the Triton kernels promise beyond test_ops.py; run by test_triton_interpreter.py under TRITON_INTERPRET=1."""
+"""What the Triton kernels promise beyond test_ops*.py; run by test_triton_interpreter.py under TRITON_INTERPRET=1."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ from error_rule import (
     multi_lora_inputs,
     random,
 )
-from test_ops import (
+from op_cases import (
     assert_bottleneck,
     assert_dora,
     assert_multi_lora,

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import pyfastpeft
-from pyfastpeft.ops import dispatch, inference, reference
+from pyfastpeft.ops import dispatch, native_calls, reference
 
 BACKENDS = [name for name in ("reference", "cpu") if any(row.backend == name for row in dispatch.TABLE["lora_forward"])]
 HIDDEN = 24
@@ -93,15 +93,15 @@ def randomise(model) -> None:
 @contextmanager
 def rows_replaced(wrap):
     """Every row of the dispatch table runs `wrap(op, function)` instead of its function; native calls, which
-    go past the table (test_ops.py holds them to the same bits), are off."""
+    go past the table (test_ops_native_calls.py holds them to the same bits), are off."""
     before = {op: list(rows) for op, rows in dispatch.TABLE.items()}
     for op, rows in before.items():
         dispatch.TABLE[op] = [row._replace(function=wrap(op, row.function)) for row in rows]
-    call, inference.call = inference.call, lambda *_: None
+    call, native_calls.mode = native_calls.mode, lambda *_: None
     try:
         yield
     finally:
-        inference.call = call
+        native_calls.mode = call
         dispatch.TABLE.update(before)
 
 

@@ -987,7 +987,9 @@ def test_bad_targets(config, error, message):
 def test_bad_calls():
     model = tree()
     for call in (set_adapter, delete_adapter, merge_adapter):
-        with pytest.raises(ValueError, match="model is Sequential without adapters; it must be adapted"):
+        with pytest.raises(
+            ValueError, match=f"{call.__name__}: model is a Sequential without adapters; it must be adapted"
+        ):
             call(model, "default")
     with pytest.raises(ValueError, match="target_modules is None for a model of type Sequential; it must be given"):
         adapt(model, LoraConfig())

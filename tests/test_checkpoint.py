@@ -699,7 +699,7 @@ def test_a_model_without_memory_is_refused(saved):
 def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(ValueError, match="one of the model's adapters: default"):
         pyfastpeft.save_adapter(of_ours("lora"), tmp_path, "defualt")
-    with pytest.raises(ValueError, match="LlamaForCausalLM without adapters"):
+    with pytest.raises(ValueError, match="save_adapter: model is a LlamaForCausalLM without adapters"):
         pyfastpeft.save_adapter(llama(), tmp_path)
     with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is a .* on meta"):
         pyfastpeft.save_adapter(of_ours("lora").to("meta"), tmp_path)

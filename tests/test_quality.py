@@ -17,11 +17,12 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import Misuse
 from benchmarks.quality import learners, metrics, report
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.learners import Generative, Problem, batches
+from benchmarks.quality.learners import Dataset, Generative, batches
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.tasks import TASKS, Misuse, hold_out, own_task
+from benchmarks.quality.tasks import TASKS, hold_out, own_task
 from benchmarks.quality.train import Budget, trained
 from benchmarks.quality.vocabulary import llama2c_tokenizer, word_tokenizer
 
@@ -306,7 +307,7 @@ def task_of(kind, folder, text="x", target="y"):
 
 def test_batches_count_the_completion_alone(story_model, tmp_path):
     task, rows = task_of("generation", tmp_path)
-    learner = learners.load(story_model, [Problem(task, rows, rows)], 64, 8)
+    learner = learners.load(story_model, [Dataset(task, rows, rows)], 64, 8)
     assert isinstance(learner, Generative)
     batch = learner.training_batch([(task, rows[0], 0), (task, rows[2], 0)])
     completion = [*learner.tokens(rows[0]["y"]), learner.end]
@@ -327,7 +328,7 @@ def test_batches_count_the_completion_alone(story_model, tmp_path):
 
 def test_choices_stand_together_with_the_answer_first(story_model, tmp_path):
     task, rows = task_of("classification", tmp_path)
-    learner = learners.load(story_model, [Problem(task, rows, rows)], 64, 8)
+    learner = learners.load(story_model, [Dataset(task, rows, rows)], 64, 8)
     batch = learner.training_batch([(task, rows[3], 0)], choices=5)
     words = [batch["labels"][i][batch["labels"][i] != -100][:-1].tolist() for i in range(5)]
     assert words[0] == learner.tokens("dd")
@@ -342,7 +343,7 @@ def test_predictions_follow_the_likelihood(story_model, tmp_path):
     """Rank classification and the validation loss against the model's own log-probabilities, row by row."""
     task, rows = task_of("classification", tmp_path)
     rows = rows[:6]
-    learner = learners.load(story_model, [Problem(task, rows, rows)], 64, 8)
+    learner = learners.load(story_model, [Dataset(task, rows, rows)], 64, 8)
     scores, total, count = [], 0.0, 0
     for row in rows:
         each = []
@@ -366,16 +367,16 @@ def test_predictions_follow_the_likelihood(story_model, tmp_path):
 def test_generation_reads_no_padding(story_model, tmp_path):
     task, rows = task_of("generation", tmp_path)
     rows = [rows[0], rows[1] | {"x": "bcbcbc a bc"}]
-    learner = learners.load(story_model, [Problem(task, rows, rows)], 64, 6)
+    learner = learners.load(story_model, [Dataset(task, rows, rows)], 64, 6)
     assert learner.predict(task, rows, size=2) == [learner.predict(task, [row])[0] for row in rows]
 
 
 def test_batches_are_the_seeds(tmp_path):
     task, rows = task_of("generation", tmp_path)
-    problems = [Problem(task, rows[:20], []), Problem(task, rows[20:], [])]
+    datasets = [Dataset(task, rows[:20], []), Dataset(task, rows[20:], [])]
 
     def drawn(seed):
-        stream = batches(problems, 8, seed)
+        stream = batches(datasets, 8, seed)
         return [row["n"] for _ in range(5) for _, row, _ in next(stream)]
 
     assert drawn(0) == drawn(0) != drawn(1)
@@ -384,25 +385,25 @@ def test_batches_are_the_seeds(tmp_path):
 
 def test_training_learns_and_repeats(story_model, tmp_path):
     task, rows = task_of("generation", tmp_path)
-    problems = [Problem(task, rows[:30], rows[30:])]
-    learner = learners.load(story_model, problems, 64, 8)
+    datasets = [Dataset(task, rows[:30], rows[30:])]
+    learner = learners.load(story_model, datasets, 64, 8)
     before = learner.loss(task, rows[30:])
     weights = {name: value.clone() for name, value in learner.model.state_dict().items()}
-    first, again = (trained("full", learner, problems, Budget(20, 8), 3, 1e-2, measured=False) for _ in range(2))
+    first, again = (trained("full", learner, datasets, Budget(20, 8), 3, 1e-2, measured=False) for _ in range(2))
     assert first["training_losses"] == again["training_losses"]
     assert first["tasks"]["own"]["loss"] < 0.7 * before
     assert all(torch.equal(value, weights[name]) for name, value in learner.model.state_dict().items())
-    short = trained("full", learner, problems, Budget(50, 8, seconds=1e-6), 3, 1e-2, measured=False)
+    short = trained("full", learner, datasets, Budget(50, 8, seconds=1e-6), 3, 1e-2, measured=False)
     assert short["steps"] == 1
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns(story_model, tmp_path, name):
     task, rows = task_of("classification", tmp_path)
-    problems = [Problem(task, rows[:30], rows[30:])]
-    learner = learners.load(story_model, problems, 64, 8)
+    datasets = [Dataset(task, rows[:30], rows[30:])]
+    learner = learners.load(story_model, datasets, 64, 8)
     before = learner.loss(task, rows[30:])
-    found = trained(name, learner, problems, Budget(12, 8), 0, 3e-2)
+    found = trained(name, learner, datasets, Budget(12, 8), 0, 3e-2)
     assert found["tasks"]["own"]["loss"] < before
     assert 0 <= found["tasks"]["own"]["accuracy"] <= 1
     assert 0 < found["trainable"] <= sum(p.numel() for p in learner.model.parameters())

@@ -295,7 +295,7 @@ def test_missing_keys_are_told_of_where_they_matter():
 
 
 def test_bad_inputs(tmp_path):
-    with pytest.raises(ValueError, match="LlamaForCausalLM without adapters"):
+    with pytest.raises(ValueError, match="AdapterCallback: model is a LlamaForCausalLM without adapters"):
         AdapterCallback(llama())
     model, other = adapted(LoraConfig(r=3)), adapted(LoraConfig(r=3))
     with pytest.raises(ValueError, match="the one given to Trainer"):

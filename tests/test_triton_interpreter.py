@@ -14,10 +14,11 @@ import pytest
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 TESTS = Path(__file__).parent
+OPS = sorted(TESTS.glob("test_ops*.py"))
 SLOW = "gradcheck or compiles or takes_any_shape"  # interpreted_kernels.py has its own
 RUNS = {
-    "test_ops.py": ["-k", f"triton and not ({SLOW})"],
-    "interpreted_kernels.py": [],
+    "ops": [*OPS, "-k", f"triton and not ({SLOW})"],
+    "interpreted_kernels.py": [TESTS / "interpreted_kernels.py"],
 }
 
 
@@ -32,15 +33,15 @@ def processes():
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "interpreter", "-p", "no:cacheprovider"]
     started = {
-        file: subprocess.Popen(
-            [*command, TESTS / file, *options],
+        name: subprocess.Popen(
+            [*command, *arguments],
             cwd=TESTS.parent,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for file, options in RUNS.items()
+        for name, arguments in RUNS.items()
     }
     yield started
     for process in started.values():
@@ -49,10 +50,10 @@ def processes():
         process.stdout.close()
 
 
-@pytest.mark.parametrize("file", RUNS)
-def test_kernels_under_the_interpreter(processes, file):
-    report, _ = processes[file].communicate()
+@pytest.mark.parametrize("name", RUNS)
+def test_kernels_under_the_interpreter(processes, name):
+    report, _ = processes[name].communicate()
     passed = re.search(r"(\d+) passed", report)
-    assert processes[file].returncode == 0, report
+    assert processes[name].returncode == 0, report
     assert passed is not None, report
     assert int(passed.group(1)) > 50, report

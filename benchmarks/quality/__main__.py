@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import machine
+from benchmarks import Misuse, machine
 
 from . import learners, report
-from .learners import Problem
+from .learners import Dataset
 from .methods import METHODS, PROMPTING, known
-from .tasks import KINDS, TASKS, Misuse, hold_out, own_task
+from .tasks import KINDS, TASKS, hold_out, own_task
 from .train import Budget, Learner, prompted, trained
 
 GRID = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # times a method's learning rate, in a sweep
@@ -83,20 +83,20 @@ def main(arguments: list[str] | None = None) -> int:
     given = [Path(each).name if Path(each).is_absolute() else each for each in arguments or sys.argv[1:]]
     command = shlex.join(["python", "-m", "benchmarks.quality", *given])
     try:
-        problems = load_problems(options)
-        learner = load_learner(options, problems)
-        names = known(options.methods and options.methods.split(","), learner, [each.task for each in problems])
+        datasets = load_datasets(options)
+        learner = load_learner(options, datasets)
+        names = known(options.methods and options.methods.split(","), learner, [each.task for each in datasets])
         if options.sweep:
-            sweep(options, learner, problems, names)
+            sweep(options, learner, datasets, names)
         else:
-            compare(options, learner, problems, names, command)
+            compare(options, learner, datasets, names, command)
     except Misuse as error:
         print(f"quality: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def load_problems(options: argparse.Namespace) -> list[Problem]:
+def load_datasets(options: argparse.Namespace) -> list[Dataset]:
     """The tasks with their rows, in an order of their own, cut to what is asked for."""
     found = []
     for name in options.task.split(","):
@@ -113,7 +113,7 @@ def load_problems(options: argparse.Namespace) -> list[Problem]:
             training, validation = hold_out(training, task)
         for rows in (training, validation):
             random.Random(0).shuffle(rows)
-        found.append(Problem(task, training[: options.rows], validation[: options.evaluate]))
+        found.append(Dataset(task, training[: options.rows], validation[: options.evaluate]))
     return found
 
 
@@ -128,16 +128,16 @@ def _own(options):
     return task, training, task.rows([options.validation], grouped=True)
 
 
-def load_learner(options: argparse.Namespace, problems: list[Problem]) -> Learner:
+def load_learner(options: argparse.Namespace, datasets: list[Dataset]) -> Learner:
     if options.encoder:
-        learner = learners.small_encoder(problems, options.pretrain)
+        learner = learners.small_encoder(datasets, options.pretrain)
     else:
-        learner = learners.load(options.model, problems, options.length, options.new_tokens)
+        learner = learners.load(options.model, datasets, options.length, options.new_tokens)
     learner.model.to(machine.device())
     return learner
 
 
-def compare(options, learner: Learner, problems: list[Problem], names: list[str], command: str) -> None:
+def compare(options, learner: Learner, datasets: list[Dataset], names: list[str], command: str) -> None:
     """Run every method with every seed; write results.json after each, and the report and the plot at the end."""
     out = options.out or Path("build", "quality", options.task)
     out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def compare(options, learner: Learner, problems: list[Problem], names: list[str]
                 "training": len(each.training),
                 "validation": len(each.validation),
             }
-            for each in problems
+            for each in datasets
         },
         "runs": [],
     }
@@ -165,9 +165,9 @@ def compare(options, learner: Learner, problems: list[Problem], names: list[str]
             if name in PROMPTING:
                 if name == "zero-shot" and seed:  # nothing in it is random
                     continue
-                record = prompted(name, learner, problems, budget, seed)
+                record = prompted(name, learner, datasets, budget, seed)
             else:
-                record = trained(name, learner, problems, budget, seed)
+                record = trained(name, learner, datasets, budget, seed)
             results["runs"].append(record)
             (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             losses = ", ".join(f"{task} {found['loss']:.3f}" for task, found in record["tasks"].items())
@@ -178,7 +178,7 @@ def compare(options, learner: Learner, problems: list[Problem], names: list[str]
     print(f"\n{text}\n\nWritten: {out / 'results.json'}, results.md, results.png")
 
 
-def sweep(options, learner: Learner, problems: list[Problem], names: list[str]) -> None:
+def sweep(options, learner: Learner, datasets: list[Dataset], names: list[str]) -> None:
     """For every method the loss on held-out training rows at each learning rate of the grid; the best is marked."""
     budget = Budget(options.steps, options.batch, options.seconds or float("inf"), options.shots)
     for name in names:
@@ -187,7 +187,7 @@ def sweep(options, learner: Learner, problems: list[Problem], names: list[str]) 
         losses = {}
         for factor in GRID:
             lr = METHODS[name].rate(learner.family) * factor
-            runs = [trained(name, learner, problems, budget, seed, lr, measured=False) for seed in range(options.seeds)]
+            runs = [trained(name, learner, datasets, budget, seed, lr, measured=False) for seed in range(options.seeds)]
             found = [task["loss"] for run in runs for task in run["tasks"].values()]
             losses[lr] = sum(found) / len(found)
         best = min(losses, key=lambda lr: (losses[lr] != losses[lr], losses[lr]))

@@ -21,16 +21,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from benchmarks import Misuse
 from pyfastpeft.methods.losses import IGNORED, choice_scores, rank_classification
 
-from .tasks import Misuse, Row, Task
+from .tasks import Row, Task
 from .vocabulary import llama2c_tokenizer, word_tokenizer
 
 SPARE = 32  # positions left free for virtual tokens
 
 
 @dataclass
-class Problem:
+class Dataset:
     """A task with its rows."""
 
     task: Task
@@ -210,9 +211,9 @@ def _by_length(examples, size):
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def batches(problems: Sequence[Problem], size: int, seed: int) -> Iterator[list[tuple[Task, Row, int]]]:
+def batches(datasets: Sequence[Dataset], size: int, seed: int) -> Iterator[list[tuple[Task, Row, int]]]:
     """Endless batches of (task, row, template) over all tasks' rows, in an order that `seed` alone sets."""
-    rows = [(problem.task, row) for problem in problems for row in problem.training]
+    rows = [(dataset.task, row) for dataset in datasets for row in dataset.training]
     shuffle, epoch, batch = random.Random(seed).shuffle, 0, []
     while True:
         order = list(range(len(rows)))
@@ -228,7 +229,7 @@ def batches(problems: Sequence[Problem], size: int, seed: int) -> Iterator[list[
 # --- where models come from ------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, problems: Sequence[Problem], length: int, new_tokens: int) -> Generative | Encoder:
+def load(folder: Path, datasets: Sequence[Dataset], length: int, new_tokens: int) -> Generative | Encoder:
     """The model in `folder`, in float32. Raises Misuse where it does not load or does not fit the tasks."""
     if not (folder / "config.json").is_file():
         raise Misuse(f"--model {folder} holds no config.json; it must be the directory of a transformers model")
@@ -239,7 +240,7 @@ def load(folder: Path, problems: Sequence[Problem], length: int, new_tokens: int
             return Generative(model.eval(), _tokenizer(folder), length, new_tokens)
         if "ConditionalGeneration" in architecture:
             raise Misuse(f"--model {folder} is a {architecture}; a decoder or an encoder is needed")
-        task = one_task(problems)
+        task = one_task(datasets)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, num_labels=classes(task), output_loading_info=True
         )
@@ -259,11 +260,11 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise Misuse(f"--model {folder} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from error
 
 
-def one_task(problems: Sequence[Problem]) -> Task:
+def one_task(datasets: Sequence[Dataset]) -> Task:
     """The task of an encoder. Raises Misuse where there are several, or one of texts to generate."""
-    task = problems[0].task
-    if len(problems) > 1 or task.kind == "generation":
-        names = ", ".join(f"{problem.task.name} ({problem.task.kind})" for problem in problems)
+    task = datasets[0].task
+    if len(datasets) > 1 or task.kind == "generation":
+        names = ", ".join(f"{dataset.task.name} ({dataset.task.kind})" for dataset in datasets)
         raise Misuse(f"--task is {names}; an encoder takes one task of classes or scores")
     return task
 
@@ -272,15 +273,15 @@ def classes(task: Task) -> int:
     return 1 if task.is_score else len(task.labels)
 
 
-def small_encoder(problems: Sequence[Problem], steps: int, length: int = 64, seed: int = 0) -> Encoder:
+def small_encoder(datasets: Sequence[Dataset], steps: int, length: int = 64, seed: int = 0) -> Encoder:
     """A BERT of 2 layers, 128 wide, with words of the training texts for vocabulary; pooler and classifier are new.
 
     Its words start from `word_vectors` of these texts, and it is pretrained on them for `steps` steps of 32 rows of at
     most 32 tokens: as a masked language model, and to predict the words of a row from its first state, which is what a
     classifier is to read.
     """
-    task = one_task(problems)
-    texts = [str(row[column]) for row in problems[0].training for column in task.text]
+    task = one_task(datasets)
+    texts = [str(row[column]) for row in datasets[0].training for column in task.text]
     tokenizer = word_tokenizer(texts, 8000)
     torch.manual_seed(seed)
     config = BertConfig(

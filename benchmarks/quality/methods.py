@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 import pyfastpeft
+from benchmarks import Misuse
 from pyfastpeft import AdaLoraConfig, BitFitConfig, RankAllocator, draw_rank, orthogonality_loss, set_rank
 from pyfastpeft.methods.losses import L2SP, TFewLoss, loraplus_groups, regularize
 
 from .learners import Encoder, Generative
-from .tasks import Misuse, Task
+from .tasks import Task
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import Misuse
+
 Row = dict  # the file's columns by name, and "target": int, float or str; generation: "references", a list of str
 
 KINDS = ("classification", "regression", "generation")
@@ -15,10 +17,6 @@ METRICS = {
     "regression": ("pearson", "spearman"),
     "generation": ("bleu", "nist", "meteor", "rouge1", "rouge2", "rougeL", "cider"),
 }
-
-
-class Misuse(Exception):
-    """What was asked for cannot be done; the message says what was given and what is needed."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.measure import peak_bytes
 
 from . import metrics
-from .learners import Encoder, Generative, Problem, batches
+from .learners import Dataset, Encoder, Generative, batches
 from .methods import METHODS, PROMPTING, apply
 
 Learner = Generative | Encoder
@@ -31,24 +31,24 @@ class Budget:
     shots: int = 3
 
 
-def prompted(name: str, learner: Generative, problems: Sequence[Problem], budget: Budget, seed: int) -> dict:
+def prompted(name: str, learner: Generative, datasets: Sequence[Dataset], budget: Budget, seed: int) -> dict:
     """The record of the unadapted model with solved examples in its prompt, drawn by `seed`."""
     count = budget.shots if PROMPTING[name] is None else PROMPTING[name]
     learner.model.eval()
-    shots = {problem.task.name: _shots(problem, count, seed) for problem in problems}
-    tasks = {each.task.name: _evaluated(learner, each, shots=shots[each.task.name]) for each in problems}
+    shots = {dataset.task.name: _shots(dataset, count, seed) for dataset in datasets}
+    tasks = {each.task.name: _evaluated(learner, each, shots=shots[each.task.name]) for each in datasets}
     return {"method": name, "seed": seed, "trainable": 0, "steps": 0, "tasks": tasks}
 
 
-def _shots(problem, count, seed):
-    order = torch.randperm(len(problem.training), generator=torch.Generator().manual_seed(seed))
-    return [problem.training[i] for i in order[:count].tolist()]
+def _shots(dataset, count, seed):
+    order = torch.randperm(len(dataset.training), generator=torch.Generator().manual_seed(seed))
+    return [dataset.training[i] for i in order[:count].tolist()]
 
 
 def trained(
     name: str,
     learner: Learner,
-    problems: Sequence[Problem],
+    datasets: Sequence[Dataset],
     budget: Budget,
     seed: int,
     lr: float | None = None,
@@ -63,13 +63,13 @@ def trained(
     torch.manual_seed(seed)
     method = METHODS[name]
     lr = method.rate(learner.family) if lr is None else lr
-    adapted = apply(method, twin, lr, budget.steps, max(len(each.task.choices) for each in problems))
+    adapted = apply(method, twin, lr, budget.steps, max(len(each.task.choices) for each in datasets))
     optimizer = torch.optim.AdamW(adapted.groups, weight_decay=0.0)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     record = {"method": name, "seed": seed, "lr": lr, "trainable": sum(p.numel() for p in trainable)}
 
     options = {"choices": adapted.choices} if adapted.choices else {}
-    stream = (twin.training_batch(rows, **options) for rows in batches(problems, budget.batch, seed))
+    stream = (twin.training_batch(rows, **options) for rows in batches(datasets, budget.batch, seed))
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     losses, seconds = [], []
@@ -102,19 +102,19 @@ def trained(
 
     adapted.finish()
     twin.model.eval()
-    record["tasks"] = {each.task.name: _evaluated(twin, each, measured) for each in problems}
+    record["tasks"] = {each.task.name: _evaluated(twin, each, measured) for each in datasets}
     return record
 
 
-def _evaluated(learner, problem, measured=True, **options) -> dict:
+def _evaluated(learner, dataset, measured=True, **options) -> dict:
     """The validation loss, and the task's metrics where `measured`."""
-    rows = problem.validation
-    found = {"loss": learner.loss(problem.task, rows, **options)}
+    rows = dataset.validation
+    found = {"loss": learner.loss(dataset.task, rows, **options)}
     if measured:
         targets = [row.get("references", row["target"]) for row in rows]
-        predicted = learner.predict(problem.task, rows, **options)
-        found |= metrics.measure(problem.task.measured, predicted, targets)
-        if problem.task.kind == "generation":
+        predicted = learner.predict(dataset.task, rows, **options)
+        found |= metrics.measure(dataset.task.measured, predicted, targets)
+        if dataset.task.kind == "generation":
             found["perplexity"] = math.exp(found["loss"])
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from .tasks import Misuse
+from benchmarks import Misuse
 
 
 def read_llama2c(path: Path) -> list[tuple[str, float]]:

@@ -49,21 +49,20 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       " Tensor? ranks, Tensor order, Tensor segments, Tensor? s, Tensor(a!)? dx, Tensor(b!)? dlora_A,"
       " Tensor(c!)? dlora_B) -> ()");
   // An ordinary call whole, checks included; false or none, with nothing written, where it is out of the ordinary.
+  m.def("lora_call(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor?");
   m.def(
-      "lora_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor?");
-  m.def(
-      "lora_training(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling)"
+      "lora_call_with_s(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling)"
       " -> (Tensor?, Tensor?)");
   m.def(
       "lora_gradients(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
       " float dropout_p, Tensor? seed, Tensor? s, bool need_x, bool need_A, bool need_B)"
       " -> (Tensor?, Tensor?, Tensor?)");
-  m.def("lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> bool");
+  m.def("lora_call_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> bool");
   m.def(
-      "multi_lora_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor slots,"
+      "multi_lora_call(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor slots,"
       " Tensor? segments, Tensor? scalings, float scaling, Tensor? ranks) -> Tensor?");
   m.def(
-      "multi_lora_inference_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
+      "multi_lora_call_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
       " Tensor? scalings, float scaling, Tensor? ranks) -> bool");
   m.def(
       "ia3_call(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, bool feedforward, bool keep_base)"
@@ -95,17 +94,17 @@ using T = Tensor;
 using O = OptionalTensor;
 
 void refuse_all(torch::stable::detail::StableLibrary& m) {
-  m.impl("lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, double>)));
-  m.impl("lora_training", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, T, double>)));
+  m.impl("lora_call", TORCH_BOX((&refuse<O, T, T, O, T, T, double>)));
+  m.impl("lora_call_with_s", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, T, double>)));
   m.impl("lora_gradients", TORCH_BOX((&refuse<std::tuple<O, O, O>, T, O, O, T, T, double, double, O, O, bool, bool, bool>)));
-  m.impl("lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, double>)));
+  m.impl("lora_call_", TORCH_BOX((&refuse<bool, T, T, T, T, double>)));
   m.impl("ia3_call", TORCH_BOX((&refuse<std::tuple<O, O>, T, T, O, T, bool, bool>)));
   m.impl("ia3_gradients", TORCH_BOX((&refuse<std::tuple<O, O>, T, O, T, T, bool, O, bool, bool>)));
   m.impl("dora_call", TORCH_BOX((&refuse<std::tuple<O, O, O, O, O>, T, T, O, T, T, T, double, bool>)));
   m.impl("dora_gradients", TORCH_BOX((&refuse<std::tuple<O, O, O, O>, T, O, T, T, T, T, T, double, double, O, O, O, bool,
                                               bool, bool, bool>)));
-  m.impl("multi_lora_inference", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
-  m.impl("multi_lora_inference_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
+  m.impl("multi_lora_call", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
+  m.impl("multi_lora_call_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
 }
 
 }  // namespace

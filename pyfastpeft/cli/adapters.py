@@ -17,8 +17,8 @@ from ..methods.checkpoint import CONFIG_FILE, SUFFIXES, TENSORS_FILE
 from ..methods.configs import BottleneckConfig, PrefixTuningConfig, PromptTuningConfig
 from ..methods.files import need_file, opened, read_json
 from ..methods.prompt import nearest_words
+from ..methods.tables import size, table
 from ..ops.checks import need
-from .tables import size, table
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import pyfastpeft
 from pyfastpeft.ops import dispatch, host, lora_linear, native, use_backend
 
-from .tables import table
+from ..methods.tables import table
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 VARIABLES = ("PYFASTPEFT_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS")  # prefixes

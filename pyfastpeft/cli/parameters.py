@@ -10,8 +10,8 @@ from torch import nn
 
 from .. import methods
 from ..methods.files import need_file, read_json
+from ..methods.tables import size, table
 from ..ops.checks import need
-from .tables import size, table
 
 
 def add_to(commands) -> None:

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..methods.tables import table
 from ..ops import dispatch
+from ..ops.arguments import autocasting, needs_gradient
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
-from ..ops.rows import autocasting, needs_gradient
 
 try:
     from peft.tuners import ia3, lora
@@ -410,10 +411,8 @@ class AccelerationReport:
         rows += [(kind, f"kept: {reason}", name) for name, kind, reason in self.skipped]
         rows += [(", ".join(layers), "read their input once", name) for name, layers in self.groups]
         groups = [list(group) for _, group in groupby(sorted(rows), key=itemgetter(0, 1))]
-        table = [("layers", "kind", "forward pass", "for example")]
-        table += [(str(len(group)), *group[0]) for group in groups]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+        counted = [(str(len(group)), *group[0]) for group in groups]
+        return table(("layers", "kind", "forward pass", "for example"), counted)
 
 
 def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:

@@ -45,7 +45,7 @@ class AdapterCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module, orthogonality: bool = True):
         """Raises ValueError unless the model is adapted."""
-        known = adaptation(model)
+        known = adaptation(model, "AdapterCallback")
         training = {name: known.configs[name] for name in known.active if not known.configs[name].inference_mode}
         self.model, self.orthogonality, self.names = model, orthogonality, list(training)
         self.allocators = {n: RankAllocator(model, n) for n, c in training.items() if isinstance(c, AdaLoraConfig)}

@@ -41,7 +41,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     op = "adapt"
     need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
     config = deepcopy(as_config(config))
-    known = adaptation(model) if hasattr(model, "pyfastpeft") else Adaptation()
+    known = adaptation(model, op) if hasattr(model, "pyfastpeft") else Adaptation()
     _need_new(known, op, name)
     _need_unmerged(model, op)
     theirs = [type(m) for m in model.modules() if any(c.__module__.startswith("peft.") for c in type(m).__mro__)]
@@ -75,7 +75,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
     RuntimeError while adapters are merged.
     """
-    known = adaptation(model)
+    known = adaptation(model, "set_adapter")
     for name in names:
         need_adapter(known, "set_adapter", name)
         need(names.count(name) == 1, "set_adapter", "names", names, "distinct")
@@ -97,7 +97,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the model computes what it did before it was adapted. What is merged is unmerged before
     it and merged again after it."""
-    adaptation(model)
+    adaptation(model, "disable_adapter")
     before = [(module, module.active, getattr(module, "merged", ())) for _, module in carriers(model)]
     unmerge_adapter(model)
     for module, *_ in before:
@@ -116,7 +116,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises ValueError for a name that the model does not have, RuntimeError while adapters are merged.
     """
-    known = adaptation(model)
+    known = adaptation(model, "delete_adapter")
     need_adapter(known, "delete_adapter", name)
     _need_unmerged(model, "delete_adapter")
     set_adapter(model, *(other for other in known.active if other != name))
@@ -133,7 +133,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
 
     Returns the model. Raises as `merge_adapter` does.
     """
-    known = adaptation(model)
+    known = adaptation(model, "unload")
     kept, made = {}, {}
     if merge:
         if not merged_adapters(model):
@@ -173,7 +173,7 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
     Raises TypeError, naming it, for an adapter whose method cannot be merged; ValueError if none is named or active;
     RuntimeError if something is merged.
     """
-    known = adaptation(model)
+    known = adaptation(model, "merge_adapter")
     names = names or known.active
     _need_unmerged(model, "merge_adapter")
     need(names, "merge_adapter", "names", "empty, and no adapter is active", f"of {sorted(known.configs)}")
@@ -200,7 +200,7 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the weights of before `merge_adapter` back, bit for bit."""
-    adaptation(model)
+    adaptation(model, "unmerge_adapter")
     for _, module in carriers(model):
         if isinstance(module, AdaptedMatrix):
             module.unmerge()
@@ -248,7 +248,8 @@ def add_weighted_adapter(
     """
     from .combine import combine
 
-    known, op = adaptation(model), "add_weighted_adapter"
+    op = "add_weighted_adapter"
+    known = adaptation(model, op)
     need(not isinstance(names, str), op, "names", repr(names), "a list of names", TypeError)
     need(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
@@ -269,10 +270,10 @@ def _detach_all(model, name):
     inject.eject(model)
 
 
-def adaptation(model: nn.Module) -> Adaptation:
-    """`model.pyfastpeft`. Raises ValueError for a model that is not adapted."""
+def adaptation(model: nn.Module, op: str) -> Adaptation:
+    """`model.pyfastpeft`. Raises ValueError, naming `op`, for a model that is not adapted."""
     known = getattr(model, "pyfastpeft", None)
-    need(isinstance(known, Adaptation), "model", "model", model.__class__.__name__ + " without adapters", "adapted")
+    need(isinstance(known, Adaptation), op, "model", f"a {type(model).__name__} without adapters", "adapted")
     return known
 
 

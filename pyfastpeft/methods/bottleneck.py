@@ -13,14 +13,14 @@ from .inject import is_embedding, is_norm, matrices, own_modules, placed, sizes,
 OP = "BottleneckConfig"
 
 
-def inject(model: nn.Module, config: BottleneckConfig, name: str, wide: bool) -> None:
+def inject(model: nn.Module, config: BottleneckConfig, name: str, autocast_adapter_dtype: bool) -> None:
     """Attach the parts of adapter `name`, none of which runs yet."""
-    (_parallel if config.placement == "parallel" else _serial)(model, config, name, wide)
+    (_parallel if config.placement == "parallel" else _serial)(model, config, name, autocast_adapter_dtype)
     if config.train_layer_norm:
         _train_norms(model, config, name)
 
 
-def _serial(model, config, name, wide):
+def _serial(model, config, name, autocast_adapter_dtype):
     target = config.target_modules
     if target is None:
         family = targets.family(model, OP)
@@ -28,16 +28,16 @@ def _serial(model, config, name, wide):
         target = targets.ends(*(places if config.placement == "houlsby" else places[1:]))
     for path in _select(model, config, target):
         module = model.get_submodule(path)
-        _, width, like = _widths(path, module, wide)
+        _, width, like = _widths(path, module, autocast_adapter_dtype)
         attach(module, name, SerialPart(width, config.bottleneck_size, width, **_options(config), **like))
 
 
-def _parallel(model, config, name, wide):
+def _parallel(model, config, name, autocast_adapter_dtype):
     for first, last in _chains(model, config):
         entrance, exit = model.get_submodule(first), model.get_submodule(last)
         need(not is_embedding(entrance), OP, "target_modules", f"meaning {first!r}", "of modules that read vectors")
-        in_width, _, _ = _widths(first, entrance, wide)
-        _, out_width, like = _widths(last, exit, wide)
+        in_width, _, _ = _widths(first, entrance, autocast_adapter_dtype)
+        _, out_width, like = _widths(last, exit, autocast_adapter_dtype)
         arguments, options = (in_width, config.bottleneck_size, out_width), _options(config) | like
         if first == last:
             attach(exit, name, ParallelPart(*arguments, **options))
@@ -83,16 +83,16 @@ def _select(model, config, target) -> list[str]:
     return targets.select(OP, "target_modules", _modules(model), target, *options)
 
 
-def _widths(path, module, wide) -> tuple[int, int, dict]:
+def _widths(path, module, autocast_adapter_dtype) -> tuple[int, int, dict]:
     """K of the first linear layer in a module, N of the last, and how its adapter's parameters are placed."""
     known = matrices(module)
     layers = [m for inner, m in own_modules(module).items() if inner in known or isinstance(m, nn.Linear)]
     if layers:
-        return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1], wide)
+        return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1], autocast_adapter_dtype)
     vector = getattr(module, "weight", None) is not None and module.weight.dim() == 1
     given, needed = f"meaning {path!r}, a {type(module).__name__}", "of modules that hold linear layers, or of norms"
     need(vector, OP, "target_modules", given, needed, TypeError)
-    return len(module.weight), len(module.weight), placed(module, wide)
+    return len(module.weight), len(module.weight), placed(module, autocast_adapter_dtype)
 
 
 def _options(config) -> dict:

@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     Raises ValueError for a name that the model does not have, NotADirectoryError or OSError where it cannot write.
     """
     model = uncompiled(model)
-    known = adaptation(model)
+    known = adaptation(model, "save_adapter")
     need_adapter(known, "save_adapter", name)
     config = known.configs[name]
     if isinstance(config, AdaLoraConfig) and config.rank_pattern:

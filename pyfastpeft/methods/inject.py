@@ -128,7 +128,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
 # --- low-rank methods and IA3 ----------------------------------------------------------------------------------------
 
 
-def _lora(model: nn.Module, config: LoraConfig, name: str, wide: bool) -> None:
+def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtype: bool) -> None:
     found = target_matrices(model, config, lambda family: targets.ends(family.query, family.value))
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument) or {}:
@@ -138,7 +138,7 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, wide: bool) -> None:
                 need(False, type(config).__name__, argument, given, needed)
     for path in found:
         module = model.get_submodule(path)
-        attach(module, name, _lora_part(path, module, config, placed(module, wide)))
+        attach(module, name, _lora_part(path, module, config, placed(module, autocast_adapter_dtype)))
     if config.bias != "none":
         saved = saved_modules(model, config)
         for path, module in own_modules(model).items():
@@ -157,14 +157,7 @@ def _lora_part(path, module, config, like):
     alpha = of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
-        need(
-            not is_embedding(module),
-            "AdaLoraConfig",
-            "target_modules",
-            f"meaning {path!r}",
-            "of linear layers",
-            TypeError,
-        )
+        _need_linear(module, path, "AdaLoraConfig")
         part = AdaLoRAPart(*sizes(module), config.init_r, config.lora_alpha, **options)
         mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
         if mask is not None:
@@ -173,14 +166,7 @@ def _lora_part(path, module, config, like):
             part.keep(torch.tensor(mask, device=part.lora_E.device))
         return part
     if isinstance(config, DyLoraConfig):
-        need(
-            not is_embedding(module),
-            "DyLoraConfig",
-            "target_modules",
-            f"meaning {path!r}",
-            "of linear layers",
-            TypeError,
-        )
+        _need_linear(module, path, "DyLoraConfig")
         frozen_above = config.min_rank if config.frozen else None
         return DyLoRAPart(*sizes(module), r, alpha, **options, frozen_above=frozen_above)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
@@ -195,6 +181,10 @@ def _lora_part(path, module, config, like):
     return LoRAPart(*sizes(module), r, scaling, **options)
 
 
+def _need_linear(module, path, op):
+    need(not is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
+
+
 def of_pattern(path: str, patterns: dict | None, default):
     """The value of the first key that means this path, as PEFT reads rank_pattern and alpha_pattern."""
     for key, value in (patterns or {}).items():
@@ -203,7 +193,7 @@ def of_pattern(path: str, patterns: dict | None, default):
     return default
 
 
-def _ia3(model: nn.Module, config: IA3Config, name: str, wide: bool) -> None:
+def _ia3(model: nn.Module, config: IA3Config, name: str, autocast_adapter_dtype: bool) -> None:
     op = "IA3Config"
     found = target_matrices(model, config, lambda f: targets.ends(f.key, f.value, f.feedforward_out))
     if config.feedforward_modules is None:
@@ -215,21 +205,21 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, wide: bool) -> None:
         feedforward = set()
     for path in found:
         module = model.get_submodule(path)
-        need(not is_embedding(module), op, "target_modules", f"meaning {path!r}", "of linear layers", TypeError)
-        size = sizes(module)[0 if path in feedforward else 1]
-        attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **placed(module, wide)))
+        _need_linear(module, path, op)
+        size, like = sizes(module)[0 if path in feedforward else 1], placed(module, autocast_adapter_dtype)
+        attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **like))
 
 
-def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, wide: bool) -> None:
+def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, autocast_adapter_dtype: bool) -> None:
     from . import bottleneck  # which is built on this module
 
-    bottleneck.inject(model, config, name, wide)
+    bottleneck.inject(model, config, name, autocast_adapter_dtype)
 
 
 # --- parameters of the model itself ----------------------------------------------------------------------------------
 
 
-def _bitfit(model: nn.Module, config: BitFitConfig, name: str, wide: bool) -> None:
+def _bitfit(model: nn.Module, config: BitFitConfig, name: str, autocast_adapter_dtype: bool) -> None:
     op = "BitFitConfig"
     modules, saved, chosen = own_modules(model), saved_modules(model, config), {}
     for path, module in modules.items():
@@ -254,7 +244,7 @@ def is_norm(module):
     return "norm" in type(module).__name__.lower()
 
 
-def _selective(model: nn.Module, config: SelectiveConfig, name: str, wide: bool) -> None:
+def _selective(model: nn.Module, config: SelectiveConfig, name: str, autocast_adapter_dtype: bool) -> None:
     saved = saved_modules(model, config)
     modules = {path: module for path, module in own_modules(model).items() if path not in saved}
     owned = [(path, n) for path, module in modules.items() for n, p in module._parameters.items() if p is not None]

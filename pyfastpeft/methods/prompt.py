@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layers.prompt import PromptEmbedding
 from ..ops import checks
+from .tables import table
 from .virtual import active_parts, add_part, need_transformers, parts, settle
 
 
@@ -141,10 +142,10 @@ class NearestWords(list):
     """Rows of NearestWord, k for each virtual token, nearest first, which print as a table."""
 
     def __str__(self):
-        table = [("virtual token", "token id", "word", "cosine", "distance")]
-        table += [(str(v), str(i), word, f"{cosine:.3f}", f"{far:.3f}") for v, i, word, cosine, far in self]
-        widths = [max(len(row[column]) for row in table) for column in range(5)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
+        header = ("virtual token", "token id", "word", "cosine", "distance")
+        return table(
+            header, [(str(v), str(i), word, f"{cosine:.3f}", f"{far:.3f}") for v, i, word, cosine, far in self]
+        )
 
 
 @torch.no_grad()

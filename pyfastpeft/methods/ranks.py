@@ -25,7 +25,7 @@ from .configs import AdaLoraConfig, DyLoraConfig, LoraConfig
 
 
 def _config_of(model: nn.Module, name: str, kind: type, op: str):
-    known = adaptation(model)
+    known = adaptation(model, op)
     need_adapter(known, op, name)
     config = known.configs[name]
     given = f"{name!r}, an adapter of {type(config).__name__}"

@@ -49,7 +49,7 @@ def save_training_state(
     op = "save_training_state"
     need(isinstance(step, int) and step >= 0, op, "step", step, "an integer >= 0")
     names = _names(op, model, optimizer, name)
-    config = adaptation(model).configs[name]
+    config = adaptation(model, op).configs[name]
     state = {
         "step": step,
         "config": _fields_that_train(config),
@@ -98,7 +98,7 @@ def load_training_state(
             here == there, op, key, told, f"{'' if there else 'not '}given: {path} has {'its' if there else 'no'} state"
         )
     names = _names(op, model, optimizer, name)
-    _need_same(op, path, tensors_path, adaptation(model).configs[name], names, state)
+    _need_same(op, path, tensors_path, adaptation(model, op).configs[name], names, state)
     unnamed = None if optimizer is None else _unnamed(op, optimizer, names, state["optimizer"], path)
 
     for key, other in stateful.items():
@@ -110,14 +110,14 @@ def load_training_state(
         for parameter, key in names.items():
             parameter.copy_(state["parameters"][key])
     if state["rank_pattern"] is not None:
-        adaptation(model).configs[name].rank_pattern = state["rank_pattern"]
+        adaptation(model, op).configs[name].rank_pattern = state["rank_pattern"]
     _set_generators(state["generators"])
     return state["step"]
 
 
 def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
     """The parameters that training changes, and their names: "<adapter>/<path>", or the path of the model's own."""
-    known = adaptation(model)
+    known = adaptation(model, op)
     need_adapter(known, op, name)
     every = {parameter: path for path, parameter in uncompiled(model).named_parameters()}
     for other in known.configs:

@@ -13,11 +13,12 @@ def need_transformers(model: nn.Module, op: str) -> None:
     need(known, op, "model", f"a {type(model).__name__}", "a transformers model", TypeError)
 
 
-def add_part(model: nn.Module, name: str, part: nn.Module, wide: bool) -> None:
-    """Put a part at the top of the model, on its device; in its dtype, or float32 where that is 16 bits and `wide`."""
+def add_part(model: nn.Module, name: str, part: nn.Module, autocast_adapter_dtype: bool) -> None:
+    """Put a part at the top of the model, on its device; in its dtype, or in float32 where that is of 16 bits and
+    `autocast_adapter_dtype` holds."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    narrow = like.dtype in (torch.bfloat16, torch.float16)
-    attach(model, name, part.to(like.device, torch.float32 if narrow and wide else like.dtype).train(model.training))
+    narrow = like.dtype in (torch.bfloat16, torch.float16) and autocast_adapter_dtype
+    attach(model, name, part.to(like.device, torch.float32 if narrow else like.dtype).train(model.training))
 
 
 def parts(model: nn.Module, kind: type) -> list[nn.Module]:

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from . import checks
+from .arguments import autocast_off, autocasting, cast_for_autocast
 from .lora import lora_linear
-from .rows import autocast, autocast_off, autocasting
 
 
 def adalora_linear(
@@ -31,7 +31,7 @@ def adalora_linear(
     op = "adalora_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
-        cast = autocast(x, weight, bias)
+        cast = cast_for_autocast(x, weight, bias)
         with autocast_off(x):
             return adalora_linear(*cast, lora_A, lora_E, lora_B, scaling, dropout_p)
     checks.linear(op, x, weight, bias)

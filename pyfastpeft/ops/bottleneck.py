@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, dispatch, reference
-from .rows import as_rows, autocast_off, autocasting, first_order, needs_gradient, shaped, without_autocast, zero
+from .arguments import as_rows, autocast_off, autocasting, first_order, needs_gradient, shaped, without_autocast, zero
 
 
 def _forward(x, residual, down, down_bias, up, up_bias, scaling, activation):

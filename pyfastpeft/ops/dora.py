@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, dispatch, inference, reference
-from .rows import (
+from . import checks, dispatch, native_calls, reference
+from .arguments import (
     as_rows,
-    autocast,
     autocast_off,
     autocasting,
+    cast_for_autocast,
     dropout_seed,
     first_order,
     needs_gradient,
@@ -40,8 +40,8 @@ def _gradients(
     """(dx, dlora_A, dlora_B, dmagnitude), where `needs` tells that they are needed."""
     tensors = x, weight, lora_A, lora_B, scale
     kept = scaling, dropout_p, seed, s, unscaled
-    if backend in (None, "cpu") and inference.call(dy, *tensors, norm, seed, s, unscaled):
-        found = inference.dora_gradients(dy, *tensors, norm, *kept, *needs)
+    if backend in (None, "cpu") and native_calls.mode(dy, *tensors, norm, seed, s, unscaled):
+        found = native_calls.dora_gradients(dy, *tensors, norm, *kept, *needs)
         if any([gradient is not None for gradient in found]):
             return found
     need_x, need_A, need_B, need_magnitude = needs
@@ -66,10 +66,10 @@ class _DoRA(Function):
         _, need_weight, _, need_A, need_B, need_magnitude, *_ = ctx.needs_input_grad
         if norm is None:
             arguments = x, weight, bias, lora_A, lora_B, magnitude, scaling, need_magnitude
-            y, s, unscaled, scale, norm = inference.dora(*arguments)
+            y, s, unscaled, scale, norm = native_calls.dora_call(*arguments)
             backend = dispatch.forced_backend()
             if y is None:
-                raise inference.Declined
+                raise native_calls.Declined
         else:
             scale = magnitude / norm
             arguments = x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed
@@ -167,18 +167,18 @@ def dora_linear(
         type(scaling) is type(dropout_p) is float
         and dropout_p == 0.0
         and weight_norm_squared is None
-        and (call := inference.call(x, weight, bias, lora_A, lora_B, magnitude))
+        and (mode := native_calls.mode(x, weight, bias, lora_A, lora_B, magnitude))
     ):
-        if call == "training":
-            with suppress(inference.Declined):
+        if mode == "training":
+            with suppress(native_calls.Declined):
                 return _DoRA.apply(x, weight, bias, lora_A, lora_B, magnitude, None, scaling, 0.0, None)
-        elif (y := inference.dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, False)[0]) is not None:
+        elif (y := native_calls.dora_call(x, weight, bias, lora_A, lora_B, magnitude, scaling, False)[0]) is not None:
             return y
     checks.floating("dora_linear", "x", x)
     arguments = lora_A, lora_B, magnitude, scaling, dropout_p, weight_norm_squared
     if autocasting(x):
         with autocast_off(x):
-            return _linear(weight, *autocast(x, weight, bias), *arguments)
+            return _linear(weight, *cast_for_autocast(x, weight, bias), *arguments)
     return _linear(weight, x, weight, bias, *arguments)
 
 

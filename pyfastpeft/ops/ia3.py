@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, dispatch, inference
-from .rows import as_rows, autocast, autocast_off, autocasting, first_order, needs_gradient, shaped, without_autocast
+from . import checks, dispatch, native_calls
+from .arguments import (
+    as_rows,
+    autocast_off,
+    autocasting,
+    cast_for_autocast,
+    first_order,
+    needs_gradient,
+    shaped,
+    without_autocast,
+)
 
 
 def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
@@ -23,8 +32,8 @@ def _forward(x, weight, bias, ia3_l, feedforward, keep_base):
 
 def _gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l, shape, backend):
     """(dx, dia3_l), where they are needed."""
-    if backend in (None, "cpu") and inference.call(dy, x, weight, ia3_l, base):
-        dx, dia3_l = inference.ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)
+    if backend in (None, "cpu") and native_calls.mode(dy, x, weight, ia3_l, base):
+        dx, dia3_l = native_calls.ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)
         if dx is not None or dia3_l is not None:
             return dx, dia3_l
     dy_rows = as_rows(dy)
@@ -45,10 +54,10 @@ class _IA3(Function):
         _, need_weight, _, need_l, *_ = ctx.needs_input_grad
         keep_base = need_l and not feedforward
         if unchecked:
-            y, base = inference.ia3(x, weight, bias, ia3_l, feedforward, keep_base)
+            y, base = native_calls.ia3_call(x, weight, bias, ia3_l, feedforward, keep_base)
             backend = dispatch.forced_backend()
             if y is None:
-                raise inference.Declined
+                raise native_calls.Declined
         else:
             y, base, backend = _forward(x, weight, bias, ia3_l, feedforward, keep_base)
         keep_x = need_weight or (need_l and feedforward)
@@ -92,16 +101,16 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, fe
     backward pass: x (feedforward) or the unscaled output. Under autocast x, weight and bias are cast first. Raises
     ValueError or TypeError naming the argument that does not fit.
     """
-    if type(feedforward) is bool and (call := inference.call(x, weight, bias, ia3_l)):
-        if call == "training":
-            with suppress(inference.Declined):
+    if type(feedforward) is bool and (mode := native_calls.mode(x, weight, bias, ia3_l)):
+        if mode == "training":
+            with suppress(native_calls.Declined):
                 return _IA3.apply(x, weight, bias, ia3_l, feedforward, True)
-        elif (y := inference.ia3(x, weight, bias, ia3_l, feedforward, False)[0]) is not None:
+        elif (y := native_calls.ia3_call(x, weight, bias, ia3_l, feedforward, False)[0]) is not None:
             return y
     op = "ia3_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
-        cast = autocast(x, weight, bias)
+        cast = cast_for_autocast(x, weight, bias)
         with autocast_off(x):
             return ia3_linear(*cast, ia3_l, feedforward)
     checks.linear(op, x, weight, bias)

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from . import checks, dispatch, inference, reference
-from .rows import (
+from . import checks, dispatch, native_calls, reference
+from .arguments import (
     as_rows,
-    autocast,
     autocast_off,
     autocasting,
+    cast_for_autocast,
     dropout_seed,
     first_order,
     needs_gradient,
@@ -38,9 +38,9 @@ def _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 def _gradients(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B, shape, backend):
     """(dx, dlora_A, dlora_B), where they are needed."""
-    if backend in (None, "cpu") and inference.call(dy, x, weight, lora_A, lora_B, seed, s):
+    if backend in (None, "cpu") and native_calls.mode(dy, x, weight, lora_A, lora_B, seed, s):
         arguments = dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s
-        found = inference.lora_gradients(*arguments, need_x, need_A, need_B)
+        found = native_calls.lora_gradients(*arguments, need_x, need_A, need_B)
         if any([gradient is not None for gradient in found]):
             return found
     rows, x_rows = as_rows(dy), None if x is None else as_rows(x)
@@ -61,10 +61,10 @@ class _LoRA(Function):
         if weight is None:
             ctx.mark_dirty(y)
         if unchecked:
-            y, s = inference.lora_training(x, weight, bias, lora_A, lora_B, scaling)
+            y, s = native_calls.lora_call_with_s(x, weight, bias, lora_A, lora_B, scaling)
             backend = dispatch.forced_backend()
             if y is None:
-                raise inference.Declined
+                raise native_calls.Declined
         else:
             y, s, backend = _forward(y, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _, _, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
@@ -115,17 +115,17 @@ def lora_linear(
     if (
         type(scaling) is type(dropout_p) is float
         and dropout_p == 0.0
-        and (call := inference.call(x, weight, bias, lora_A, lora_B))
+        and (mode := native_calls.mode(x, weight, bias, lora_A, lora_B))
     ):
-        if call == "training":
-            with suppress(inference.Declined):
+        if mode == "training":
+            with suppress(native_calls.Declined):
                 return _LoRA.apply(None, x, weight, bias, lora_A, lora_B, scaling, 0.0, None, True)
-        elif (y := inference.lora(x, weight, bias, lora_A, lora_B, scaling)) is not None:
+        elif (y := native_calls.lora_call(x, weight, bias, lora_A, lora_B, scaling)) is not None:
             return y
     op = "lora_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
-        cast = autocast(x, weight, bias)
+        cast = cast_for_autocast(x, weight, bias)
         with autocast_off(x):
             return lora_linear(*cast, lora_A, lora_B, scaling, dropout_p)
     checks.linear(op, x, weight, bias)
@@ -149,9 +149,9 @@ def lora_delta_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     if (
         type(scaling) is type(dropout_p) is float
         and dropout_p == 0.0
-        and inference.call(y, x, lora_A, lora_B) == "inference"
-        and inference.writable(y)
-        and inference.lora_(y, x, lora_A, lora_B, scaling)
+        and native_calls.mode(y, x, lora_A, lora_B) == "inference"
+        and native_calls.writable(y)
+        and native_calls.lora_call_(y, x, lora_A, lora_B, scaling)
     ):
         increment_version(y)
         return y

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, dispatch, reference
-from .rows import (
+from .arguments import (
     as_rows,
-    autocast,
     autocast_off,
     autocasting,
+    cast_for_autocast,
     dropout_seed,
     first_order,
     needs_gradient,
@@ -113,7 +113,7 @@ def lora_linear_group(
     for name, values in members.items():
         checks.entries(op, name, values, len(weights), "weights")
     if autocasting(x):
-        x, *cast = autocast(x, *weights, *biases)
+        x, *cast = cast_for_autocast(x, *weights, *biases)
         weights, biases = cast[: len(weights)], cast[len(weights) :]
         with autocast_off(x):
             return lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p)

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from . import checks, dispatch, host, inference, reference
-from .rows import (
+from . import checks, dispatch, host, native_calls, reference
+from .arguments import (
     as_rows,
-    autocast,
     autocast_off,
     autocasting,
+    cast_for_autocast,
     first_order,
     needs_gradient,
     shaped,
@@ -153,14 +153,14 @@ def multi_lora_linear(
     tensors = x, weight, bias, lora_A, lora_B, order, segments, scalings, ranks
     if (
         scaling is not None
-        and inference.call(*tensors) == "inference"
-        and (y := inference.multi_lora(*tensors[:-1], number, ranks)) is not None
+        and native_calls.mode(*tensors) == "inference"
+        and (y := native_calls.multi_lora_call(*tensors[:-1], number, ranks)) is not None
     ):
         return y
     op = "multi_lora_linear"
     checks.floating(op, "x", x)
     if autocasting(x):
-        cast = autocast(x, weight, bias)
+        cast = cast_for_autocast(x, weight, bias)
         with autocast_off(x):
             return multi_lora_linear(*cast, lora_A, lora_B, slots, scaling, ranks)
     checks.linear(op, x, weight, bias)
@@ -204,9 +204,9 @@ def multi_lora(
     scalings, number = (None, scaling) if type(scaling) is float else (scaling, 0.0)
     if (
         scaling is not None
-        and inference.call(y, x, lora_A, lora_B, order, segments, scalings, ranks) == "inference"
-        and inference.writable(y)
-        and inference.multi_lora_(y, x, lora_A, lora_B, order, segments, scalings, number, ranks)
+        and native_calls.mode(y, x, lora_A, lora_B, order, segments, scalings, ranks) == "inference"
+        and native_calls.writable(y)
+        and native_calls.multi_lora_call_(y, x, lora_A, lora_B, order, segments, scalings, number, ranks)
     ):
         increment_version(y)
         return y

@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -6,6 +5,7 @@
 #include <string>
 
 #include "ops/cpu/base.h"
+#include "ops/cpu/by_sums.h"
 #include "ops/cpu/lowrank.h"
 
 namespace pyfastpeft {
@@ -77,9 +77,10 @@ void add_scaled(Rows residual, Rows branch, C scaling, const C* shift, Rows out,
 }
 
 template <class C>
-void forward(const Tensor& x, const Tensor& residual, const Tensor& down, const OptionalTensor& down_bias,
-             const Tensor& up, const OptionalTensor& up_bias, double scaling, Activation activation, Tensor& y,
-             Tensor& s) {
+void bottleneck_forward(const Tensor& x, const Tensor& residual, const Tensor& down, const OptionalTensor& down_bias,
+                        const Tensor& up, const OptionalTensor& up_bias, double scaling, const std::string& name,
+                        Tensor& y, Tensor& s) {
+  Activation activation = activation_of(name);
   int64_t m = x.size(0), rank = down.size(0), n = up.size(0);
   auto branch = single<C>(down, up, scaling, m, 0, std::nullopt);
   Rows in = rows_of(x, m, branch.features_in, "x");
@@ -105,9 +106,10 @@ void forward(const Tensor& x, const Tensor& residual, const Tensor& down, const 
 }
 
 template <class C>
-void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& down, const OptionalTensor& down_bias,
-              const Tensor& up, double scaling, Activation activation, const Tensor& s, bool serial, OptionalTensor& dx,
-              OptionalTensor& ddown, OptionalTensor& ddown_bias, OptionalTensor& dup) {
+void bottleneck_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& down, const OptionalTensor& down_bias,
+                         const Tensor& up, double scaling, const std::string& name, const Tensor& s, bool serial,
+                         OptionalTensor& dx, OptionalTensor& ddown, OptionalTensor& ddown_bias, OptionalTensor& dup) {
+  Activation activation = activation_of(name);
   int64_t m = dy.size(0), rank = down.size(0), k = down.size(1), n = up.size(0);
   auto branch = single<C>(down, up, scaling, m, 0, std::nullopt);
   branch.adapters[0].da = rows_of(ddown, rank, k, "ddown");
@@ -158,25 +160,11 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& down, con
     kernel.narrow(dtype_of(*ddown_bias, "ddown_bias"), sum.get(), contiguous(*ddown_bias, {rank}, "ddown_bias"), rank);
 }
 
-void bottleneck_forward(const Tensor& x, const Tensor& residual, const Tensor& down, const OptionalTensor& down_bias,
-                        const Tensor& up, const OptionalTensor& up_bias, double scaling, std::string activation,
-                        Tensor& y, Tensor& s) {
-  auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  run(x, residual, down, down_bias, up, up_bias, scaling, activation_of(activation), y, s);
-}
-
-void bottleneck_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& down, const OptionalTensor& down_bias,
-                         const Tensor& up, double scaling, std::string activation, const Tensor& s, bool serial,
-                         OptionalTensor dx, OptionalTensor ddown, OptionalTensor ddown_bias, OptionalTensor dup) {
-  auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(dy, x, down, down_bias, up, scaling, activation_of(activation), s, serial, dx, ddown, ddown_bias, dup);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
-  m.impl("bottleneck_forward", TORCH_BOX(&bottleneck_forward));
-  m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
+  m.impl("bottleneck_forward", BOX_BY_SUMS(bottleneck_forward));
+  m.impl("bottleneck_backward", BOX_BY_SUMS(bottleneck_backward));
 }
 
 }  // namespace pyfastpeft

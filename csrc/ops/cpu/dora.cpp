@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -7,6 +6,7 @@
 #include <tuple>
 
 #include "ops/cpu/base.h"
+#include "ops/cpu/by_sums.h"
 #include "ops/cpu/lowrank.h"
 #include "ops/cpu/scale.h"
 
@@ -23,8 +23,8 @@ Buffer<C> product(Rows in, int64_t rows, Rows a, int64_t rank, int64_t k) {
 }
 
 template <class C>
-void norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-          const OptionalTensor& weight_norm_squared, Tensor& norm) {
+void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+               const OptionalTensor& weight_norm_squared, Tensor& norm) {
   int64_t n = weight.size(0), k = weight.size(1), rank = lora_A.size(0);
   Rows w = rows_of(weight, n, k, "weight"), a = rows_of(lora_A, rank, k, "lora_A"), b = rows_of(lora_B, n, rank, "lora_B");
   check_adapters<C>(a.dtype, b.dtype);
@@ -61,9 +61,9 @@ void norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, doub
 }
 
 template <class C>
-void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-             const Tensor& lora_B, const Tensor& scale, double scaling, double p, const OptionalTensor& seed, Tensor& y,
-             Tensor& s, const OptionalTensor& unscaled) {
+void dora_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                  const Tensor& lora_B, const Tensor& scale, double scaling, double p, const OptionalTensor& seed,
+                  Tensor& y, Tensor& s, const OptionalTensor& unscaled) {
   int64_t m = x.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
   auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
   Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y"), product = rows_of(unscaled, m, n, "unscaled");
@@ -92,10 +92,10 @@ void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
 }
 
 template <class C>
-void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A,
-              const Tensor& lora_B, const Tensor& scale, double scaling, double p, const OptionalTensor& seed,
-              const OptionalTensor& s, const OptionalTensor& unscaled, OptionalTensor& dx, OptionalTensor& dlora_A,
-              OptionalTensor& dlora_B, const OptionalTensor& dscale) {
+void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A,
+                   const Tensor& lora_B, const Tensor& scale, double scaling, double p, const OptionalTensor& seed,
+                   const OptionalTensor& s, const OptionalTensor& unscaled, OptionalTensor& dx,
+                   OptionalTensor& dlora_A, OptionalTensor& dlora_B, const OptionalTensor& dscale) {
   int64_t m = dy.size(0), k = lora_A.size(1), n = lora_B.size(0), rank = lora_A.size(0);
   const auto& kernel = kernels<C>();
   STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
@@ -152,9 +152,10 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
 // (y, s, unscaled, scale, norm); none where the call is out of the ordinary.
 // y: [..., N];  s: [M, r];  unscaled: [M, N], where it is wanted;  scale = magnitude / norm, norm: [N]
 template <class C>
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> call(
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_call(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& magnitude, double scaling, bool keep_unscaled) {
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B) || !on_cpu(magnitude)) return {};
   constexpr bool wide = sizeof(C) == 8;
   Rows in = separate_rows(x);
   auto dtype = float_dtype(magnitude);
@@ -166,23 +167,24 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   Tensor length = torch::stable::new_empty(x, {n}, summed), scale = torch::stable::new_empty(x, {n}, summed);
   OptionalTensor unscaled;
   if (keep_unscaled) unscaled = torch::stable::new_empty(x, {m, n});
-  norm<C>(weight, lora_A, lora_B, scaling, {}, length);
+  dora_norm<C>(weight, lora_A, lora_B, scaling, {}, length);
   auto wanted = widened<C>(magnitude, n, "magnitude");
   const C* found = sums<C>(length, {n}, "norm");
   for (int64_t i = 0; i < n; ++i) wanted[i] /= found[i];
   std::copy_n(wanted.get(), n, sums<C>(scale, {n}, "scale"));
-  forward<C>(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scale, scaling, 0, {}, out, s, unscaled);
+  dora_forward<C>(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scale, scaling, 0, {}, out, s, unscaled);
   return {y, s, unscaled, scale, length};
 }
 
 // (dx, dlora_A, dlora_B, dmagnitude), of those that are wanted; none where dy or x is out of the ordinary.
 // dy: [..., N];  x: [..., K];  dx: [..., K], dmagnitude: [N], out
 template <class C>
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> gradients(
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_gradients(
     const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& scale, const Tensor& norm, double scaling, double p, const OptionalTensor& seed,
     const OptionalTensor& s, const OptionalTensor& unscaled, bool need_x, bool need_A, bool need_B,
     bool need_magnitude) {
+  if (!on_cpu(dy)) return {};
   Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
   if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
   int64_t n = lora_B.size(0), k = lora_A.size(1), m = dy.numel() / n;
@@ -192,8 +194,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> gradi
   if (need_A) dlora_A = torch::stable::new_empty(lora_A, lora_A.sizes());
   if (need_B) dlora_B = torch::stable::new_empty(lora_B, lora_B.sizes());
   if (need_magnitude) dmagnitude = torch::stable::new_empty(scale, {n});
-  backward<C>(as_matrix(dy, m, n, gradient.stride), rows, weight, lora_A, lora_B, scale, scaling, p, seed, s, unscaled,
-              out, dlora_A, dlora_B, dmagnitude);
+  dora_backward<C>(as_matrix(dy, m, n, gradient.stride), rows, weight, lora_A, lora_B, scale, scaling, p, seed, s,
+                   unscaled, out, dlora_A, dlora_B, dmagnitude);
   if (need_magnitude) {
     C* to = sums<C>(*dmagnitude, {n}, "dmagnitude");
     const C* lengths = sums<C>(norm, {n}, "norm");
@@ -202,57 +204,17 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> gradi
   return {dx, dlora_A, dlora_B, dmagnitude};
 }
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_call(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& magnitude, double scaling, bool keep_unscaled) {
-  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B) || !on_cpu(magnitude)) return {};
-  auto run = x.scalar_type() == ScalarType::Double ? call<double> : call<float>;
-  return run(x, weight, bias, lora_A, lora_B, magnitude, scaling, keep_unscaled);
-}
-
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_gradients(
-    const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& scale, const Tensor& norm, double scaling, double dropout_p, const OptionalTensor& seed,
-    const OptionalTensor& s, const OptionalTensor& unscaled, bool need_x, bool need_A, bool need_B,
-    bool need_magnitude) {
-  if (!on_cpu(dy)) return {};
-  auto run = dy.scalar_type() == ScalarType::Double ? gradients<double> : gradients<float>;
-  return run(dy, x, weight, lora_A, lora_B, scale, norm, scaling, dropout_p, seed, s, unscaled, need_x, need_A, need_B,
-             need_magnitude);
-}
-
-void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-               const OptionalTensor& weight_norm_squared, Tensor& out) {
-  auto run = weight.scalar_type() == ScalarType::Double ? norm<double> : norm<float>;
-  run(weight, lora_A, lora_B, scaling, weight_norm_squared, out);
-}
-
-void dora_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                  const Tensor& lora_B, const Tensor& scale, double scaling, double dropout_p,
-                  const OptionalTensor& seed, Tensor& y, Tensor& s, OptionalTensor unscaled) {
-  auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  run(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, y, s, unscaled);
-}
-
-void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A,
-                   const Tensor& lora_B, const Tensor& scale, double scaling, double dropout_p,
-                   const OptionalTensor& seed, const OptionalTensor& s, const OptionalTensor& unscaled,
-                   OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B, OptionalTensor dscale) {
-  auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(dy, x, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled, dx, dlora_A, dlora_B, dscale);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
-  m.impl("dora_norm", TORCH_BOX(&dora_norm));
-  m.impl("dora_forward", TORCH_BOX(&dora_forward));
-  m.impl("dora_backward", TORCH_BOX(&dora_backward));
+  m.impl("dora_norm", BOX_BY_SUMS(dora_norm));
+  m.impl("dora_forward", BOX_BY_SUMS(dora_forward));
+  m.impl("dora_backward", BOX_BY_SUMS(dora_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("dora_call", TORCH_BOX(&dora_call));
-  m.impl("dora_gradients", TORCH_BOX(&dora_gradients));
+  m.impl("dora_call", BOX_BY_SUMS(dora_call));
+  m.impl("dora_gradients", BOX_BY_SUMS(dora_gradients));
 }
 
 }  // namespace pyfastpeft

@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -6,6 +5,7 @@
 #include <tuple>
 
 #include "ops/cpu/base.h"
+#include "ops/cpu/by_sums.h"
 #include "ops/cpu/scale.h"
 
 namespace pyfastpeft {
@@ -13,8 +13,8 @@ namespace pyfastpeft {
 namespace {
 
 template <class C>
-void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l, bool feedforward,
-             Tensor& y, const OptionalTensor& base) {
+void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l,
+                 bool feedforward, Tensor& y, const OptionalTensor& base) {
   int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y"), product = rows_of(base, m, n, "base");
   check_weight(weight, n, k, in.dtype);
@@ -53,8 +53,8 @@ void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
 }
 
 template <class C>
-void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& ia3_l, bool feedforward,
-              const OptionalTensor& base, OptionalTensor& dx, const OptionalTensor& dia3_l) {
+void ia3_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& ia3_l,
+                  bool feedforward, const OptionalTensor& base, OptionalTensor& dx, const OptionalTensor& dia3_l) {
   int64_t m = dy.size(0), n = weight.size(0), k = weight.size(1);
   int64_t features = feedforward ? k : n;
   STD_TORCH_CHECK(!dia3_l || (feedforward ? x : base), "dia3_l needs ", feedforward ? "x" : "base");
@@ -103,9 +103,10 @@ void backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, c
 
 // (dx, dia3_l), of those that are wanted; neither where the call is out of the ordinary. dx [..., K];  dia3_l as ia3_l
 template <class C>
-std::tuple<OptionalTensor, OptionalTensor> gradients(const Tensor& dy, const OptionalTensor& x, const Tensor& weight,
-                                                     const Tensor& ia3_l, bool feedforward, const OptionalTensor& base,
-                                                     bool need_x, bool need_l) {
+std::tuple<OptionalTensor, OptionalTensor> ia3_gradients(const Tensor& dy, const OptionalTensor& x,
+                                                         const Tensor& weight, const Tensor& ia3_l, bool feedforward,
+                                                         const OptionalTensor& base, bool need_x, bool need_l) {
+  if (!on_cpu(dy)) return {};
   Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
   if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
   int64_t n = weight.size(0), k = weight.size(1), m = dy.numel() / n;
@@ -113,28 +114,15 @@ std::tuple<OptionalTensor, OptionalTensor> gradients(const Tensor& dy, const Opt
   if (x) rows = as_matrix(*x, m, k, in.stride);
   if (need_x) dx = empty_rows(dy, k), out = as_matrix(*dx, m, k, k);
   if (need_l) dl = torch::stable::new_empty(ia3_l, ia3_l.sizes());
-  backward<C>(as_matrix(dy, m, n, gradient.stride), rows, weight, ia3_l, feedforward, base, out, dl);
+  ia3_backward<C>(as_matrix(dy, m, n, gradient.stride), rows, weight, ia3_l, feedforward, base, out, dl);
   return {dx, dl};
-}
-
-std::tuple<OptionalTensor, OptionalTensor> ia3_gradients(const Tensor& dy, const OptionalTensor& x,
-                                                         const Tensor& weight, const Tensor& ia3_l, bool feedforward,
-                                                         const OptionalTensor& base, bool need_x, bool need_l) {
-  if (!on_cpu(dy)) return {};
-  auto run = dy.scalar_type() == ScalarType::Double ? gradients<double> : gradients<float>;
-  return run(dy, x, weight, ia3_l, feedforward, base, need_x, need_l);
-}
-
-void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& ia3_l,
-                 bool feedforward, Tensor& y, OptionalTensor base) {
-  auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  run(x, weight, bias, ia3_l, feedforward, y, base);
 }
 
 // (y, base), or none. y [..., N];  base, where it is wanted, [M, N]
 template <class C>
-std::tuple<OptionalTensor, OptionalTensor> call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                const Tensor& ia3_l, bool feedforward, bool keep_base) {
+std::tuple<OptionalTensor, OptionalTensor> ia3_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const Tensor& ia3_l, bool feedforward, bool keep_base) {
+  if (!on_cpu(x) || !on_cpu(ia3_l)) return {};
   Rows in = separate_rows(x);
   auto dtype = float_dtype(ia3_l);
   if (!linear(x, in, weight, bias) || !dtype) return {};
@@ -144,33 +132,20 @@ std::tuple<OptionalTensor, OptionalTensor> call(const Tensor& x, const Tensor& w
   Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);
   OptionalTensor base;
   if (keep_base) base = torch::stable::new_empty(x, {m, n});
-  forward<C>(as_matrix(x, m, k, in.stride), weight, bias, ia3_l, feedforward, out, base);
+  ia3_forward<C>(as_matrix(x, m, k, in.stride), weight, bias, ia3_l, feedforward, out, base);
   return {y, base};
-}
-
-std::tuple<OptionalTensor, OptionalTensor> ia3_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const Tensor& ia3_l, bool feedforward, bool keep_base) {
-  if (!on_cpu(x) || !on_cpu(ia3_l)) return {};
-  auto run = x.scalar_type() == ScalarType::Double ? call<double> : call<float>;
-  return run(x, weight, bias, ia3_l, feedforward, keep_base);
-}
-
-void ia3_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& ia3_l,
-                  bool feedforward, const OptionalTensor& base, OptionalTensor dx, OptionalTensor dia3_l) {
-  auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
-  m.impl("ia3_forward", TORCH_BOX(&ia3_forward));
-  m.impl("ia3_backward", TORCH_BOX(&ia3_backward));
+  m.impl("ia3_forward", BOX_BY_SUMS(ia3_forward));
+  m.impl("ia3_backward", BOX_BY_SUMS(ia3_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("ia3_call", TORCH_BOX(&ia3_call));
-  m.impl("ia3_gradients", TORCH_BOX(&ia3_gradients));
+  m.impl("ia3_call", BOX_BY_SUMS(ia3_call));
+  m.impl("ia3_gradients", BOX_BY_SUMS(ia3_gradients));
 }
 
 }  // namespace pyfastpeft

@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -6,8 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/cpu/layer.h"
-#include "ops/layers.h"
+#include "ops/cpu/adapted_linear.h"
+#include "ops/cpu/by_sums.h"
+#include "ops/lora_layers.h"
 
 namespace pyfastpeft {
 
@@ -21,22 +21,22 @@ Branch<C> shrinking(const Tensor& lora_A, int64_t tokens, double p, const Option
 }
 
 template <class C>
-Branch<C> expanding(const Layer& layer, Dtype dtype, int64_t tokens) {
+Branch<C> expanding(const LoraLayer& layer, Dtype dtype, int64_t tokens) {
   Rows b = rows_of(layer.lora_B, layer.features(), layer.rank(), "lora_B");
   check_adapters<C>(dtype, b.dtype);
   return {{{Rows{}, b, layer.rank(), layer.scaling, {nullptr, tokens}}}, 0, layer.features()};
 }
 
-void check_ranks(const std::vector<Layer>& layers, int64_t rank) {
+void check_ranks(const std::vector<LoraLayer>& layers, int64_t rank) {
   int64_t sum = 0;
-  for (const Layer& layer : layers) sum += layer.rank();
+  for (const LoraLayer& layer : layers) sum += layer.rank();
   STD_TORCH_CHECK(sum == rank, "the rows of lora_A must be as many as the columns of every lora_B");
 }
 
 // s = drop(x) A^T;  y = x W^T + bias + scaling * s B^T for every layer and its columns of s; without W, y += the rest.
 // lora_A: [R, K], R the sum of all ranks;  ys: of every layer [M, N], out;  s: [M, R], out
 template <class C>
-void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lora_A, double p,
+void forward(const Tensor& x, const std::vector<LoraLayer>& layers, const Tensor& lora_A, double p,
              const OptionalTensor& seed, const std::vector<Tensor>& ys, C* s) {
   int64_t m = x.size(0), k = lora_A.size(1), ranks = lora_A.size(0);
   check_ranks(layers, ranks);
@@ -47,12 +47,12 @@ void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lo
   if (upcast) convert(in, wide.rows(), m, k);
   shrink<C>(stack, upcast ? wide.rows() : in, s, ranks);
   for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
+    const LoraLayer& layer = layers[i];
     int64_t n = layer.features();
     auto branch = expanding<C>(layer, stack.adapters[0].a.dtype, m);
     Tensor y = ys[i];
     if (layer.weight) {
-      layer_forward<C>(x, wide, *layer.weight, layer.bias, branch, s, ranks, y);
+      adapted_linear<C>(x, wide, *layer.weight, layer.bias, branch, s, ranks, y);
     } else {
       expand<C>(branch, s, ranks, rows_of(y, m, n, "y"), 0, n);
     }
@@ -64,7 +64,7 @@ void forward(const Tensor& x, const std::vector<Layer>& layers, const Tensor& lo
 // dx = the sum of dy W + drop'(ds A), without W the second term alone: what is wanted of these.
 // dys: of every layer [M, N];  lora_A, s as in forward;  out: dx [M, K], dlora_A [R, K], dlora_Bs of every layer or none
 template <class C>
-void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Layer>& layers,
+void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<LoraLayer>& layers,
               const Tensor& lora_A, double p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor& dx,
               OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs) {
   int64_t m = dys[0].size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
@@ -80,7 +80,7 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   Buffer<float> sum(upcast ? m : 0, k);
   Buffer<C> ds(dx || dlora_A ? m : 0, ranks);
   for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
+    const LoraLayer& layer = layers[i];
     int64_t n = layer.features();
     auto branch = expanding<C>(layer, stack.adapters[0].a.dtype, m);
     if (!dlora_Bs.empty()) branch.adapters[0].db = rows_of(dlora_Bs[i], n, layer.rank(), "dlora_B");
@@ -105,58 +105,50 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   if (upcast) convert(to, out, m, k);
 }
 
+template <class C>
 void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                  const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
-                  Tensor& s) {
-  int64_t m = x.size(0), rank = lora_A.size(0);
-  std::vector<Layer> layers{{weight, bias, lora_B, scaling}};
-  if (x.scalar_type() == ScalarType::Double) {
-    forward(x, layers, lora_A, dropout_p, seed, {y}, sums<double>(s, {m, rank}, "s"));
-  } else {
-    forward(x, layers, lora_A, dropout_p, seed, {y}, sums<float>(s, {m, rank}, "s"));
-  }
+                  const Tensor& lora_B, double scaling, double p, const OptionalTensor& seed, Tensor& y, Tensor& s) {
+  C* shrunk = sums<C>(s, {x.size(0), lora_A.size(0)}, "s");
+  forward(x, {{weight, bias, lora_B, scaling}}, lora_A, p, seed, {y}, shrunk);
 }
 
+template <class C>
 void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
-                   const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed,
-                   const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B) {
-  auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+                   const Tensor& lora_B, double scaling, double p, const OptionalTensor& seed, const OptionalTensor& s,
+                   OptionalTensor& dx, OptionalTensor& dlora_A, const OptionalTensor& dlora_B) {
   std::vector<Tensor> dlora_Bs;
   if (dlora_B) dlora_Bs.push_back(*dlora_B);
-  run({dy}, x, {{weight, std::nullopt, lora_B, scaling}}, lora_A, dropout_p, seed, s, dx, dlora_A, dlora_Bs);
+  backward<C>({dy}, x, {{weight, std::nullopt, lora_B, scaling}}, lora_A, p, seed, s, dx, dlora_A, dlora_Bs);
 }
 
+template <class C>
 void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
                         const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
-                        double dropout_p, const OptionalTensor& seed, const std::vector<Tensor>& ys, Tensor& s) {
-  int64_t m = x.size(0), ranks = lora_A.size(0);
-  auto layers = layers_of(weights, biases, lora_Bs, scalings);
+                        double p, const OptionalTensor& seed, const std::vector<Tensor>& ys, Tensor& s) {
+  auto layers = lora_layers(weights, biases, lora_Bs, scalings);
   STD_TORCH_CHECK(ys.size() == layers.size(), "ys must hold one tensor for each layer");
-  if (x.scalar_type() == ScalarType::Double) {
-    forward(x, layers, lora_A, dropout_p, seed, ys, sums<double>(s, {m, ranks}, "s"));
-  } else {
-    forward(x, layers, lora_A, dropout_p, seed, ys, sums<float>(s, {m, ranks}, "s"));
-  }
+  forward(x, layers, lora_A, p, seed, ys, sums<C>(s, {x.size(0), lora_A.size(0)}, "s"));
 }
 
+template <class C>
 void lora_group_backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Tensor>& weights,
                          const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
-                         double dropout_p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor dx,
-                         OptionalTensor dlora_A, const std::vector<Tensor>& dlora_Bs) {
-  auto layers = layers_of(weights, {}, lora_Bs, scalings);
+                         double p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor& dx,
+                         OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs) {
+  auto layers = lora_layers(weights, {}, lora_Bs, scalings);
   STD_TORCH_CHECK(dys.size() == layers.size() && (dlora_Bs.empty() || dlora_Bs.size() == layers.size()),
                   "dys and dlora_Bs must hold one tensor for each layer");
-  auto run = dys[0].scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(dys, x, layers, lora_A, dropout_p, seed, s, dx, dlora_A, dlora_Bs);
+  backward<C>(dys, x, layers, lora_A, p, seed, s, dx, dlora_A, dlora_Bs);
 }
 
 // (dx, dlora_A, dlora_B), of those that are wanted; none where dy or x is out of the ordinary.
 // dy: [..., N];  x: [..., K];  dx: [..., K], out
 template <class C>
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gradients(
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> lora_gradients(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     double scaling, double p, const OptionalTensor& seed, const OptionalTensor& s, bool need_x, bool need_A,
     bool need_B) {
+  if (!on_cpu(dy)) return {};
   Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
   if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
   int64_t n = lora_B.size(0), k = lora_A.size(1), m = dy.numel() / n;
@@ -171,19 +163,11 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gradients(
   return {dx, dlora_A, dlora_B};
 }
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> lora_gradients(
-    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    double scaling, double dropout_p, const OptionalTensor& seed, const OptionalTensor& s, bool need_x, bool need_A,
-    bool need_B) {
-  if (!on_cpu(dy)) return {};
-  auto run = dy.scalar_type() == ScalarType::Double ? gradients<double> : gradients<float>;
-  return run(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B);
-}
-
-// y [..., N], or none.  s: where given, made [M, r] for the backward pass.
+// y [..., N], or none where the call is out of the ordinary.  s: where given, made [M, r] for the backward pass.
 template <class C>
 OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                     const Tensor& lora_B, double scaling, OptionalTensor* s) {
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
   Rows in = separate_rows(x);
   if (!linear(x, in, weight, bias) || !low_rank<C>(x, in, lora_A, lora_B, weight.size(0))) return {};
   int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k, rank = lora_A.size(0);
@@ -196,7 +180,22 @@ OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor&
 }
 
 template <class C>
-bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+OptionalTensor lora_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                         const Tensor& lora_B, double scaling) {
+  return call<C>(x, weight, bias, lora_A, lora_B, scaling, nullptr);
+}
+
+template <class C>
+std::tuple<OptionalTensor, OptionalTensor> lora_call_with_s(const Tensor& x, const Tensor& weight,
+                                                            const OptionalTensor& bias, const Tensor& lora_A,
+                                                            const Tensor& lora_B, double scaling) {
+  OptionalTensor s, y = call<C>(x, weight, bias, lora_A, lora_B, scaling, &s);
+  return {y, s};
+}
+
+template <class C>
+bool lora_call_(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
   Rows in = separate_rows(x), out = separate_rows(y);
   if (!out || out.dtype != in.dtype) return false;
   int64_t n = y.size(-1), m = y.numel() / n;
@@ -211,46 +210,20 @@ bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, cons
   return true;
 }
 
-OptionalTensor lora_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                         const Tensor& lora_B, double scaling, OptionalTensor* s) {
-  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
-  auto run = x.scalar_type() == ScalarType::Double ? call<double> : call<float>;
-  return run(x, weight, bias, lora_A, lora_B, scaling, s);
-}
-
-OptionalTensor lora_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                              const Tensor& lora_B, double scaling) {
-  return lora_call(x, weight, bias, lora_A, lora_B, scaling, nullptr);
-}
-
-std::tuple<OptionalTensor, OptionalTensor> lora_training(const Tensor& x, const Tensor& weight,
-                                                         const OptionalTensor& bias, const Tensor& lora_A,
-                                                         const Tensor& lora_B, double scaling) {
-  OptionalTensor s, y = lora_call(x, weight, bias, lora_A, lora_B, scaling, &s);
-  return {y, s};
-}
-
-bool lora_inference_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-                         double scaling) {
-  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
-  auto run = x.scalar_type() == ScalarType::Double ? infer_in_place<double> : infer_in_place<float>;
-  return run(y, x, lora_A, lora_B, scaling);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
-  m.impl("lora_forward", TORCH_BOX(&lora_forward));
-  m.impl("lora_backward", TORCH_BOX(&lora_backward));
-  m.impl("lora_group_forward", TORCH_BOX(&lora_group_forward));
-  m.impl("lora_group_backward", TORCH_BOX(&lora_group_backward));
+  m.impl("lora_forward", BOX_BY_SUMS(lora_forward));
+  m.impl("lora_backward", BOX_BY_SUMS(lora_backward));
+  m.impl("lora_group_forward", BOX_BY_SUMS(lora_group_forward));
+  m.impl("lora_group_backward", BOX_BY_SUMS(lora_group_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("lora_inference", TORCH_BOX(&lora_inference));
-  m.impl("lora_training", TORCH_BOX(&lora_training));
-  m.impl("lora_gradients", TORCH_BOX(&lora_gradients));
-  m.impl("lora_inference_", TORCH_BOX(&lora_inference_in_place));
+  m.impl("lora_call", BOX_BY_SUMS(lora_call));
+  m.impl("lora_call_with_s", BOX_BY_SUMS(lora_call_with_s));
+  m.impl("lora_gradients", BOX_BY_SUMS(lora_gradients));
+  m.impl("lora_call_", BOX_BY_SUMS(lora_call_));
 }
 
 }  // namespace pyfastpeft

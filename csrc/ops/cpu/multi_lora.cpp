@@ -1,11 +1,11 @@
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
 
 #include "group_tokens.h"
-#include "ops/cpu/layer.h"
+#include "ops/cpu/adapted_linear.h"
+#include "ops/cpu/by_sums.h"
 
 namespace pyfastpeft {
 
@@ -78,24 +78,24 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   Buffer<float> wide(upcast ? tokens : 0, k);
   if (upcast) convert(in, wide.rows(), tokens, k);
   shrink<C>(branch, upcast ? wide.rows() : in, s, rank);
-  if (weight) return layer_forward<C>(x, wide, *weight, bias, branch, s, rank, y);
+  if (weight) return adapted_linear<C>(x, wide, *weight, bias, branch, s, rank, y);
   expand<C>(branch, s, rank, rows_of(y, tokens, branch.features_out, "y"), 0, branch.features_out);
 }
 
 template <class C>
-void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-             const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
-             const Tensor& segments, Tensor& y, Tensor& s) {
+void multi_lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                        const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+                        const Tensor& segments, Tensor& y, Tensor& s) {
   int64_t tokens = x.size(0), rank = lora_A.size(1);
   auto branch = grouped<C>(lora_A, lora_B, scaling, ranks, order, segments, tokens);
   forward<C>(x, weight, bias, branch, rank, y, sums<C>(s, {tokens, rank}, "s"));
 }
 
 template <class C>
-void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
-              const Tensor& lora_B,
-              const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order, const Tensor& segments,
-              const OptionalTensor& s, OptionalTensor& dx, OptionalTensor& dlora_A, OptionalTensor& dlora_B) {
+void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+                         const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
+                         const Tensor& segments, const OptionalTensor& s, OptionalTensor& dx, OptionalTensor& dlora_A,
+                         OptionalTensor& dlora_B) {
   int64_t tokens = dy.size(0), count = lora_A.size(0), rank = lora_A.size(1);
   auto branch = grouped<C>(lora_A, lora_B, scaling, ranks, order, segments, tokens);
   int64_t k = branch.features_in, n = branch.features_out;
@@ -137,24 +137,6 @@ void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& w
   Rows to = upcast ? sum.rows() : out;
   backward<C>(branch, gradient, rows_of(x, tokens, k, "x"), shrunk, rank, base ? to : Rows{}, to);
   if (upcast) convert(to, out, tokens, k);
-}
-
-void multi_lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                        const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
-                        const Tensor& segments, Tensor& y, Tensor& s) {
-  if (x.scalar_type() == ScalarType::Double) {
-    forward<double>(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s);
-  } else {
-    forward<float>(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s);
-  }
-}
-
-void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
-                         const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& ranks, const Tensor& order,
-                         const Tensor& segments, const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A,
-                         OptionalTensor dlora_B) {
-  auto run = dy.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  run(dy, x, weight, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B);
 }
 
 // What an ordinary call gives besides its matrices.
@@ -199,12 +181,16 @@ bool ordinary(const Rows& in, int64_t tokens, int64_t k, int64_t n, const Tensor
 }
 
 template <class C>
-bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Given& given) {
+bool multi_lora_call_(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
+                      const OptionalTensor& segments, const OptionalTensor& scalings, double scaling,
+                      const OptionalTensor& ranks) {
+  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
   Rows in = separate_rows(x), out = separate_rows(y);
   if (!in || !out || in.dtype != out.dtype || !same_lead(x, y)) return false;
   int64_t k = x.size(-1), n = y.size(-1), tokens = x.numel() / k;
   for (const Tensor* other : {&x, &lora_A, &lora_B})
     if (!apart(out, tokens, n, *other)) return false;
+  Given given{slots, segments, scalings, scaling, ranks};
   return ordinary<C>(in, tokens, k, n, lora_A, lora_B, given, [&](const Branch<C>& branch, int64_t rank) {
     std::unique_ptr<C[]> shrunk(new C[tokens * rank]);
     shrink<C>(branch, in, shrunk.get(), rank);
@@ -214,12 +200,15 @@ bool infer_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, cons
 
 // y [..., N], or none.
 template <class C>
-OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                     const Tensor& lora_B, const Given& given) {
+OptionalTensor multi_lora_call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                               const Tensor& lora_B, const Tensor& slots, const OptionalTensor& segments,
+                               const OptionalTensor& scalings, double scaling, const OptionalTensor& ranks) {
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
   Rows in = separate_rows(x);
   if (!linear(x, in, weight, bias)) return {};
   int64_t n = weight.size(0), k = weight.size(1), tokens = x.numel() / k;
   OptionalTensor y;
+  Given given{slots, segments, scalings, scaling, ranks};
   ordinary<C>(in, tokens, k, n, lora_A, lora_B, given, [&](const Branch<C>& branch, int64_t rank) {
     y = empty_rows(x, n);
     Tensor out = as_matrix(*y, tokens, n, n);
@@ -227,23 +216,6 @@ OptionalTensor infer(const Tensor& x, const Tensor& weight, const OptionalTensor
     forward<C>(as_matrix(x, tokens, k, in.stride), weight, bias, branch, rank, out, shrunk.get());
   });
   return y;
-}
-
-OptionalTensor multi_lora_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                    const Tensor& lora_A, const Tensor& lora_B, const Tensor& slots,
-                                    const OptionalTensor& segments, const OptionalTensor& scalings, double scaling,
-                                    const OptionalTensor& ranks) {
-  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
-  auto run = x.scalar_type() == ScalarType::Double ? infer<double> : infer<float>;
-  return run(x, weight, bias, lora_A, lora_B, {slots, segments, scalings, scaling, ranks});
-}
-
-bool multi_lora_inference_in_place(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-                                   const Tensor& slots, const OptionalTensor& segments, const OptionalTensor& scalings,
-                                   double scaling, const OptionalTensor& ranks) {
-  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
-  auto run = x.scalar_type() == ScalarType::Double ? infer_in_place<double> : infer_in_place<float>;
-  return run(y, x, lora_A, lora_B, {slots, segments, scalings, scaling, ranks});
 }
 
 void group_tokens_cpu(const Tensor& slots, Tensor& order, Tensor& segments) {
@@ -258,14 +230,14 @@ std::string cpu_capability_string() { return cpu_capability(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
-  m.impl("multi_lora_forward", TORCH_BOX(&multi_lora_forward));
-  m.impl("multi_lora_backward", TORCH_BOX(&multi_lora_backward));
+  m.impl("multi_lora_forward", BOX_BY_SUMS(multi_lora_forward));
+  m.impl("multi_lora_backward", BOX_BY_SUMS(multi_lora_backward));
   m.impl("group_tokens", TORCH_BOX(&group_tokens_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
-  m.impl("multi_lora_inference", TORCH_BOX(&multi_lora_inference));
-  m.impl("multi_lora_inference_", TORCH_BOX(&multi_lora_inference_in_place));
+  m.impl("multi_lora_call", BOX_BY_SUMS(multi_lora_call));
+  m.impl("multi_lora_call_", BOX_BY_SUMS(multi_lora_call_));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability_string));
 }
 

@@ -13,7 +13,7 @@
 #include "ops/cuda/exact.h"
 #include "ops/cuda/gemm.h"
 #include "ops/cuda/runtime.h"
-#include "ops/layers.h"
+#include "ops/lora_layers.h"
 
 namespace pyfastpeft {
 
@@ -641,7 +641,7 @@ void multiply(const Place& place, const Gemm& it) {
 
 // Raises unless a layer is one of activations of this dtype with k features.
 template <class Type>
-void check_layer(const Layer& layer, int64_t k) {
+void check_layer(const LoraLayer& layer, int64_t k) {
   int64_t n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
   contiguous(layer.lora_B, {n, rank}, "lora_B");
   STD_TORCH_CHECK(layer.lora_B.scalar_type() == Type::factor_dtype, "every lora_B must be of lora_A's dtype");
@@ -657,7 +657,7 @@ void check_layer(const Layer& layer, int64_t k) {
 
 // y = x weight^T + bias + scaled lora_B^T, without weight y += the last term.  scaled: scaling * s, as `rounded` makes it
 template <class Type>
-void output(const Place& place, const Tensor& x, const Layer& layer, const Tensor& scaled, Tensor y) {
+void output(const Place& place, const Tensor& x, const LoraLayer& layer, const Tensor& scaled, Tensor y) {
   int64_t m = x.size(0), k = x.size(1), n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
   Activation16 in = activation(x, m, k, "x"), out = activation(y, m, n, "y");
   if (!layer.weight || !gemm_available()) {
@@ -686,7 +686,7 @@ void output(const Place& place, const Tensor& x, const Layer& layer, const Tenso
 // s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T for every layer and its columns of s.
 // lora_A: [R, K], R the sum of all ranks;  s: [M, R], out;  ys: of every layer [M, N], out
 template <class Type>
-void forward(const Tensor& x, const std::vector<Layer>& layers, Tensor lora_A, const Dropout& dropout,
+void forward(const Tensor& x, const std::vector<LoraLayer>& layers, Tensor lora_A, const Dropout& dropout,
              const std::vector<Tensor>& ys, Tensor& s) {
   using Factor = typename Type::Factor;
   int64_t m = x.size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
@@ -699,7 +699,7 @@ void forward(const Tensor& x, const std::vector<Layer>& layers, Tensor lora_A, c
   bool few = !dropout.seed && m <= kFusedTokens;
   std::vector<FusedLayer> fused;
   for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
+    const LoraLayer& layer = layers[i];
     int64_t rank = layer.lora_B.size(1);
     check_layer<Type>(layer, k);
     activation(ys[i], m, layer.lora_B.size(0), "y");
@@ -803,7 +803,7 @@ void sum_gradients(const Place& place, const std::vector<FactorGradient>& jobs) 
 // dlora_A = ds^T drop(x);  dx = the sum of dy weight + drop'(ds lora_A), without weight the second term alone.
 // dys: of every layer [M, N];  out: dx [M, K], dlora_A [R, K], dlora_Bs of every layer or none
 template <class Type>
-void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<Layer>& layers,
+void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<LoraLayer>& layers,
               const Tensor& lora_A, const Dropout& dropout, const OptionalTensor& s, OptionalTensor& dx,
               const OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs) {
   using Factor = typename Type::Factor;
@@ -821,7 +821,7 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   std::vector<Tensor> parts;  // of every factor's gradient
   std::vector<FactorGradient> jobs;
   for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
+    const LoraLayer& layer = layers[i];
     int64_t n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
     check_layer<Type>(layer, k);
     STD_TORCH_CHECK(first + rank <= ranks, "the rows of lora_A must be as many as the columns of every lora_B");
@@ -876,7 +876,7 @@ void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTens
 void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
                         const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
                         double dropout_p, const OptionalTensor& seed, const std::vector<Tensor>& ys, Tensor& s) {
-  auto layers = layers_of(weights, biases, lora_Bs, scalings);
+  auto layers = lora_layers(weights, biases, lora_Bs, scalings);
   STD_TORCH_CHECK(ys.size() == layers.size(), "ys must hold one tensor for each layer");
   with_types(x, lora_A, lora_Bs[0], [&](auto types) {
     forward<decltype(types)>(x, layers, lora_A, dropout_of(seed, dropout_p), ys, s);
@@ -887,7 +887,7 @@ void lora_group_backward(const std::vector<Tensor>& dys, const OptionalTensor& x
                          const Tensor& lora_A, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
                          double dropout_p, const OptionalTensor& seed, const OptionalTensor& s, OptionalTensor dx,
                          OptionalTensor dlora_A, const std::vector<Tensor>& dlora_Bs) {
-  auto layers = layers_of(weights, {}, lora_Bs, scalings);
+  auto layers = lora_layers(weights, {}, lora_Bs, scalings);
   STD_TORCH_CHECK(dys.size() == layers.size() && (dlora_Bs.empty() || dlora_Bs.size() == layers.size()),
                   "dys and dlora_Bs must hold one tensor for each layer");
   with_types(dys[0], lora_A, lora_Bs[0], [&](auto types) {

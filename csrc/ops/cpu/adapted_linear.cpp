@@ -1,4 +1,4 @@
-#include "ops/cpu/layer.h"
+#include "ops/cpu/adapted_linear.h"
 
 #include <algorithm>
 #include <memory>
@@ -6,8 +6,8 @@
 namespace pyfastpeft {
 
 template <class C>
-void layer_forward(const Tensor& x, const Buffer<float>& wide, const Tensor& weight, const OptionalTensor& bias,
-                   const Branch<C>& branch, const C* s, int64_t s_stride, Tensor& y) {
+void adapted_linear(const Tensor& x, const Buffer<float>& wide, const Tensor& weight, const OptionalTensor& bias,
+                    const Branch<C>& branch, const C* s, int64_t s_stride, Tensor& y) {
   int64_t m = x.size(0), n = branch.features_out;
   Dtype dtype = dtype_of(x, "x");
   check_weight(weight, n, x.size(1), dtype);
@@ -46,9 +46,9 @@ void input_gradient(const Buffer<float>& dy, int64_t m, const Tensor& weight, bo
   });
 }
 
-template void layer_forward(const Tensor&, const Buffer<float>&, const Tensor&, const OptionalTensor&,
-                            const Branch<float>&, const float*, int64_t, Tensor&);
-template void layer_forward(const Tensor&, const Buffer<float>&, const Tensor&, const OptionalTensor&,
-                            const Branch<double>&, const double*, int64_t, Tensor&);
+template void adapted_linear(const Tensor&, const Buffer<float>&, const Tensor&, const OptionalTensor&,
+                             const Branch<float>&, const float*, int64_t, Tensor&);
+template void adapted_linear(const Tensor&, const Buffer<float>&, const Tensor&, const OptionalTensor&,
+                             const Branch<double>&, const double*, int64_t, Tensor&);
 
 }  // namespace pyfastpeft

@@ -1,25 +1,25 @@
-"""Inference on the CPU, and single passes in training, in one native call that checks its arguments itself.
+"""One native call on the CPU for a whole op, or for one pass of it in training, that checks its arguments itself.
 
 If something about a call is unusual, the native op declines before it has written anything, and the op in Python takes
 over: its checks and messages, casts, copies and gradients. The result is the same either way, bit by bit.
 
-    lora(x, weight, bias, lora_A, lora_B, scaling)          y, or None: declined
-    lora_training(the same)                                 (y, s), or (None, None); only inside a Function
+    lora_call(x, weight, bias, lora_A, lora_B, scaling)     y, or None: declined
+    lora_call_with_s(the same)                              (y, s), or (None, None)
     lora_gradients(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B)
                                                             (dx, dlora_A, dlora_B) as wanted, or Nones
-    dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, keep_unscaled)
+    lora_call_(y, x, lora_A, lora_B, scaling)               whether it is done
+    dora_call(x, weight, bias, lora_A, lora_B, magnitude, scaling, keep_unscaled)
                                                             (y, s, unscaled or None, scale, norm), or Nones
     dora_gradients(dy, x, weight, lora_A, lora_B, scale, norm, scaling, dropout_p, seed, s, unscaled,
         need_x, need_A, need_B, need_magnitude)             (dx, dlora_A, dlora_B, dmagnitude) as wanted, or Nones
-    ia3(x, weight, bias, ia3_l, feedforward, keep_base)     (y, base or None), or (None, None)
+    ia3_call(x, weight, bias, ia3_l, feedforward, keep_base)         (y, base or None), or (None, None)
     ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)    (dx, dia3_l) as wanted, or (None, None)
-    lora_(y, x, lora_A, lora_B, scaling)                    whether it is done
-    multi_lora(x, weight, bias, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    y, or None
-    multi_lora_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    whether it is done
+    multi_lora_call(x, weight, bias, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    y, or None
+    multi_lora_call_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    whether it is done
 
-`multi_lora` and `multi_lora_` take a routing's order for `slots` where `segments` is given, and one number `scaling`
-where `scalings` is None. The native ops themselves decline under autocast, modes, transforms and traces, which have to
-see what the op consists of. All else that they cannot see is found by `call` and `writable` beforehand.
+`multi_lora_call` and `multi_lora_call_` take a routing's order for `slots` where `segments` is given, and one number
+`scaling` where `scalings` is None. The native ops themselves decline under autocast, modes, transforms and traces,
+which have to see what the op consists of. All else that they cannot see is found by `mode` and `writable` beforehand.
 """
 
 import torch
@@ -32,23 +32,23 @@ from . import dispatch, native
 _TENSORS = {Tensor, torch.nn.Parameter, type(None)}  # no subclass, which may see to an op itself
 
 if native.AVAILABLE:
-    lora = torch.ops.pyfastpeft.lora_inference.default
-    lora_training = torch.ops.pyfastpeft.lora_training.default
+    lora_call = torch.ops.pyfastpeft.lora_call.default
+    lora_call_with_s = torch.ops.pyfastpeft.lora_call_with_s.default
     lora_gradients = torch.ops.pyfastpeft.lora_gradients.default
-    dora = torch.ops.pyfastpeft.dora_call.default
+    lora_call_ = torch.ops.pyfastpeft.lora_call_.default
+    dora_call = torch.ops.pyfastpeft.dora_call.default
     dora_gradients = torch.ops.pyfastpeft.dora_gradients.default
-    ia3 = torch.ops.pyfastpeft.ia3_call.default
+    ia3_call = torch.ops.pyfastpeft.ia3_call.default
     ia3_gradients = torch.ops.pyfastpeft.ia3_gradients.default
-    lora_ = torch.ops.pyfastpeft.lora_inference_.default
-    multi_lora = torch.ops.pyfastpeft.multi_lora_inference.default
-    multi_lora_ = torch.ops.pyfastpeft.multi_lora_inference_.default
+    multi_lora_call = torch.ops.pyfastpeft.multi_lora_call.default
+    multi_lora_call_ = torch.ops.pyfastpeft.multi_lora_call_.default
 else:
 
     def _nothing(result):
         return lambda *_: result
 
-    lora, multi_lora, lora_, multi_lora_ = map(_nothing, (None, None, False, False))
-    lora_training, ia3, ia3_gradients, lora_gradients, dora_gradients, dora = (
+    lora_call, multi_lora_call, lora_call_, multi_lora_call_ = map(_nothing, (None, None, False, False))
+    lora_call_with_s, ia3_call, ia3_gradients, lora_gradients, dora_gradients, dora_call = (
         _nothing((None,) * parts) for parts in (2, 2, 2, 3, 4, 5)
     )
 
@@ -58,7 +58,7 @@ class Declined(Exception):
 
 
 # After a large matmul Python's own memory is cold, and a frame or a name more costs a microsecond or two.
-def call(*tensors) -> str | None:
+def mode(*tensors) -> str | None:
     """ "training" if autograd records the op, else "inference". None where no native call may be made: while compiling,
     in forward mode, where another backend is forced, and with anything but plain tensors and None."""
     if (

@@ -44,7 +44,7 @@ def autocasting(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as torch.autocast hands them to a matmul: cast to its dtype, unless float64 or not floating."""
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
