@@ -50,12 +50,13 @@ Tensor as(ScalarType dtype, const Tensor& t) {
   return result;
 }
 
-// sums = in w^T, or in w for `transposed`, rounded to the dtype of `in` on the way.  sums: [rows, columns]
-void product(const Tensor& in, const Tensor& w, bool transposed, Tensor& sums) {
-  if (in.scalar_type() == sums.scalar_type()) return matmul(in, w, transposed, std::nullopt, sums);
+// sums = in w^T (+ bias), or in w for `transposed`, rounded to the dtype of `in` on the way.
+// sums: [rows, columns];  bias: [columns], of the dtype of `in`
+void product(const Tensor& in, const Tensor& w, bool transposed, Tensor& sums, const OptionalTensor& bias = {}) {
+  if (in.scalar_type() == sums.scalar_type()) return matmul(in, w, transposed, bias, sums);
   int64_t rows = sums.size(0), columns = sums.size(1), shape[] = {rows, columns};
   Tensor rounded = torch::stable::new_empty(in, {shape, 2});
-  matmul(in, w, transposed, std::nullopt, rounded);
+  matmul(in, w, transposed, bias, rounded);
   convert(rows_of(rounded, rows, columns, "sums"), rows_of(sums, rows, columns, "sums"), rows, columns);
 }
 
@@ -87,7 +88,11 @@ void bottleneck_forward(const Tensor& x, const Tensor& residual, const Tensor& d
   C* shrunk = sums<C>(s, {m, rank}, "s");
   auto shift = widened<C>(up_bias, n, "up_bias"), inner = widened<C>(down_bias, rank, "down_bias");
   bool products = plain<C>(in, branch.adapters[0].a);
-  if (products) {
+  if (products && x.scalar_type() != s.scalar_type() && down_bias && down_bias->scalar_type() == x.scalar_type()) {
+    product(x, down, false, s, down_bias);  // so that rounding changes no sign; `middle` adds the bias again
+    for (int64_t t = 0; t < m; ++t)
+      for (int64_t r = 0; r < rank; ++r) shrunk[t * rank + r] -= inner[r];
+  } else if (products) {
     product(x, down, false, s);
   } else {
     shrink<C>(branch, in, shrunk, rank);
