@@ -69,6 +69,7 @@ void dora_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   Rows in = rows_of(x, m, k, "x"), out = rows_of(y, m, n, "y"), product = rows_of(unscaled, m, n, "unscaled");
   C* shrunk = sums<C>(s, {m, rank}, "s");
   check_weight(weight, n, k, in.dtype);
+  STD_TORCH_CHECK(!unscaled || product.dtype == out.dtype, "unscaled must be of y's dtype");
   auto shift = widened<C>(bias, n, "bias");
   Target<C> target{out, {}, sums<C>(scale, {n}, "scale"), shift.get(), product};
   if constexpr (sizeof(C) == 4) {

@@ -58,7 +58,7 @@ int64_t multiply_adds(const Branch<C>& branch, int64_t features) {
   return work;
 }
 
-// Elements from a row to the next, where rows to come are to be asked for: they lie evenly, too many for a cache; else 0.
+// Elements from a row to the next, where rows to come are to be asked for: where they lie evenly, too many for a cache.
 int64_t stride_ahead(const Rows& rows, const Tokens& tokens) {
   constexpr int64_t CACHED = 1 << 20;
   return tokens.order || tokens.count * rows.stride * item_size(rows.dtype) <= CACHED ? 0 : rows.stride;
@@ -187,14 +187,14 @@ void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64
     for (int64_t r = 0; r < rank; ++r) out[r] = g + r * COLUMN_BLOCK + column;
   };
   if (x.dtype == native<C> && dropout.p == 0 && !tokens.order) {
-    int64_t step = tokens.count > 1 ? s(1) - s(0) : 0;
-    int64_t width = std::max(WIDTH, SUMS / rank / WIDTH * WIDTH);
+    int64_t step = tokens.count > 1 ? s(1) - s(0) : 0, width = std::max(WIDTH, SUMS / rank / WIDTH * WIDTH);
+    Next next{DEPTH * stride_ahead(x, tokens), 0};
     for (int64_t c = 0; c < n; c += width) {
       sums_at(c);
       for (int64_t t = 0; t < tokens.count; t += DEPTH) {
         for (int64_t r = 0; r < rank; ++r) in[r] = s(t) + r;
         k.axpy(in.data(), step, rank, reinterpret_cast<const C*>(x.at(t, c0 + c)), x.stride,
-               std::min(DEPTH, tokens.count - t), out.data(), std::min(width, n - c), t > 0, {DEPTH * stride_ahead(x, tokens), 0});
+               std::min(DEPTH, tokens.count - t), out.data(), std::min(width, n - c), t > 0, next);
       }
     }
     return;
