@@ -38,7 +38,7 @@ def suite_tables(results: dict) -> str:
         names = provider_order(rows)
         table = [["shape", "base", *(name for name in names if name != "base")]]
         for label, entries in rows.items():
-            best = min((seconds(entry) for name, entry in entries.items() if name != "base"), default=0.0)
+            best = min((shown_ratio(entry) for name, entry in entries.items() if name != "base"), default=0.0)
             cells = [f"{seconds(entries['base']) * 1e3:.3g} ms"] if "base" in entries else ["-"]
             cells += [ratio_cell(entries.get(name), best) for name in names if name != "base"]
             table.append([label, *cells])
@@ -67,12 +67,16 @@ def seconds(entry: dict) -> float:
     return entry["seconds"]["median"]
 
 
+def shown_ratio(entry: dict) -> float:
+    return round(entry["ratio_to_base"]["median"], 2)
+
+
 def ratio_cell(entry: dict | None, best: float) -> str:
     if entry is None:
         return "-"
     ratio = entry["ratio_to_base"]
     cell = f"{ratio['median']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
-    return f"**{cell}**" if seconds(entry) == best else cell
+    return f"**{cell}**" if shown_ratio(entry) == best else cell
 
 
 def full_table(results: dict) -> list[list[str]]:
