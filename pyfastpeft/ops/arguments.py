@@ -41,7 +41,8 @@ def _viewable_as_rows(tensor: Tensor) -> bool:
 def autocasting(x: Tensor) -> bool:
     """Whether torch.autocast is on for x's device."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)  # which torch 2.10 cannot compile
+    return known and torch.is_autocast_enabled(device)
 
 
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
