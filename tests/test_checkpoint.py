@@ -106,6 +106,11 @@ CASES = {
     "lora-some-layers": (llama, "LoraConfig", {**HALF, "target_modules": QV, "layers_to_transform": [1]}),
     "lora-excluded": (llama, "LoraConfig", {**HALF, "target_modules": QV, "exclude_modules": ["0.self_attn.q_proj"]}),
     "lora-all-linear": (gpt2, "LoraConfig", {**HALF, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "lora-all-linear-beside-a-head": (  # of which PEFT names the layers among the targets, too
+        roberta,
+        "LoraConfig",
+        {**HALF, "target_modules": "all-linear", "task_type": "SEQ_CLS"},
+    ),
     "lora-embedding": (llama, "LoraConfig", {**HALF, "target_modules": ["embed_tokens", "k_proj"]}),
     "lora-tied-embedding": (
         gpt2,

@@ -116,6 +116,8 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
         layers = {path: m for path, m in layers.items() if m is not head and not is_embedding(m)}
         target = ".*"
     if not isinstance(target, str):
+        # What is saved trains whole; PEFT's files name layers in there, too.
+        target = [name for name in target if targets.any_of(layers, name) or not targets.any_of(saved, name)] or target
         for path, module in own_modules(model).items():
             others = [name for name in target if targets.matches(path, [name]) and not targets.any_of(layers, name)]
             needed = "of linear layers, Conv1D or embeddings that are called and not among modules_to_save"
