@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    DebertaConfig,
+    DebertaForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -53,6 +55,7 @@ def seeded(make):
 llama = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)))
 gpt2 = seeded(lambda: GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=4, n_positions=32, vocab_size=61)))
 roberta = seeded(lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, num_labels=3)))
+deberta = seeded(lambda: DebertaForSequenceClassification(DebertaConfig(**SMALL, num_labels=3)))
 distilbert = seeded(lambda: DistilBertForSequenceClassification(DistilBertConfig(
     vocab_size=61, dim=24, hidden_dim=40, n_layers=2, n_heads=4, num_labels=3,
 )))  # fmt: skip
@@ -140,6 +143,11 @@ CASES = {
         "LoraConfig",
         {**HALF, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
     ),
+    "lora-bias-all-of-this-name": (
+        deberta,
+        "LoraConfig",
+        {**HALF, "target_modules": ["in_proj"], "bias": "all"},
+    ),  # q_bias
     "lora-heads-by-their-ends": (  # pre_classifier, too
         distilbert,
         "LoraConfig",

@@ -112,7 +112,8 @@ class LoraConfig(TargetedConfig):
 
     r, lora_alpha: rank and alpha; the scaling is alpha / r, with use_rslora alpha / sqrt(r).
     rank_pattern, alpha_pattern: name or regular expression of a module's path -> its rank, its alpha.
-    lora_dropout: in [0, 1). bias: "none", "all" biases train, or those of the adapted layers ("lora_only").
+    lora_dropout: in [0, 1). bias: "none", "all" parameters called bias train, or those of the adapted layers
+        ("lora_only").
     init_lora_weights: True, "gaussian", or False (lora_B is not zero either).
     use_dora: the weight's rows keep a magnitude of their own.
     """

@@ -144,9 +144,10 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
     if config.bias != "none":
         saved = saved_modules(model, config)
         for path, module in own_modules(model).items():
-            chosen = tuple(_biases(module)) if config.bias == "all" or path in found else ()
+            # PEFT takes parameters of this name alone.
+            chosen = module._parameters.get("bias") is not None and (config.bias == "all" or path in found)
             if chosen and path not in saved:
-                attach(module, name, Replacement(module, chosen))
+                attach(module, name, Replacement(module, ("bias",)))
 
 
 def _biases(module) -> list[str]:
