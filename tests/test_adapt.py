@@ -392,6 +392,21 @@ def test_layers_that_compute_their_own_base(kind):
     assert type(layer) is kind
 
 
+class Router(nn.Linear):
+    """As Llama 4's: what it returns is not its product."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+def test_a_layer_that_returns_several_tensors():
+    model, x = nn.ModuleList([Router(6, 5)]), torch.randn(3, 6)
+    adapt(model, LoraConfig(target_modules=["0"], r=2))
+    with pytest.raises(TypeError, match=r"Router: its output is a tuple; it must be a tensor, or .* exclude_modules"):
+        model[0](x)
+
+
 def test_a_subclass_of_linear_that_computes_what_linear_does():
     model, x = nn.Sequential(Renamed(6, 5)), torch.randn(3, 6)
     adapt(model, LoraConfig(target_modules=["0"], r=2))
