@@ -78,6 +78,18 @@ def t5(layers=3, implementation="sdpa"):
     return build(transformers.T5ForConditionalGeneration, config, implementation)
 
 
+def bart(layers=3, implementation="sdpa", encoder_layers=None):
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    sizes |= {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "encoder_layers": encoder_layers or layers,
+        "decoder_layers": layers,
+    }
+    config = transformers.BartConfig(**sizes, init_std=0.3)
+    return build(transformers.BartForConditionalGeneration, config, implementation)
+
+
 def vit():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     return build(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
@@ -147,9 +159,11 @@ def test_encoders_compute_what_peft_computes(make, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("layers", "implementation"), [(3, "eager"), (4, "sdpa")])
-def test_t5_computes_what_peft_computes(layers, implementation, kind):
-    ours, theirs = pair(lambda: t5(layers, implementation), kind, "SEQ_2_SEQ_LM")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", [t5, bart])
+def test_encoder_decoders_compute_what_peft_computes(make, implementation, kind):
+    layers = 3 if implementation == "eager" else 4
+    ours, theirs = pair(lambda: make(layers, implementation), kind, "SEQ_2_SEQ_LM")
     inputs = batch(padding=-4)
     labels = torch.randint(2, VOCABULARY, (3, 7))
     out, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
@@ -158,6 +172,13 @@ def test_t5_computes_what_peft_computes(layers, implementation, kind):
     words = ours.generate(**inputs, max_new_tokens=4)
     assert torch.equal(words, theirs.generate(**inputs, max_new_tokens=4))
     assert torch.equal(words, ours.generate(**inputs, max_new_tokens=4, use_cache=False))
+
+
+def test_a_decoder_of_another_depth_than_the_encoder():
+    model = adapted(lambda: bart(3, encoder_layers=2), "prefix")
+    assert len(part_of(model).rows) == 3
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert part_of(model).rows[0].grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -670,12 +691,6 @@ def test_nearest_words():
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
-def bart():
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes)
-    return transformers.BartForConditionalGeneration(config)
-
-
 def bloom():
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     return transformers.BloomForCausalLM(config)
@@ -685,7 +700,6 @@ def bloom():
     ("make", "kind", "words"),
     [
         (bloom, "prefix", "bloom.*attention interface"),
-        (bart, "prefix", "bart"),
         (lambda: decoder("gpt2", "eager", reorder_and_upcast_attn=True), "prefix", "reorder_and_upcast_attn"),
         (vit, "prompt", "embedded words"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "prefix", "transformers model"),

@@ -208,9 +208,12 @@ def _attach(model, attentions):
 
 def _positions(model):
     """The modules that turn positions into embeddings; T5 has none."""
-    if model.config.is_encoder_decoder:
-        return []
-    return [module for path, module in model.named_modules() if path.rpartition(".")[2] in POSITIONS]
+    return [module for path, module in _stack(model).named_modules() if path.rpartition(".")[2] in POSITIONS]
+
+
+def _stack(model):
+    """What gets the prefix: of an encoder-decoder, the decoder."""
+    return model.get_decoder() if model.config.is_encoder_decoder else model
 
 
 def _attentions(model):
@@ -218,14 +221,14 @@ def _attentions(model):
     need_transformers(model, "prefix tuning")
     config = model.config
     kind = f"{type(model).__name__} (model_type {config.model_type!r})"
-    stack = model.get_decoder() if config.is_encoder_decoder else model
-    found = []
+    stack, found = _stack(model), []
     for path, module in stack.named_modules():
-        cross = "Cross" in type(module).__name__ or path.endswith("EncDecAttention")
+        cross = "Cross" in type(module).__name__ or path.endswith(("EncDecAttention", "encoder_attn"))
         cross = cross or getattr(module, "is_cross_attention", False)
         if _forward(module) is not None and hasattr(module, "config") and not cross:
             found.append(module)
-    layers = getattr(stack.config, "num_hidden_layers", None)
+    # BART counts its encoder's by the usual name.
+    layers = getattr(stack.config, "decoder_layers", None) or getattr(stack.config, "num_hidden_layers", None)
     given = f"{kind}, in which {len(found)} self-attention modules use transformers' attention interface"
     needed = f"a model in which all {layers} layers do"
     checks.need(found and len(found) == layers, "prefix tuning", "model", given, needed, NotImplementedError)
