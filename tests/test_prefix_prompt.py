@@ -691,6 +691,11 @@ def test_nearest_words():
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
+def swin():
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    return transformers.SwinModel(transformers.SwinConfig(**sizes))
+
+
 def bloom():
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     return transformers.BloomForCausalLM(config)
@@ -700,6 +705,7 @@ def bloom():
     ("make", "kind", "words"),
     [
         (bloom, "prefix", "bloom.*attention interface"),
+        (swin, "prefix", r"a SwinModel with \[2, 2\] heads; .* the same number"),
         (lambda: decoder("gpt2", "eager", reorder_and_upcast_attn=True), "prefix", "reorder_and_upcast_attn"),
         (vit, "prompt", "embedded words"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "prefix", "transformers model"),
@@ -743,11 +749,16 @@ def test_bad_input():
         PromptEmbedding(3, 0)
 
 
-def test_flex_attention_is_refused():
+def test_attention_that_takes_no_prefix_is_refused():
     model = adapted(lambda: decoder("llama"), "prefix")
     layer = model.model.layers[0].self_attn
     x = torch.randn(1, 4, TOKENS, 8)
     from pyfastpeft.methods.prefix import prefixed_attention
 
+    # As DeepSeek's, whose keys are wider than its config's head_dim.
+    with pytest.raises(
+        NotImplementedError, match=r"values are of \[\[2, 6\], \[2, 8\]\].* one .* of \[\[2, 8\], \[2, 8\]\]"
+    ):
+        prefixed_attention(layer, x[..., :6], x[:, :2, :, :6], x[:, :2], None)
     with pytest.raises(NotImplementedError, match="prefix tuning: attn_implementation is sdpa"):
         prefixed_attention(layer, x, x[:, :2], x[:, :2], object())
