@@ -1014,7 +1014,14 @@ def test_bad_calls():
         with pytest.raises(ValueError, match=f"adapt: name is .*{message}"):
             adapt(model, LoraConfig(target_modules=["up"]), name)
     assert not hasattr(model, "pyfastpeft")
+    for call in (count_parameters, merged_adapters):
+        with pytest.raises(TypeError, match=rf"{call.__name__}: model is .*; it must be a torch.nn.Module"):
+            call("llama")
     adapt(model, LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match=r"adapter_parameters: name is 'defualt'; it must be one of .*: default"):
+        adapter_parameters(model, "defualt")
+    with pytest.raises(TypeError, match="names is None; it must be a list of names"):
+        add_weighted_adapter(model, None, [1.0], "sum")
     with pytest.raises(ValueError, match="name is 'default', which the model has; it must be new, or deleted first"):
         adapt(model, IA3Config(target_modules=["up"]))
     set_adapter(model)

@@ -540,6 +540,9 @@ def test_missing_files_and_directories_are_named(saved):
     (saved / CONFIG).unlink()
     refused(saved, f"holds {TENSORS}; it must be a directory with {CONFIG}", FileNotFoundError)
     refused(saved / "nowhere", "nowhere", NotADirectoryError)
+    refused(None, "directory is None .*; it must be a path", TypeError)
+    with pytest.raises(TypeError, match=r"load_adapter: model is .*; it must be a torch.nn.Module"):
+        pyfastpeft.load_adapter(saved, llama())
 
 
 def test_another_base_model_is_refused_unless_told_otherwise(saved):

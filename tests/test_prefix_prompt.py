@@ -686,6 +686,8 @@ def test_nearest_words():
         nearest_words(model, "b")
     with pytest.raises(ValueError, match="nearest_words: k is 0"):
         nearest_words(model, "a", k=0)
+    with pytest.raises(TypeError, match="nearest_words: tokenizer is 'gpt2'"):
+        nearest_words(model, "a", "gpt2")
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     where a target is misspelt; the model is then as it was.
     """
     op = "adapt"
-    need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
+    _need_module(model, op)
     config = deepcopy(as_config(config))
     known = adaptation(model, op) if hasattr(model, "pyfastpeft") else Adaptation()
     _need_new(known, op, name)
@@ -208,12 +208,17 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def merged_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that are merged into weights."""
+    _need_module(model, "merged_adapters")
     found = [name for _, module in carriers(model) if isinstance(module, Adapted) for name in module.merged]
     return tuple(dict.fromkeys(found))
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """All that an adapter trains: `<module>.<parameter>` -> parameter, also of those that replace the module's own."""
+    """All that an adapter trains: `<module>.<parameter>` -> parameter, also of those that replace the module's own.
+
+    Raises ValueError for a name that the model does not have.
+    """
+    need_adapter(adaptation(model, "adapter_parameters"), "adapter_parameters", name)
     found = {}
     for path, module in carriers(model):
         own = {}
@@ -227,6 +232,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) elements of the model's parameters, each counted once."""
+    _need_module(model, "count_parameters")
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -250,7 +256,8 @@ def add_weighted_adapter(
 
     op = "add_weighted_adapter"
     known = adaptation(model, op)
-    need(not isinstance(names, str), op, "names", repr(names), "a list of names", TypeError)
+    several = isinstance(names, Sequence) and not isinstance(names, str)
+    need(several, op, "names", repr(names), "a list of names", TypeError)
     need(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
         need_adapter(known, op, other)
@@ -275,6 +282,10 @@ def adaptation(model: nn.Module, op: str) -> Adaptation:
     known = getattr(model, "pyfastpeft", None)
     need(isinstance(known, Adaptation), op, "model", f"a {type(model).__name__} without adapters", "adapted")
     return known
+
+
+def _need_module(model, op):
+    need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
 
 
 def _names(module) -> list[str]:

@@ -265,7 +265,7 @@ class BottleneckConfig(TargetedConfig):
         self.need_count("bottleneck_size")
         placements = ("houlsby", "pfeiffer", "parallel")
         self.need(self.placement in placements, "placement", f"one of {', '.join(placements)}")
-        self.need(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
+        self.need(self.activation in list(ACTIVATIONS), "activation", f"one of {', '.join(ACTIVATIONS)}")
         self.need_flags("layer_norm", "train_layer_norm", "init_weights")
         self.need(_is_number(self.scaling) or self.scaling == "learned", "scaling", 'a number or "learned"')
         ends = self.input_modules is None or (self.placement == "parallel" and self.target_modules is not None)
