@@ -573,6 +573,9 @@ def test_another_base_model_is_refused_unless_told_otherwise(saved):
         ({"target_modules": 5}, "target_modules is 5"),
         ({"target_modules": ["q_prjo"]}, "q_prjo.*q_proj"),
         ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"rank_pattern": {"((": 2}}, r"rank_pattern is '\(\(' .* a regular expression"),
+        ({"layers_to_transform": [0], "layers_pattern": "(("}, r"layers_pattern is '\(\(' .* a regular expression"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5"),
         ({"task_type": "COOKING"}, "task_type is 'COOKING'"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"use_qalora": True}, "use_qalora"),
@@ -601,7 +604,9 @@ def test_ranks_that_do_not_fit_are_named(tmp_path):
 
 def test_fields_of_peft_that_are_not_set_are_passed_over(saved):
     unset = {"eva_config": None, "loftq_config": {}, "qalora_group_size": 16, "megatron_core": "megatron.core"}
-    change_json(saved, **unset, peft_version="0.99", a_field_of_tomorrow=None)
+    change_json(
+        saved, **unset, peft_version="0.99", a_field_of_tomorrow=None, layers_to_transform=[], layers_pattern=[]
+    )
     pyfastpeft.load_adapter(llama(), saved)
 
 

@@ -193,6 +193,7 @@ def test_inspect_prints_aligned_tables(stored, tmp_path, capsys):
 
 
 def test_inspect_reads_methods_that_are_not_here(stored, tmp_path, capsys):
+    save_file({"base_model.model.a.lora_A.weight": torch.tensor(1.0)}, tmp_path / "lora" / "adapter_model.safetensors")
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LOHA", "base_model_name_or_path": "somebody/model"}))
     assert cli.main(["inspect", str(tmp_path / "lora")]) == 0
@@ -290,6 +291,22 @@ def test_merge_refuses_methods_that_cannot_be_merged(stored, tmp_path, capsys, a
     assert merge(tmp_path, adapter) == 2
     assert f"adapter is of {method}, which cannot be merged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_reads_the_adapters_config_before_the_model(stored, tmp_path, capsys):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    path = tmp_path / "lora" / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"r": "3"}))
+    assert merge(tmp_path, "lora") == 2
+    assert "lora/adapter_config.json: LoraConfig: r is '3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mapping", ["GPT2LMHeadModel", {"base_model_class": "logging"}, {"base_model_class": ["a"]}])
+def test_merge_passes_over_what_names_no_class_of_a_model(stored, tmp_path, mapping):
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_mapping": mapping}))
+    assert merge(tmp_path, "lora") == 0
 
 
 def test_merge_that_fails_leaves_nothing(stored, tmp_path, capsys):

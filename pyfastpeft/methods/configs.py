@@ -36,6 +36,8 @@ class Config:
         task = getattr(self.task_type, "value", self.task_type)
         self.need(task in (None, *TASK_TYPES), "task_type", f"one of {', '.join(TASK_TYPES)}, or None")
         self.task_type = task
+        name = self.base_model_name_or_path
+        self.need(name is None or isinstance(name, str), "base_model_name_or_path", "a string, or None")
         self.need_flags("inference_mode")
         self.need(
             self.modules_to_save is None or _are_names(self.modules_to_save), "modules_to_save", "a list of names"

@@ -134,8 +134,10 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
     found = target_matrices(model, config, lambda family: targets.ends(family.query, family.value))
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument) or {}:
-            means = isinstance(config, AdaLoraConfig) or any(of_pattern(path, {key: True}, False) for path in found)
-            if not means:
+            if isinstance(config, AdaLoraConfig):
+                continue
+            targets.need_pattern(type(config).__name__, argument, key)
+            if not any(of_pattern(path, {key: True}, False) for path in found):
                 given, needed = f"holding {key!r}, which means no target", targets.close_names(key, found)
                 need(False, type(config).__name__, argument, given, needed)
     for path in found:

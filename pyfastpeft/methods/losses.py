@@ -227,7 +227,8 @@ def regularize(model: nn.Module, penalty: Callable[[], Tensor]) -> RemovableHand
     def add(module: nn.Module, args, kwargs: dict, output):
         if module.training and torch.is_grad_enabled():
             has = getattr(output, "loss", None) is not None
-            need(has, "regularize", "output", "without a loss", "one with a loss: give the model labels", RuntimeError)
+            needed = "one with a loss: give the model labels, or add the penalty where the loss is formed"
+            need(has, "regularize", "output", "without a loss", needed, RuntimeError)
             causal = getattr(module, "loss_type", None) == "ForCausalLM"
             share = _share(kwargs.get("labels"), kwargs.get("num_items_in_batch"), causal)
             output.loss = output.loss + share * penalty()
