@@ -313,6 +313,16 @@ def test_cached_logits_are_the_uncached_ones():
         torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(ids).logits)
 
 
+def test_a_cache_of_states_alone_holds_the_prompt():
+    """Mamba's, which counts no tokens."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    config = transformers.MambaConfig(**sizes, initializer_range=0.5)
+    model = adapted(lambda: build(transformers.MambaForCausalLM, config, "eager"), "prompt")
+    inputs = batch()
+    words = model.generate(**inputs, **GENERATION, eos_token_id=None)
+    assert torch.equal(words, model.generate(**inputs, **GENERATION, eos_token_id=None, use_cache=False))
+
+
 def test_static_cache():
     model = adapted(lambda: decoder("llama"), "projection")
     inputs = batch(padding=5)

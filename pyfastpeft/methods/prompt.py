@@ -81,7 +81,8 @@ class Prompts:
             kwargs["attention_mask"] = F.pad(mask, (virtual, 0), value=1)
         kwargs.pop("cache_position", None)  # the model counts for itself
         positions = kwargs.get("position_ids")
-        if cache is not None and cache.get_seq_length() > 0:
+        states = kwargs.get("cache_params")  # Mamba's, which count no tokens
+        if (cache is not None and cache.get_seq_length() > 0) or (states is not None and states.has_previous_state()):
             if positions is not None:
                 kwargs["position_ids"] = positions + virtual
             return (), kwargs
