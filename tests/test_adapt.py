@@ -10,7 +10,8 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from tiny_models import HIDDEN, INNER, MODELS, Block, gpt2, inputs, llama, loss, output, randomise, t5, tree
+import transformers as tf
+from tiny_models import HIDDEN, INNER, MODELS, VOCABULARY, Block, gpt2, inputs, llama, loss, output, randomise, t5, tree
 
 from pyfastpeft import (
     AdaLoraConfig,
@@ -312,6 +313,38 @@ def test_embeddings_and_tied_weights(make, tmp_path):
     unload(model)
     assert_same(snapshot(model), before)
     assert model.config.tie_word_embeddings == tied
+
+
+def test_weights_that_were_tied_beside_one_that_changes(tmp_path):
+    """Stored once, they would not be found by their other names in a model without ties."""
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 1}
+    tokens = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = tf.MarianMTModel(tf.MarianConfig(**sizes, **tokens, max_position_embeddings=32)).eval()
+    given = inputs(model)
+    adapt(model, LoraConfig(target_modules=["lm_head"]))
+    randomise(model)
+    changed = output(model, given)
+    unload(model, merge=True).save_pretrained(tmp_path)
+    close(output(model, given), changed)
+    assert torch.equal(output(tf.MarianMTModel.from_pretrained(tmp_path).eval(), given), output(model, given))
+
+
+def test_models_that_ask_whether_weights_are_tied():
+    """UMT5 scales what its head reads if its config says that the head is tied."""
+    sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    model = tf.UMT5ForConditionalGeneration(tf.UMT5Config(**sizes, decoder_start_token_id=0)).eval()
+    given = inputs(model)
+    adapt(model, LoraConfig(target_modules=["lm_head"]))
+    randomise(model)
+    changed = output(model, given)
+    for merged in (False, True):
+        with pytest.raises(TypeError, match=r"unload: merge is True where one of two tied weights of a UMT5For"):
+            unload(model, merge=True)
+        close(output(model, given), changed)
+        assert bool(merged_adapters(model)) == merged
+        if not merged:
+            merge_adapter(model)
 
 
 def test_merged_models_move():
