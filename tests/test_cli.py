@@ -282,8 +282,12 @@ def test_merge_overwrites_nothing(stored, tmp_path, capsys):
     assert merge(tmp_path, "lora", out="lora") == 2
     assert "where something is" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before
-    (tmp_path / "empty").mkdir()
-    assert merge(tmp_path, "lora", out="empty") == 0
+    for name in ("empty", "behind a link"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "behind a link")
+    assert merge(tmp_path, "lora", out="empty") == merge(tmp_path, "lora", out="link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "behind a link" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(("adapter", "method"), [("prompt", "PROMPT_TUNING"), ("bottleneck", "BOTTLENECK")])
@@ -337,6 +341,8 @@ def test_models_that_do_not_fit_are_named(stored, tmp_path, capsys, command):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"n_positions": 16}))
     refused("model", "model holds no whole ")
+    path.write_text(json.dumps(settings | {"n_embd": "wide"}))
+    refused("model", "'n_embd' expected int, got str")
     path.write_text(json.dumps(settings))
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
@@ -419,6 +425,7 @@ def test_params_says_what_is_not_for_a_model(tmp_path, capsys):
         ("file.json", "{", "no JSON"),
         ("file.json", "{}", "of model type None"),
         ("file.json", '{"model_type": "robreta"}', "close to it are ['roberta'"),
+        ("file.json", '{"model_type": "llama", "hidden_size": "big"}', "file.json holds no config of a model: "),
     ],
 )
 def test_params_names_what_is_no_model(tmp_path, capsys, name, content, match):

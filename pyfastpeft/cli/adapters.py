@@ -127,6 +127,7 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str | None = None) -> in
 
     Sums are float32 and rounded once. Nothing is overwritten; if it fails, `out` is not there.
     """
+    out = out.resolve()  # what a link leads to can be replaced
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     need(free, "merge", "out", f"{str(out)!r}, where something is", "a directory that is new or empty")
     kind = read_json(need_file(adapter, CONFIG_FILE)).get("peft_type")
@@ -179,7 +180,10 @@ def adapted_model(directory: Path, adapter: Path, dtype: torch.dtype | str) -> n
 
     methods.load_config(adapter)  # a model takes long to read in vain
     fields = read_json(need_file(adapter, CONFIG_FILE))
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as why:  # transformers has many
+        raise ValueError(f"{directory} holds no config of a model: {why}") from None
     mapping = fields.get("auto_mapping")
     made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     names = [AUTO_CLASSES.get(fields.get("task_type")), made_for, *(config.architectures or ()), "AutoModel"]
