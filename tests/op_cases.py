@@ -19,6 +19,7 @@ from error_rule import (
     unfused_multi_lora,
     unfused_multi_lora_linear,
 )
+from hypothesis import strategies as st
 
 from pyfastpeft import ops
 from pyfastpeft.ops import reference
@@ -30,10 +31,12 @@ SHAPES = [
     (16, 64, 48, 8),
     (33, 255, 129, 16),
     (70, 300, 513, 5),
+    (35, 130, 75, 100),
     (2, 40, 24, 64),
 ]  # M K N r
+ranks = st.integers(4, 20) | st.integers(60, 110)  # beyond 64, the CPU's kernels leave parts to torch's products
 if "triton" in BACKENDS:  # the interpreter takes its time
-    SHAPES = SHAPES[::3] + SHAPES[-1:]
+    SHAPES, ranks = SHAPES[::3], st.integers(4, 20)
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 branch_backends = pytest.mark.parametrize("backend", [*BACKENDS, "addmm"])  # of LoRA and multi-LoRA

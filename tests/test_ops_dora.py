@@ -5,7 +5,7 @@ import torch
 from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, poisoned_memory, random, unfused_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_dora, backends, dora, dora_inputs, dtypes
+from op_cases import assert_dora, backends, dora, dora_inputs, dtypes, ranks
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("two_threads", "on_backend")
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16)])
+@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16), (20, 130, 75, 100)])
 def test_dora_linear(backend, dtype, adapter_dtype, shape):
     assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
 
@@ -101,7 +101,7 @@ def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
 @backends
 @settings(max_examples=40)
 @given(
-    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), st.integers(4, 20)),
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), ranks),
     transposed=st.booleans(),
     weight_transposed=st.booleans(),
     dtypes=st.sampled_from(DTYPES + MIXED),

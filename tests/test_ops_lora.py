@@ -17,7 +17,7 @@ from error_rule import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import SCALINGS, SHAPES, backends, branch_backends, dtypes, group, lora, plain_group, plain_lora
+from op_cases import SCALINGS, SHAPES, backends, branch_backends, dtypes, group, lora, plain_group, plain_lora, ranks
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
@@ -124,7 +124,7 @@ def test_adalora_linear(backend, dtype, adapter_dtype, form):
 @settings(max_examples=40)
 @given(
     # A handful of numbers may cancel by chance, which a norm does not forgive: the smallest shapes stand in SHAPES.
-    shape=st.tuples(st.integers(1, 40), st.integers(8, 300), st.integers(8, 300), st.integers(4, 20)),
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 300), st.integers(8, 300), ranks),
     layout=st.sampled_from(["contiguous", "columns", "transposed", "expanded"]),
     weight_transposed=st.booleans(),
     dtypes=st.sampled_from(DTYPES + MIXED),
@@ -152,7 +152,7 @@ def test_lora_linear_takes_any_shape_and_strides(backend, shape, layout, weight_
 @given(
     rows=st.integers(1, 40),
     depth=st.integers(8, 200),
-    layers=st.lists(st.tuples(st.integers(8, 200), st.integers(1, 20)), min_size=1, max_size=3),
+    layers=st.lists(st.tuples(st.integers(8, 200), ranks), min_size=1, max_size=3),
     layout=st.sampled_from(["contiguous", "columns", "transposed"]),
     weight_transposed=st.booleans(),
     dtypes=st.sampled_from(DTYPES + MIXED),
