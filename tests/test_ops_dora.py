@@ -5,7 +5,7 @@ import torch
 from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, poisoned_memory, random, unfused_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_dora, backends, dora, dora_inputs, dtypes, ranks
+from op_cases import assert_dora, branch_backends, dora, dora_inputs, dtypes, ranks
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
@@ -17,27 +17,27 @@ pytestmark = pytest.mark.usefixtures("two_threads", "on_backend")
 # --- the error rule ---
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16), (20, 130, 75, 100)])
 def test_dora_linear(backend, dtype, adapter_dtype, shape):
     assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dora_trainable_weight_and_bias_get_gradients(backend, dtype):
     assert_dora(dora_inputs((3, 5), 33, 17, 4, dtype, frozen=False))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("only", ["x", "lora_A", "lora_B", "magnitude"])
 def test_dora_forms_one_gradient_alone(backend, only):
     inputs = dora_inputs(6, 24, 40, 4, torch.float32, bias=False)
     assert_dora({name: t.detach().requires_grad_(name == only) for name, t in inputs.items()})
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1), (50, 77, 5), (20, 100, 33)])
 def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
@@ -54,7 +54,7 @@ def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
         assert (norm - exact).norm() <= 8 * torch.finfo(norm.dtype).eps * exact.norm()
 
 
-@backends
+@branch_backends
 def test_dora_norm_of_what_all_but_cancels_is_small_and_real(backend):
     lora_A, lora_B = random(4, 200, grad=False), random(30, 4, grad=False)
     weight = -2.0 * lora_B @ lora_A
@@ -67,7 +67,7 @@ def test_dora_norm_of_what_all_but_cancels_is_small_and_real(backend):
     assert ops.dora_norm(weight, lora_A, lora_B, 2.0).isnan().nonzero().tolist() == [[3]]
 
 
-@backends
+@branch_backends
 def test_a_magnitude_of_zero_has_a_gradient(backend):
     inputs = dora_inputs(6, 24, 40, 4, torch.float32)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_magnitude_of_zero_has_a_gradient(backend):
     assert_dora(inputs)
 
 
-@backends
+@branch_backends
 @dtypes
 def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
     torch.manual_seed(9)
@@ -98,7 +98,7 @@ def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
 # --- shapes and strides ---
 
 
-@backends
+@branch_backends
 @settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), ranks),
@@ -120,7 +120,7 @@ def test_dora_linear_takes_any_shape_and_strides(backend, shape, transposed, wei
 # --- autocast, saved memory ---
 
 
-@backends
+@branch_backends
 def test_dora_keeps_the_output_and_no_weight(backend):
     inputs = dora_inputs(64, 256, 128, 8, torch.bfloat16, torch.float32)
     parameters = [inputs[n] for n in ("weight", "lora_A", "lora_B")]
