@@ -1,5 +1,7 @@
 """dora_linear and dora_norm on every backend of this machine."""
 
+import functools
+
 import pytest
 import torch
 from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, poisoned_memory, random, unfused_delta
@@ -93,6 +95,20 @@ def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
 
     inputs = dora_inputs(19, 130, 40, 4, dtype, adapter_dtype)
     assert_error_rule(fused, unfused, inputs, through={"magnitude": dtype})
+
+
+@dtypes
+def test_torch_draws_the_mask_where_no_kernel_does(no_kernels, monkeypatch, dtype, adapter_dtype):
+    mask = torch.rand(19, 130) < 0.75
+    monkeypatch.setattr("pyfastpeft.ops.dora.masked", lambda x, p: x * mask.to(x.dtype))
+
+    def unfused(x, weight, bias, lora_A, lora_B, magnitude):
+        norm = torch.linalg.vector_norm(weight + 0.7 * (lora_B @ lora_A).detach(), dim=1)
+        delta = unfused_delta(x.to(lora_A.dtype) * mask / 0.75, lora_A, lora_B, 0.7)
+        return (magnitude / norm * (torch.nn.functional.linear(x, weight) + delta) + bias).to(x.dtype)
+
+    inputs = dora_inputs(19, 130, 40, 4, dtype, adapter_dtype)
+    assert_error_rule(functools.partial(dora, dropout_p=0.25), unfused, inputs, through={"magnitude": dtype})
 
 
 # --- shapes and strides ---
