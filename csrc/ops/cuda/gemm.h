@@ -1,5 +1,5 @@
-// The matrix product that everything on Hopper stands on: a base product and a low-rank tail in one accumulator. The tail
-// may differ from block to block of rows.
+// The matrix product that everything on Hopper stands on: a base product and a low-rank tail in one accumulator. Blocks
+// of rows may have tails of their own.
 #pragma once
 #include <cuda_runtime.h>
 

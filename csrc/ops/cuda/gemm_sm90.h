@@ -56,9 +56,10 @@ struct WithTail : Single {
     return cute::make_tuple(cute::get<0>(base), cute::get<1>(base), cute::get<0>(tail), cute::get<1>(tail));
   }
 
-  // The scheduler hands out whole tiles of the output: `tile` begins at 0. It hands them out to clusters, also beyond
-  // the last row, where nothing is stored. The batches of the tail are its right operands: the coordinates in it move on
-  // by so many batches, those in the left one stay in the first. TMA reads zeros where a batch does not exist.
+  // The scheduler hands out whole tiles of the output, so that `tile` begins at 0. It also hands out tiles beyond the
+  // last row, of which nothing is stored. The right operands of the tail are batches of one tensor: coordinates in it
+  // move on to the batch of the block, those in the left operand stay in the first. TMA reads zeros where there is no
+  // such batch.
   template <class Inputs, class Coordinates, class Iterator>
   CUTLASS_DEVICE void load(const Params& params, typename Single::MainloopPipeline pipeline,
                            typename Single::PipelineState state, const Inputs& inputs, const Coordinates& block,

@@ -1,10 +1,10 @@
 // Grids follow from shapes alone, so that a launch may be captured in a graph and replayed with other slots. How sums
 // are cut follows from shapes, too, and they are added up in order.
 //
-// With a base layer, many tokens go through the product of gemm.h in their own order: where all tokens of a block have
-// the same adapter, as those of sequences padded to multiples of kTailBlock do, it takes the branch along. What is left
-// is added in a second pass over the tokens of other blocks. A token without an adapter makes a block one of these, too:
-// zero times an infinite element of an adapter would not be zero.
+// With a base layer, many tokens go through the product of gemm.h in their own order. Where all tokens of a block have
+// the same adapter, as those of sequences padded to multiples of kTailBlock do, it takes the branch along; a second pass
+// adds that of tokens in other blocks. One token without an adapter makes a block one of these: zero times an infinite
+// element of the others' adapter would not be zero.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -601,7 +601,7 @@ class Call {
     with_count(in_runs(x, in) && in_runs(y, out) && factors, run);
   }
 
-  // The branch as the tail of a product: its left operand [T, rank rounded up to a multiple of 8], which `shrink` fills,
+  // The branch as the tail of a product: its left operand [T, R rounded up to a multiple of 8], which `shrink` fills,
   // and the tokens that it serves.
   struct Tail {
     Tensor left, integers;
@@ -700,7 +700,8 @@ class Call {
     Whole whole = tail ? tail->served() : Whole{};
     auto run = [&](auto kernel) {
       launch(kernel, dim3(most_tiles(kLongTile), (features + kColumns - 1) / kColumns), dim3(kThreads),
-             kScan + kLongTile * sizeof(int), device_.stream(), s, factor, scaling, routing, matrix(y, features), whole);
+             kScan + kLongTile * sizeof(int), device_.stream(), s, factor, scaling, routing, matrix(y, features),
+             whole);
     };
     bool vector = in_runs(y, features) && aligned(factor, 4 * sizeof(F)) && routing.rank % 4 == 0;
     vector ? run(multi_expand_kernel<T, F, true, add>) : run(multi_expand_kernel<T, F, false, add>);
