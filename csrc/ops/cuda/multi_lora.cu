@@ -2,9 +2,9 @@
 // are cut follows from shapes, too, and they are added up in order.
 //
 // With a base layer, many tokens go through the product of gemm.h in their own order. Where all tokens of a block have
-// the same adapter, as those of sequences padded to multiples of kTailBlock do, it takes the branch along; a second pass
-// adds that of tokens in other blocks. One token without an adapter makes a block one of these: zero times an infinite
-// element of the others' adapter would not be zero.
+// the same adapter, as those of sequences padded to multiples of kTailBlock do, it takes the branch along; a second
+// pass adds that of tokens in other blocks. One token without an adapter makes a block one of these: zero times an
+// infinite element of the others' adapter would not be zero.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
