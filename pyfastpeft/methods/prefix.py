@@ -153,7 +153,7 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
         checks.need(known, "prefix tuning", "attn_implementation", implementation, needed, NotImplementedError)
         shapes = [(keys.shape[::2], values.shape[::2]) for keys, values in rows]
         here = key.shape[1::2], value.shape[1::2]
-        given = f"a model whose keys and values are of {[list(shape) for shape in here]} heads and numbers a head"
+        given = f"one whose keys and values are of {[list(shape) for shape in here]} heads and numbers a head"
         needed = f"one where they are of {[list(shape) for shape in shapes[0]]}, as its config says"
         checks.need({*shapes} == {here}, "prefix tuning", "model", given, needed, NotImplementedError)
         virtual = sum([keys.shape[1] for keys, _ in rows])
