@@ -101,6 +101,24 @@ ELSEWHERE = ("llama", "gpt2", "bert", "tree")
 
 
 @pytest.mark.parametrize(
+    ("kin", "model", "config"),
+    [
+        ("bert", tf.XLMRobertaModel, tf.XLMRobertaConfig),
+        ("bert", tf.ElectraModel, tf.ElectraConfig),
+        ("t5", tf.MT5Model, tf.MT5Config),
+        ("t5", tf.UMT5Model, tf.UMT5Config),
+    ],
+)
+def test_targets_in_models_that_are_built_alike(kin, model, config):
+    sizes = MODELS[kin].make().config.to_diff_dict()
+    del sizes["model_type"]
+    for method in (LoraConfig(), IA3Config(), BottleneckConfig()):
+        kindred = (MODELS[kin].make().base_model, model(config(**sizes)))
+        first, second = ([path for path, _ in carriers(adapt(made, method))] for made in kindred)
+        assert first == second != []
+
+
+@pytest.mark.parametrize(
     ("name", "method"), [(n, m) for n in MODELS for m in METHODS if m in EVERYWHERE or n in ELSEWHERE]
 )
 def test_life_of_an_adapter(name, method):

@@ -26,20 +26,20 @@ _LLAMA = Family("q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.gate_proj", r"mlp
 _BERT = Family(
     "query", "key", "value", r"attention\.output\.dense", r"intermediate\.dense", r"layer\.\d+\.output\.dense"
 )
+_T5 = Family(
+    *(rf"(SelfAttention|EncDecAttention)\.{name}" for name in "qkvo"),
+    r"DenseReluDense\.wi(_0)?",
+    "wo",
+    "DenseReluDense",
+)
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
     "gpt2": Family(*["c_attn"] * 3, r"attn\.c_proj", r"mlp\.c_fc", r"mlp\.c_proj", "mlp"),
     "opt": Family("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "gpt_neox": Family(*["query_key_value"] * 3, r"attention\.dense", "dense_h_to_4h", "dense_4h_to_h", "mlp"),
-    "bert": _BERT,
-    "roberta": _BERT,
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
     "distilbert": Family("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2", "ffn"),
-    "t5": Family(
-        *(rf"(SelfAttention|EncDecAttention)\.{name}" for name in "qkvo"),
-        r"DenseReluDense\.wi(_0)?",
-        "wo",
-        "DenseReluDense",
-    ),
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
     # The second of each pair is what older versions of transformers call it.
     "vit": Family(
         r"attention\.q_proj|attention\.query",
