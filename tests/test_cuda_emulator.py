@@ -112,6 +112,36 @@ def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
     assert_error_rule(ours, theirs, inputs)
 
 
+# --- compiled graphs ---
+
+
+@pytest.mark.parametrize("askew", [False, True])
+def test_compiles_as_one_graph_with_the_same_results(askew):
+    """Also where a graph's arguments do not begin at multiples of 16 bytes, which it cannot see when it is made."""
+    slots = torch.tensor([0, 1, -1, 1, 0, 0, 1, -1, 0])
+
+    def model(x, weight, bias, lora_A, lora_B, ia3_l, many_A, many_B):
+        h = ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7).relu()
+        layers = [weight, 2 * weight], [bias, None], [lora_A, 2 * lora_A], [lora_B, 2 * lora_B]
+        gate, up = ops.lora_linear_group(h, *layers, [0.7, -1.3])
+        h = ops.ia3_linear(h + gate.sigmoid() * up, weight, bias, ia3_l, False)
+        y = ops.multi_lora_linear(h, weight, bias, many_A, many_B, slots, 0.5)
+        y = ops.multi_lora(y, h, many_A, many_B, ops.route(slots, 2), 0.5)
+        return ops.lora_delta_(y, h, lora_A, lora_B, 0.3)
+
+    shapes = (9, 16), (16, 16), (16,), (8, 16), (16, 8), (16,), (2, 8, 16), (2, 16, 8)
+    inputs = [random(*shape, dtype=torch.bfloat16, grad=False) for shape in shapes]
+
+    def run(function, gap=0):
+        leaves = [torch.cat([t.new_zeros(gap), t.flatten()])[gap:].view(t.shape).requires_grad_() for t in inputs]
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, int(askew)), run(model))
+
+
 # --- multi-LoRA ---
 
 
