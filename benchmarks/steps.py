@@ -1,6 +1,6 @@
 """A training step of every method against PEFT's same method, on a CPU.
 
-    python -m benchmarks.steps [--rounds N] [--methods NAME …] [--json FILE]
+    python -m benchmarks.steps [--rounds N] [--methods NAME …] [--rank R] [--json FILE]
 
 A step is forward, backward and optimizer, on a Llama-shaped model of 110M parameters and a batch of 4 x 128 tokens.
 Both models share the frozen weights and start from the same adapter; a method that computes something else than PEFT's
@@ -36,13 +36,13 @@ LOW_RANK = {"lora_alpha": 32, "target_modules": LINEAR, "task_type": "CAUSAL_LM"
 VIRTUAL = {"num_virtual_tokens": 20, "task_type": "CAUSAL_LM"}
 LONG = 1_000_000  # steps of AdaLoRA's schedule: it allots ranks anew in every step that is timed
 
-METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
-    "LoRA": lambda: peft.LoraConfig(r=16, **LOW_RANK),
-    "DoRA": lambda: peft.LoraConfig(r=16, use_dora=True, **LOW_RANK),
-    "IA3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
-    "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=16, target_r=8, total_step=LONG, **LOW_RANK),
-    "prefix tuning": lambda: peft.PrefixTuningConfig(**VIRTUAL),
-    "prompt tuning": lambda: peft.PromptTuningConfig(**VIRTUAL),
+METHODS: dict[str, Callable[[int], peft.PeftConfig]] = {  # of a rank
+    "LoRA": lambda rank: peft.LoraConfig(r=rank, **LOW_RANK),
+    "DoRA": lambda rank: peft.LoraConfig(r=rank, use_dora=True, **LOW_RANK),
+    "IA3": lambda _: peft.IA3Config(task_type="CAUSAL_LM"),
+    "AdaLoRA": lambda rank: peft.AdaLoraConfig(init_r=rank, target_r=rank // 2, total_step=LONG, **LOW_RANK),
+    "prefix tuning": lambda _: peft.PrefixTuningConfig(**VIRTUAL),
+    "prompt tuning": lambda _: peft.PromptTuningConfig(**VIRTUAL),
 }
 LIMITS = {"DoRA": [("speed over PEFT", ">=", 1.5)]}  # beside the one for all: time over PEFT at most 1
 AGREEING_STEPS = 3
@@ -118,8 +118,8 @@ def agree(method: str, ours: Loop, theirs: Loop) -> float:
     return error
 
 
-def contest(method: str, base: nn.Module, ids: torch.Tensor, effort: Effort) -> list[Figure]:
-    ours, theirs = loops(*pair(base, METHODS[method]()), ids)
+def contest(method: str, rank: int, base: nn.Module, ids: torch.Tensor, effort: Effort) -> list[Figure]:
+    ours, theirs = loops(*pair(base, METHODS[method](rank)), ids)
     error = agree(method, ours, theirs)
     runs = {Provider(name, None): loop.step for name, loop in (("ours", ours), ("peft", theirs))}
     seconds = {provider.name: values for provider, values in interleave(runs, effort, "cpu").items()}
@@ -135,6 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each method (default: 15)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA, DoRA and AdaLoRA (default: 16)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and three rounds: tries the code only")
     options = parser.parse_args()
@@ -146,13 +147,13 @@ def main() -> int:
     entries, refused = [], []
     for method in options.methods:
         try:
-            for figure in contest(method, base, ids, effort):
+            for figure in contest(method, options.rank, base, ids, effort):
                 entries.append(figure.as_dict())
                 print(report.figure_row(entries[-1]), flush=True)
         except Disagreement as why:
             refused.append(str(why))
             print(why, flush=True)
-    found = {"machine_info": machine.describe(), "figures": entries, "refused": refused}
+    found = {"machine_info": machine.describe(), "rank": options.rank, "figures": entries, "refused": refused}
     print("\n" + report.figures_table(found))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,10 @@ from error_rule import (
     unfused_multi_lora,
     unfused_multi_lora_linear,
 )
+from hypothesis import strategies as st
 
 from pyfastpeft import ops
-from pyfastpeft.ops import reference
+from pyfastpeft.ops import dispatch, reference
 
 BACKENDS = os.environ.get("PYFASTPEFT_TEST_BACKENDS", "reference cpu").split()  # test_triton_interpreter.py sets it
 SHAPES = [
@@ -30,13 +31,15 @@ SHAPES = [
     (16, 64, 48, 8),
     (33, 255, 129, 16),
     (70, 300, 513, 5),
+    (35, 130, 75, 100),
     (2, 40, 24, 64),
 ]  # M K N r
+ranks = st.integers(4, 20) | st.integers(60, 110)  # beyond 64, the CPU's kernels leave parts to torch's products
 if "triton" in BACKENDS:  # the interpreter takes its time
-    SHAPES = SHAPES[::3] + SHAPES[-1:]
+    SHAPES, ranks = SHAPES[::3], st.integers(4, 20)
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
-branch_backends = pytest.mark.parametrize("backend", [*BACKENDS, "addmm"])  # of LoRA and multi-LoRA
+branch_backends = pytest.mark.parametrize("backend", [*BACKENDS, "addmm"])  # of low-rank branches
 dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + MIXED)
 
 
@@ -92,7 +95,8 @@ ACTIVATIONS = sorted(reference.ACTIVATIONS)
 
 def assert_bottleneck(inputs, scaling=0.7, activation="relu"):
     ours, theirs = (in_both(f, scaling, activation) for f in (ops.bottleneck, unfused_bottleneck))
-    assert_error_rule(ours, theirs, inputs)
+    # torch's products round s, too, which a handful of numbers does not forgive.
+    assert_error_rule(ours, theirs, inputs, roundings=2 if dispatch.forced_backend() == "addmm" else 1)
 
 
 def assert_multi_lora(inputs, slots, scaling, ranks=None):

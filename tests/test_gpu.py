@@ -157,13 +157,13 @@ def test_dropout_is_the_references(dtype, adapter_dtype):
 @dtypes
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
 @pytest.mark.parametrize("shape", [(5, 24, 17, 8), (300, 513, None, 64)])
-def test_bottleneck(dtype, adapter_dtype, activation, shape):
+def test_bottleneck(backend, dtype, adapter_dtype, activation, shape):
     def run(function, x, down, down_bias, up, up_bias, residual=None):
         return function(x, x if residual is None else residual, down, down_bias, up, up_bias, 0.7, activation)
 
     inputs = bottleneck_inputs(*shape, dtype, adapter_dtype, device="cuda")
     ours, theirs = (functools.partial(run, f) for f in (ops.bottleneck, unfused_bottleneck))
-    assert_error_rule(ours, theirs, inputs)
+    assert_error_rule(ours, theirs, inputs, roundings=2 if backend == "addmm" else 1)  # which rounds s, too
 
 
 @dtypes
@@ -172,7 +172,7 @@ def test_dora_linear(dtype, adapter_dtype, shape):
     inputs = gpu_lora_inputs(*shape, dtype, adapter_dtype)
     inputs["magnitude"] = gpu_random(shape[2], dtype=adapter_dtype or dtype)
     ours, theirs = (functools.partial(f, scaling=0.7) for f in (ops.dora_linear, unfused_dora))
-    assert_error_rule(ours, theirs, inputs, through={"magnitude": dtype})
+    assert_error_rule(ours, theirs, inputs, through={"magnitude": dtype}, roundings=2)  # the scale meets B, not dy
 
 
 @dtypes

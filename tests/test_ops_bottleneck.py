@@ -5,7 +5,7 @@ import torch
 from error_rule import DTYPES, MIXED, assert_error_rule, bottleneck_inputs, random, unfused_bottleneck
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import ACTIVATIONS, assert_bottleneck, backends, dtypes, in_both
+from op_cases import ACTIVATIONS, assert_bottleneck, branch_backends, dtypes, in_both
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("two_threads", "on_backend")
 # --- the error rule ---
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(5, 24, 17, 8), (33, 130, None, 20)])
@@ -24,14 +24,14 @@ def test_bottleneck(backend, dtype, adapter_dtype, activation, shape):
     assert_bottleneck(bottleneck_inputs(*shape, dtype, adapter_dtype), activation=activation)
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 9, 8, 1), (30, 150, 131, 33), (3, 40, None, 150)])
 def test_bottleneck_without_biases(backend, dtype, adapter_dtype, shape):
     assert_bottleneck(bottleneck_inputs(*shape, dtype, adapter_dtype, biases=False), activation="gelu")
 
 
-@backends
+@branch_backends
 @dtypes
 def test_bottleneck_learns_its_scaling(backend, dtype, adapter_dtype):
     inputs = bottleneck_inputs(21, 40, 64, 12, dtype, adapter_dtype)
@@ -40,7 +40,7 @@ def test_bottleneck_learns_its_scaling(backend, dtype, adapter_dtype):
     assert_error_rule(ours, theirs, inputs)
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("only", ["x", "residual", "down", "down_bias", "up", "up_bias"])
 def test_bottleneck_forms_one_gradient_alone(backend, only):
     inputs = bottleneck_inputs(6, 24, 40, 4, torch.float32)
@@ -59,7 +59,7 @@ def test_a_bottleneck_on_the_cpu_makes_no_subnormal_numbers(activation):
         assert not ((result != 0) & (result.abs() < torch.finfo(torch.float32).tiny)).any()
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_exact_where_they_are_small_and_where_they_saturate(backend, activation):
     one, zero = torch.ones(1, 1), torch.zeros(200, 1)
@@ -76,7 +76,7 @@ def test_activations_are_exact_where_they_are_small_and_where_they_saturate(back
 # --- shapes and strides ---
 
 
-@backends
+@branch_backends
 @settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.none() | st.integers(8, 200), st.integers(4, 70)),
@@ -100,7 +100,7 @@ def test_bottleneck_takes_any_shape_and_strides(backend, shape, layout, dtypes, 
 # --- autocast, saved memory ---
 
 
-@backends
+@branch_backends
 def test_autocast_keeps_the_dtype_of_a_residual(backend):
     inputs = bottleneck_inputs(6, 16, 12, 4, torch.float32)
     expected = in_both(unfused_bottleneck)(**inputs)
@@ -113,7 +113,7 @@ def test_autocast_keeps_the_dtype_of_a_residual(backend):
     assert all(t.grad.dtype == torch.float32 for t in inputs.values())
 
 
-@backends
+@branch_backends
 def test_a_serial_bottleneck_keeps_x_and_s_alone(backend):
     inputs = bottleneck_inputs(64, 256, None, 8, torch.bfloat16, torch.float32)
     parameters = [inputs[n] for n in ("down", "up", "down_bias", "up_bias")]
@@ -124,7 +124,7 @@ def test_a_serial_bottleneck_keeps_x_and_s_alone(backend):
 # --- 16-bit values, NaN and infinity ---
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_pass_a_bottleneck(backend, value, activation):

@@ -1,11 +1,13 @@
 """dora_linear and dora_norm on every backend of this machine."""
 
+import functools
+
 import pytest
 import torch
 from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, poisoned_memory, random, unfused_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_dora, backends, dora, dora_inputs, dtypes
+from op_cases import assert_dora, branch_backends, dora, dora_inputs, dtypes, ranks
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
@@ -17,27 +19,27 @@ pytestmark = pytest.mark.usefixtures("two_threads", "on_backend")
 # --- the error rule ---
 
 
-@backends
+@branch_backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16)])
+@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16), (20, 130, 75, 100)])
 def test_dora_linear(backend, dtype, adapter_dtype, shape):
     assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dora_trainable_weight_and_bias_get_gradients(backend, dtype):
     assert_dora(dora_inputs((3, 5), 33, 17, 4, dtype, frozen=False))
 
 
-@backends
+@branch_backends
 @pytest.mark.parametrize("only", ["x", "lora_A", "lora_B", "magnitude"])
 def test_dora_forms_one_gradient_alone(backend, only):
     inputs = dora_inputs(6, 24, 40, 4, torch.float32, bias=False)
     assert_dora({name: t.detach().requires_grad_(name == only) for name, t in inputs.items()})
 
 
-@backends
+@branch_backends
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1), (50, 77, 5), (20, 100, 33)])
 def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
@@ -54,7 +56,7 @@ def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
         assert (norm - exact).norm() <= 8 * torch.finfo(norm.dtype).eps * exact.norm()
 
 
-@backends
+@branch_backends
 def test_dora_norm_of_what_all_but_cancels_is_small_and_real(backend):
     lora_A, lora_B = random(4, 200, grad=False), random(30, 4, grad=False)
     weight = -2.0 * lora_B @ lora_A
@@ -67,7 +69,7 @@ def test_dora_norm_of_what_all_but_cancels_is_small_and_real(backend):
     assert ops.dora_norm(weight, lora_A, lora_B, 2.0).isnan().nonzero().tolist() == [[3]]
 
 
-@backends
+@branch_backends
 def test_a_magnitude_of_zero_has_a_gradient(backend):
     inputs = dora_inputs(6, 24, 40, 4, torch.float32)
     with torch.no_grad():
@@ -75,7 +77,7 @@ def test_a_magnitude_of_zero_has_a_gradient(backend):
     assert_dora(inputs)
 
 
-@backends
+@branch_backends
 @dtypes
 def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
     torch.manual_seed(9)
@@ -95,13 +97,27 @@ def test_dora_drops_from_the_branch_alone(backend, dtype, adapter_dtype):
     assert_error_rule(fused, unfused, inputs, through={"magnitude": dtype})
 
 
+@dtypes
+def test_torch_draws_the_mask_where_no_kernel_does(no_kernels, monkeypatch, dtype, adapter_dtype):
+    mask = torch.rand(19, 130) < 0.75
+    monkeypatch.setattr("pyfastpeft.ops.dora.masked", lambda x, p: x * mask.to(x.dtype))
+
+    def unfused(x, weight, bias, lora_A, lora_B, magnitude):
+        norm = torch.linalg.vector_norm(weight + 0.7 * (lora_B @ lora_A).detach(), dim=1)
+        delta = unfused_delta(x.to(lora_A.dtype) * mask / 0.75, lora_A, lora_B, 0.7)
+        return (magnitude / norm * (torch.nn.functional.linear(x, weight) + delta) + bias).to(x.dtype)
+
+    inputs = dora_inputs(19, 130, 40, 4, dtype, adapter_dtype)
+    assert_error_rule(functools.partial(dora, dropout_p=0.25), unfused, inputs, through={"magnitude": dtype})
+
+
 # --- shapes and strides ---
 
 
-@backends
+@branch_backends
 @settings(max_examples=40)
 @given(
-    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), st.integers(4, 20)),
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 200), st.integers(8, 300), ranks),
     transposed=st.booleans(),
     weight_transposed=st.booleans(),
     dtypes=st.sampled_from(DTYPES + MIXED),
@@ -120,7 +136,7 @@ def test_dora_linear_takes_any_shape_and_strides(backend, shape, transposed, wei
 # --- autocast, saved memory ---
 
 
-@backends
+@branch_backends
 def test_dora_keeps_the_output_and_no_weight(backend):
     inputs = dora_inputs(64, 256, 128, 8, torch.bfloat16, torch.float32)
     parameters = [inputs[n] for n in ("weight", "lora_A", "lora_B")]

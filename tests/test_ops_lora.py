@@ -17,7 +17,7 @@ from error_rule import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import SCALINGS, SHAPES, backends, branch_backends, dtypes, group, lora, plain_group, plain_lora
+from op_cases import SCALINGS, SHAPES, backends, branch_backends, dtypes, group, lora, plain_group, plain_lora, ranks
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
@@ -124,7 +124,7 @@ def test_adalora_linear(backend, dtype, adapter_dtype, form):
 @settings(max_examples=40)
 @given(
     # A handful of numbers may cancel by chance, which a norm does not forgive: the smallest shapes stand in SHAPES.
-    shape=st.tuples(st.integers(1, 40), st.integers(8, 300), st.integers(8, 300), st.integers(4, 20)),
+    shape=st.tuples(st.integers(1, 40), st.integers(8, 300), st.integers(8, 300), ranks),
     layout=st.sampled_from(["contiguous", "columns", "transposed", "expanded"]),
     weight_transposed=st.booleans(),
     dtypes=st.sampled_from(DTYPES + MIXED),
@@ -152,7 +152,7 @@ def test_lora_linear_takes_any_shape_and_strides(backend, shape, layout, weight_
 @given(
     rows=st.integers(1, 40),
     depth=st.integers(8, 200),
-    layers=st.lists(st.tuples(st.integers(8, 200), st.integers(1, 20)), min_size=1, max_size=3),
+    layers=st.lists(st.tuples(st.integers(8, 200), ranks), min_size=1, max_size=3),
     layout=st.sampled_from(["contiguous", "columns", "transposed"]),
     weight_transposed=st.booleans(),
     dtypes=st.sampled_from(DTYPES + MIXED),
@@ -228,6 +228,38 @@ def test_layers_of_a_group_share_one_mask(backend, dtype, adapter_dtype):
 
     inputs = group_inputs(19, 130, [(40, 4), (33, 7)], dtype, adapter_dtype)
     assert_error_rule(fused, functools.partial(grouped, unfused), inputs)
+
+
+@dtypes
+def test_torch_draws_the_masks_where_no_kernel_does(no_kernels, monkeypatch, dtype, adapter_dtype):
+    mask = torch.rand(19, 130) < 0.75
+    for module in ("lora", "lora_group"):
+        monkeypatch.setattr(f"pyfastpeft.ops.{module}.masked", lambda x, p: x * mask.to(x.dtype))
+
+    def unfused(x, weights, biases, lora_As, lora_Bs):
+        dropped = x.to(lora_As[0].dtype) * mask / 0.75
+        bases = [torch.nn.functional.linear(x, *layer) for layer in zip(weights, biases)]
+        branches = (unfused_delta(dropped, *layer) for layer in zip(lora_As, lora_Bs, SCALINGS))
+        return [(base + branch).to(base.dtype) for base, branch in zip(bases, branches)]
+
+    def one_by_one(x, *layers):
+        return [ops.lora_linear(x, *layer, 0.25) for layer in zip(*layers, SCALINGS)]
+
+    inputs = group_inputs(19, 130, [(40, 4), (33, 7)], dtype, adapter_dtype)
+    for fused in (functools.partial(group, dropout_p=0.25), functools.partial(grouped, one_by_one)):
+        assert_error_rule(fused, functools.partial(grouped, unfused), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_torchs_follows_the_generator_and_keeps_its_share(no_kernels, dtype):
+    x, eye = torch.ones(50, 200, dtype=dtype), torch.eye(200, dtype=dtype)
+    torch.manual_seed(1)
+    out = ops.lora_linear(x, 0 * eye, None, eye, eye, 1.0, 0.2)
+    torch.manual_seed(1)
+    assert torch.equal(out, ops.lora_delta_(torch.zeros_like(x), x, eye, eye, 1.0, 0.2))
+    share = (out == 0).double().mean().item()
+    assert abs(share - 0.2) < 5 * (0.2 * 0.8 / out.numel()) ** 0.5
+    assert out[out != 0].unique().tolist() == [1.25]
 
 
 @branch_backends

@@ -1,11 +1,12 @@
-"""LoRA by torch's own products in the dtype of the operands: what serves a GPU that has not run our kernels yet, and
-what they are measured against. Shapes and meaning are those of reference.py, which forms everything in float32."""
+"""Low-rank branches by torch's own products in the dtype of the operands: what serves a GPU that has not run our
+kernels yet, and what they are measured against. Shapes and meaning are those of reference.py, which sums in float32."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .reference import group_tokens  # noqa: F401 - a sort, which torch has
+from .reference import dora_norm, group_tokens  # noqa: F401 - a norm is exact, and torch has a sort
 
 GATHERED = 2**27  # elements of adapters that are copied for one product; beyond, adapters come one after the other
 
@@ -17,7 +18,7 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
     """
     shrunk = _shrunk(x, lora_A, dropout_p, seed, s)
     if weight is not None:
-        _linear(x, weight, bias, y)
+        reference.linear(x, weight, bias, y)
     _add(y, shrunk, lora_B.to(shrunk.dtype).T, scaling)
 
 
@@ -27,10 +28,6 @@ def _shrunk(x: Tensor, lora_A: Tensor, p: float, seed: Tensor | None, s: Tensor)
     shrunk = _dropped(x.to(dtype), p, seed) @ lora_A.to(dtype).T
     s.copy_(shrunk)
     return shrunk
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
 
 
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> None:
@@ -53,7 +50,7 @@ def lora_group_forward(x, weights, biases, lora_A, lora_Bs, scalings, dropout_p,
     shrunk = _shrunk(x, lora_A, dropout_p, seed, s)
     columns = reference.columns(shrunk, lora_Bs)
     for y, weight, bias, own, lora_B, scaling in zip(ys, weights, biases, columns, lora_Bs, scalings):
-        _linear(x, weight, bias, y)
+        reference.linear(x, weight, bias, y)
         _add(y, own, lora_B.to(own.dtype).T, scaling)
 
 
@@ -98,6 +95,61 @@ def _add_dropped(dx: Tensor, ds: Tensor, lora_A: Tensor, p: float, seed: Tensor 
         dx.add_(_dropped(ds @ lora_A, p, seed))
 
 
+def dora_forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, y, s, unscaled) -> None:
+    """s = drop(x) lora_A^T;  unscaled = x weight^T + scaling * s lora_B^T;  y = scale * unscaled + bias."""
+    product = y if unscaled is None else unscaled
+    lora_forward(x, weight, None, lora_A, lora_B, scaling, dropout_p, seed, product, s)
+    torch.mul(product, scale, out=y) if bias is None else torch.addcmul(bias, product, scale, out=y)
+
+
+def dora_backward(
+    dy, x, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled, dx, dlora_A, dlora_B, dscale
+) -> None:
+    """du = dy * scale;  dscale = sum over rows of dy * unscaled;  dx, dlora_A and dlora_B are those of LoRA for du in
+    place of dy. What is None is not formed.
+
+    In the branch the scale meets B and dB, so that it is not rounded to dy's dtype on the way.
+    """
+    if dscale is not None:
+        torch.sum(dy.to(scale.dtype) * unscaled, 0, out=dscale)
+    lora_backward(dy, x, None, lora_A, lora_B * scale[:, None], scaling, dropout_p, seed, s, dx, dlora_A, dlora_B)
+    if dlora_B is not None:
+        dlora_B.mul_(scale[:, None])
+    if dx is not None:
+        dx.addmm_(torch.mul(dy, scale, out=torch.empty_like(dy)), weight)
+
+
+def bottleneck_forward(x, residual, down, down_bias, up, up_bias, scaling, activation, y, s) -> None:
+    """s = x down^T;  y = residual + scaling * phi(s + down_bias) up^T + up_bias."""
+    dtype = torch.promote_types(x.dtype, down.dtype)
+    middle = F.linear(x.to(dtype), down.to(dtype), None if down_bias is None else down_bias.to(dtype))
+    s.copy_(middle)
+    if down_bias is not None:
+        s.sub_(down_bias)
+    y.copy_(residual)
+    _add(y, reference.ACTIVATIONS[activation](middle), up.to(dtype).T, scaling)
+    if up_bias is not None:
+        y.add_(up_bias)
+
+
+def bottleneck_backward(dy, x, down, down_bias, up, scaling, activation, s, serial, dx, ddown, ddown_bias, dup) -> None:
+    """dup = scaling * dy^T phi(s + down_bias);  ds = scaling * dy up * phi'(s + down_bias);  ddown = ds^T x;
+    ddown_bias = sum over rows of ds;  dx = ds down, + dy where serial (residual is x). What is None is not formed."""
+    dtype = torch.promote_types(dy.dtype, down.dtype)
+    gradient, middle = dy.to(dtype), s if down_bias is None else s + down_bias
+    if dup is not None:
+        dup.copy_(gradient.T @ (reference.ACTIVATIONS[activation](middle) * scaling).to(dtype))
+    ds = (gradient @ up.to(dtype)) * reference.slope(middle, activation) * scaling
+    if ddown_bias is not None:
+        ddown_bias.copy_(ds.sum(0))
+    ds = ds.to(dtype)
+    if ddown is not None:
+        ddown.copy_(ds.T @ x.to(dtype))
+    if dx is not None:
+        dx.copy_(dy) if serial else dx.zero_()
+        _add(dx, ds, down.to(dtype), 1.0)
+
+
 def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
     """y = x weight^T + bias;  for every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;
     y[t] += scaling[a] * s[t] lora_B[a]^T.  Without weight, the latter alone.
@@ -108,7 +160,7 @@ def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, s
     if tokens * rank * (x.shape[1] + y.shape[1]) > GATHERED:
         return reference.multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s)
     if weight is not None:
-        _linear(x, weight, bias, y)
+        reference.linear(x, weight, bias, y)
     positions = torch.arange(tokens, device=x.device)
     adapter = torch.searchsorted(segments, positions, right=True) - 1
     served = ((adapter >= 0) & (adapter < num_adapters))[:, None]

@@ -105,6 +105,12 @@ def zero(*gradients: Tensor | None) -> None:
         gradient is None or gradient.zero_()
 
 
+def masked(x: Tensor, p: float) -> Tensor:
+    """x with a share p of its elements zeroed by torch's generator, for ops whose masks no kernel draws: `dropout_seed`
+    would take torch's own operations a hundred passes. What is kept is not scaled by 1 / (1 - p)."""
+    return x * torch.empty_like(x).bernoulli_(1 - p)
+
+
 def dropout_seed(x: Tensor, p: float) -> Tensor | None:
     """[1] int64 on x's device from torch's generator, so that manual_seed and checkpointing hold; None where p = 0."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None

@@ -60,6 +60,14 @@ def select(op: str, args: tuple, backend: str | None = None) -> Row:
     Raises RuntimeError, with the reason of every row, if none matches: only a forced backend can miss,
     since the reference rows take every device and every float dtype.
     """
+    for row in _rows(op, args, backend):
+        if not row.fits(*args):
+            return row
+    raise RuntimeError(_reasons(op, args))
+
+
+def _rows(op: str, args: tuple, backend: str | None = None) -> list[Row]:
+    """The rows for the device and the dtype of these arguments, in the order in which they are tried."""
     first, rows = choice.leading(args), TABLE[op]
     device, dtype = first.device.type, first.dtype
     if backend is not None:
@@ -69,10 +77,13 @@ def select(op: str, args: tuple, backend: str | None = None) -> Row:
     elif device == "cuda":
         ranking = choice.ranking(op, args)
         rows = [row for name in ranking for row in rows if row.backend == name]
-    for row in rows:
-        if device in (row.devices or (device,)) and dtype in row.dtypes and not row.fits(*args):
-            return row
-    raise RuntimeError(_reasons(op, args))
+    return [row for row in rows if device in (row.devices or (device,)) and dtype in row.dtypes]
+
+
+def has_kernel(op: str, args: tuple) -> bool:
+    """Whether a kernel runs `op` here, or a backend is forced; else torch's own operations do. Of the raw arguments
+    only those that `choice.described` reads have to be given."""
+    return _forced is not None or _rows(op, args)[0].backend not in choice.RULE
 
 
 def preferred(op: str, args: tuple) -> bool:

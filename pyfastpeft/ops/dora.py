@@ -3,6 +3,7 @@
 from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -14,11 +15,13 @@ from .arguments import (
     cast_for_autocast,
     dropout_seed,
     first_order,
+    masked,
     needs_gradient,
     shaped,
     without_autocast,
     zero,
 )
+from .lora import lora_delta_
 
 
 def _forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, keep_unscaled):
@@ -197,6 +200,13 @@ def _linear(normed, x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout
         lora_A, lora_B = lora_A.double(), lora_B.double()
     bias = None if bias is None else bias.contiguous()
     arguments = x, weight, bias, lora_A.contiguous(), lora_B.contiguous()
+    sampled = scaling, dropout_p, True
+    if dropout_p and not dispatch.has_kernel("dora_forward", (as_rows(x), *arguments[1:], norm, *sampled)):
+        scale = magnitude / norm  # meets B, so that nothing of low rank is rounded to x's dtype
+        y = F.linear(x, weight) * scale
+        y = (y if bias is None else y + bias).to(x.dtype)
+        scaled_B = (lora_B * scale[:, None]).to(lora_B.dtype)
+        return lora_delta_(y, masked(x, dropout_p), lora_A, scaled_B, scaling / (1 - dropout_p))
     options = float(scaling), float(dropout_p), dropout_seed(x, dropout_p)
     if needs_gradient(x, weight, bias, lora_A, lora_B, magnitude):
         return _DoRA.apply(*arguments, magnitude, norm, *options)

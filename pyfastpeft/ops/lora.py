@@ -3,6 +3,7 @@
 from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
@@ -15,6 +16,7 @@ from .arguments import (
     cast_for_autocast,
     dropout_seed,
     first_order,
+    masked,
     needs_gradient,
     shaped,
     without_autocast,
@@ -106,7 +108,8 @@ def lora_linear(
             float32 on a bfloat16 base): the kernels cast, and sum in float32 (float64 for float64).
         scaling: the factor s, alpha / r in LoRA.
         dropout_p: in [0, 1): the share of x's elements that the low-rank branch does not see; the others are
-            scaled by 1 / (1 - p). The mask follows from one drawn 64-bit seed (`reference.dropout_factor`).
+            scaled by 1 / (1 - p). The mask follows from one drawn 64-bit seed (`reference.dropout_factor`); where no
+            kernel draws it, torch does, and keeps it and what it leaves of x.
 
     Returns y [..., N] in x's dtype. Gradients reach x, lora_A, lora_B and, where they require it, weight and bias.
     Kept for the backward pass: x, s = drop(x) lora_A^T [M, r] and the seed. Under autocast x, weight and bias are
@@ -177,6 +180,9 @@ def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
         lora_A, lora_B = lora_A.double(), lora_B.double()
     bias = None if bias is None else bias.contiguous()
     arguments = y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), float(scaling), float(dropout_p)
+    if dropout_p and not dispatch.has_kernel("lora_forward", (as_rows(x), weight, *arguments[3:], True)):
+        base = F.linear(x, weight, bias) if y is None else y
+        return _apply(op, base, masked(x, dropout_p), None, None, lora_A, lora_B, scaling / (1 - dropout_p), 0.0)
     seed = dropout_seed(x, dropout_p)
     if needs_gradient(y, x, weight, bias, lora_A, lora_B):
         return _LoRA.apply(*arguments, seed)

@@ -1,8 +1,10 @@
 """LoRA on linear layers of one input, which is read once for all low-rank branches (Hu et al. 2021, equation 3)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -14,11 +16,13 @@ from .arguments import (
     cast_for_autocast,
     dropout_seed,
     first_order,
+    masked,
     needs_gradient,
     shaped,
     without_autocast,
     zero,
 )
+from .lora import lora_delta_
 
 
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
@@ -130,6 +134,11 @@ def lora_linear_group(
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     lora_Bs = [lora_B.contiguous() for lora_B in lora_Bs]
     scalings, dropout_p = [float(scaling) for scaling in scalings], float(dropout_p)
+    layers = weights, biases, lora_As[0], lora_Bs, scalings
+    if dropout_p and not dispatch.has_kernel("lora_group_forward", (as_rows(x), *layers, dropout_p, True)):
+        bases, kept = map(partial(F.linear, x), weights, biases), masked(x, dropout_p)
+        factors = lora_As, lora_Bs, [scaling / (1 - dropout_p) for scaling in scalings]
+        return tuple(lora_delta_(base, kept, *adapter) for base, *adapter in zip(bases, *factors))
     seed = dropout_seed(x, dropout_p)
     if needs_gradient(x, *weights, *biases, *lora_As, *lora_Bs):
         return _LoRAGroup.apply(x, seed, scalings, dropout_p, *weights, *biases, *lora_As, *lora_Bs)

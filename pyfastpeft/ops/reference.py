@@ -18,6 +18,11 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = x weight^T + bias."""
+    torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -127,7 +132,7 @@ def dora_norm(weight, lora_A, lora_B, scaling, weight_norm_squared, norm) -> Non
     """norm [N] = ||weight + scaling * lora_B lora_A|| of every row, as the root of
     ||weight||^2 + 2 scaling <weight lora_A^T, lora_B> + scaling^2 <lora_B (lora_A lora_A^T), lora_B>."""
     wide, factor_A, factor_B = (t.to(norm.dtype) for t in (weight, lora_A, lora_B))
-    squares = (wide * wide).sum(1) if weight_norm_squared is None else weight_norm_squared
+    squares = torch.linalg.vector_norm(wide, dim=1) ** 2 if weight_norm_squared is None else weight_norm_squared
     inner = 2 * scaling * (wide @ factor_A.T) + scaling**2 * (factor_B @ (factor_A @ factor_A.T))
     norm.copy_((squares + (inner * factor_B).sum(1)).clamp_min(0).sqrt())
 
@@ -171,12 +176,10 @@ def ia3_forward(x, weight, bias, ia3_l, feedforward, y, base) -> None:
     """
     scale = ia3_l.to(accumulation(x.dtype))
     if feedforward:
-        y.copy_(F.linear((x * scale).to(x.dtype), weight, bias))
-        return
-    product = F.linear(x, weight, bias)
-    y.copy_(product * scale)
-    if base is not None:
-        base.copy_(product)
+        return linear(torch.mul(x, scale, out=torch.empty_like(x)), weight, bias, y)
+    product = y if base is None else base
+    linear(x, weight, bias, product)
+    torch.mul(product, scale, out=y)
 
 
 def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l) -> None:
@@ -184,16 +187,16 @@ def ia3_backward(dy, x, weight, ia3_l, feedforward, base, dx, dia3_l) -> None:
     Otherwise: dia3_l = sum over rows of dy * base;  dx = (dy * ia3_l) weight. What is None is not formed."""
     scale = ia3_l.to(accumulation(dy.dtype))
     if feedforward:
-        inner = (dy @ weight).to(scale.dtype)
+        inner = dy @ weight
         if dx is not None:
-            dx.copy_(inner * scale)
+            torch.mul(inner, scale, out=dx)
         if dia3_l is not None:
-            dia3_l.copy_((inner * x).sum(0))
+            dia3_l.copy_((inner.to(scale.dtype) * x).sum(0))
         return
     if dia3_l is not None:
         dia3_l.copy_((dy.to(scale.dtype) * base).sum(0))
     if dx is not None:
-        dx.copy_((dy * scale).to(dy.dtype) @ weight)
+        torch.mm(torch.mul(dy, scale, out=torch.empty_like(dy)), weight, out=dx)
 
 
 # --- bottleneck adapters ---------------------------------------------------------------------------------------------

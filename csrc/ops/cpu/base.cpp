@@ -11,10 +11,12 @@ namespace pyfastpeft {
 
 namespace {
 
-Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-  int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-  return torch::stable::from_blob(const_cast<float*>(data), {sizes, 2}, {strides, 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), ScalarType::Float);
+template <class C>
+Tensor view(const Matrix<C>& m) {
+  int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
+  return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0),
+                                  sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
 }
 
 }  // namespace
@@ -45,6 +47,16 @@ void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTe
                               : aoti_torch_cpu_mm_out(out.get(), in.get(), second.get()));
 }
 
+template <class C>
+void matmul(const Matrix<C>& left, const Matrix<C>& right, double alpha, double beta, const Matrix<C>& out) {
+  Tensor to = view(out);
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(to.get(), to.get(), view(left).get(), view(right).get(), beta, alpha));
+}
+
+template void matmul(const Matrix<float>&, const Matrix<float>&, double, double, const Matrix<float>&);
+template void matmul(const Matrix<double>&, const Matrix<double>&, double, double, const Matrix<double>&);
+
 void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
                    const std::function<void(int64_t q0, int64_t n, Rows block)>& done) {
   if (w.stride(0) != 1 && w.stride(1) != 1 && w.size(0) != 1 && w.size(1) != 1)
@@ -54,7 +66,7 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   int64_t stride_q = w.stride(transposed ? 1 : 0), stride_p = w.stride(transposed ? 0 : 1);
   Dtype dtype = dtype_of(w, "weight");
   const char* data = static_cast<const char*>(w.const_data_ptr());
-  Tensor whole = view(in, m, p, p, 1);
+  Tensor whole = view(Matrix<float>{const_cast<float*>(in), m, p, p});
   // Rows of w cast at a time: few rows of `in` want the cast ones in cache, many want them to pay for packing `in`.
   int64_t block = m < 128 ? 32 : 256, count = (q + block - 1) / block;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -66,8 +78,8 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
       const char* first = data + q0 * stride_q * item_size(dtype);
       for (int64_t i = 0; i < runs; ++i)
         k.widen(dtype, first + i * run * item_size(dtype), cast.get() + i * length, length);
-      Tensor second = along_p ? view(cast.get(), p, n, 1, p) : view(cast.get(), p, n, n, 1);
-      Tensor out = view(product.get(), m, n, n, 1);
+      Tensor second = view(along_p ? Matrix<float>{cast.get(), p, n, 1, p} : Matrix<float>{cast.get(), p, n, n});
+      Tensor out = view(Matrix<float>{product.get(), m, n, n});
       TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), whole.get(), second.get()));
       done(q0, n, {Dtype::f32, reinterpret_cast<char*>(product.get()), n});
     }

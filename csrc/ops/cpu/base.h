@@ -17,6 +17,18 @@ struct Buffer {
   Rows rows() const { return {sizeof(C) == 8 ? Dtype::f64 : Dtype::f32, reinterpret_cast<char*>(data.get()), columns}; }
 };
 
+// Elements of C at fixed distances.
+template <class C>
+struct Matrix {
+  C* data;
+  int64_t rows, columns, row_stride, column_stride = 1;
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+};
+
+// out = alpha * left right + beta * out by torch's product; out is not read for beta 0.
+template <class C>
+void matmul(const Matrix<C>& left, const Matrix<C>& right, double alpha, double beta, const Matrix<C>& out);
+
 // A view of t's memory from its first element on.
 Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride = 1);
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <memory>
 
+#include "ops/cpu/base.h"
+
 namespace pyfastpeft {
 
 namespace {
@@ -13,6 +15,7 @@ constexpr int64_t TOKEN_BLOCK = 12;    // tokens of one task or one staged block
 constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task
 constexpr int64_t FEW_TOKENS = 4;         // up to here a transposed B does not pay
 constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
+constexpr int64_t WIDE = 96, WIDE_BACKWARD = 64;  // ranks from which torch's products, which pack, are faster
 
 template <class C>
 constexpr Dtype native = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
@@ -84,6 +87,81 @@ Rows dense(const Rows& b, int64_t first, int64_t n, int64_t rank, C* stage) {
   }
   return {native<C>, reinterpret_cast<char*>(stage), rank};
 }
+
+template <class C>
+Matrix<C> matrix(const Rows& x, int64_t rows, int64_t columns) {
+  return {reinterpret_cast<C*>(x.data), rows, columns, x.stride};
+}
+
+// The loops of this file as torch's products, of one adapter that all tokens go through. The activations are of C.
+template <class C>
+class Products {
+ public:
+  // Whether there are at least `rank` ranks and all of this can be done.
+  static bool serve(const Branch<C>& branch, int64_t rank, std::initializer_list<Rows> activations) {
+    if (branch.adapters.size() != 1 || branch.adapters[0].tokens.order || branch.adapters[0].rank < rank) return false;
+    return std::all_of(activations.begin(), activations.end(), [](const Rows& x) { return !x || x.dtype == native<C>; });
+  }
+
+  explicit Products(const Branch<C>& branch)
+      : adapter_(branch.adapters[0]), tokens_(adapter_.tokens.count), rank_(adapter_.rank) {}
+
+  // s = x A^T
+  void shrink(const Rows& x, int64_t k, C* s, int64_t s_stride) const {
+    Factor a(adapter_.a, rank_, k);
+    matmul(matrix<C>(x, tokens_, k), a.matrix.transposed(), 1, 0, {s, tokens_, rank_, s_stride});
+  }
+
+  // sums (+)= scaling * s B^T on columns n0 .. n0 + n
+  void expand(const C* s, int64_t s_stride, int64_t n0, int64_t n, const Rows& sums, bool add) const {
+    Factor b({adapter_.b.dtype, adapter_.b.at(n0), adapter_.b.stride}, n, rank_);
+    matmul(left(s, s_stride), b.matrix.transposed(), adapter_.scaling, add, matrix<C>(sums, tokens_, n));
+  }
+
+  // ds = scaling * dy B * slope
+  void shrink_gradient(const Rows& dy, int64_t n, const C* slope, const Shrunk<C>& ds) const {
+    Factor b(adapter_.b, n, rank_);
+    matmul(matrix<C>(dy, tokens_, n), b.matrix, adapter_.scaling, 0, {ds.data, tokens_, rank_, ds.stride});
+    for (int64_t i = 0; slope && i < tokens_; ++i) kernels<C>().multiply(ds(i), slope + i * rank_, ds(i), rank_);
+  }
+
+  // to = scaling * v^T s, or its transpose
+  void factor_gradient(const Rows& v, int64_t features, const C* s, int64_t s_stride, double scaling, bool transposed,
+                       const Rows& to) const {
+    Matrix<C> first = matrix<C>(v, tokens_, features), second = left(s, s_stride);
+    if (transposed) std::swap(first, second);
+    int64_t rows = first.columns, columns = second.columns;
+    if (to.dtype == native<C>) return matmul(first.transposed(), second, scaling, 0, matrix<C>(to, rows, columns));
+    Buffer<C> sums(rows, columns);
+    matmul(first.transposed(), second, scaling, 0, matrix<C>(sums.rows(), rows, columns));
+    for (int64_t i = 0; i < rows; ++i)
+      kernels<C>().narrow(to.dtype, reinterpret_cast<C*>(sums.rows().at(i)), to.at(i), columns);
+  }
+
+  // dx = from + ds A
+  void input_gradient(const Shrunk<C>& ds, int64_t k, const Rows& from, const Rows& dx) const {
+    for (int64_t t = 0; from && from.data != dx.data && t < tokens_; ++t)
+      std::copy_n(reinterpret_cast<const C*>(from.at(t)), k, reinterpret_cast<C*>(dx.at(t)));
+    Factor a(adapter_.a, rank_, k);
+    matmul(left(ds.data, ds.stride), a.matrix, 1, bool(from), matrix<C>(dx, tokens_, k));
+  }
+
+ private:
+  // A factor as C: where it lies, or a copy.
+  struct Factor {
+    std::unique_ptr<C[]> copy;
+    Matrix<C> matrix;
+
+    Factor(const Rows& rows, int64_t count, int64_t columns)
+        : copy(scratch<C>(rows.dtype == native<C> ? 0 : count * columns)),
+          matrix(pyfastpeft::matrix<C>(dense(rows, 0, count, columns, copy.get()), count, columns)) {}
+  };
+
+  Matrix<C> left(const C* s, int64_t stride) const { return {const_cast<C*>(s), tokens_, rank_, stride}; }
+
+  const Adapter& adapter_;
+  int64_t tokens_, rank_;
+};
 
 // s[i] = drop(x[tokens[i]]) a[r0 .. r1]^T for the tokens begin .. end; row(i) is where s[i]'s rank r0 goes.
 template <class C, class Row>
@@ -220,6 +298,8 @@ void outer_block(Row s, int64_t rank, const Rows& x, const Tokens& tokens, int64
 template <class C>
 void shrink(const Branch<C>& branch, Rows x, C* s, int64_t s_stride) {
   int64_t k = branch.features_in;
+  if (branch.dropout.p == 0 && Products<C>::serve(branch, WIDE, {x}))
+    return Products<C>(branch).shrink(x, k, s, s_stride);
   // Few tokens leave threads idle unless the ranks are shared out instead.
   constexpr int64_t RANKS = 4;
   auto tasks = cut(branch.adapters, 1, [](const Adapter& a) {
@@ -243,6 +323,17 @@ void shrink(const Branch<C>& branch, Rows x, C* s, int64_t s_stride) {
 template <class C>
 void expand(const Branch<C>& branch, const C* s, int64_t s_stride, const Target<C>& to, int64_t n0, int64_t n1) {
   const auto& k = kernels<C>();
+  Rows sums = to.unscaled ? to.unscaled : to.y;
+  bool adds = !to.from || to.from.data == sums.data;
+  if (adds && Products<C>::serve(branch, WIDE, {to.y, to.from, to.unscaled})) {
+    int64_t n = n1 - n0;
+    Products<C>(branch).expand(s, s_stride, n0, n, sums, bool(to.from));
+    if (!to.unscaled && !to.scale && !to.shift) return;
+    torch::stable::parallel_for(0, branch.adapters[0].tokens.count, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) finish_row(to, t, n, true, reinterpret_cast<C*>(sums.at(t)));
+    });
+    return;
+  }
   auto tasks = cut(branch.adapters, COLUMN_BLOCK, [&](const Adapter&) { return n1 - n0; });
   parallel(tasks, multiply_adds(branch, n1 - n0), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
@@ -267,8 +358,11 @@ void expand_backward(const Branch<C>& branch, Rows dy, const C* s, int64_t s_str
   const auto& adapters = branch.adapters;
   int64_t n = branch.features_out;
   auto columns_of_b = cut(adapters, COLUMN_BLOCK, [n](const Adapter&) { return n; });
+  bool products = Products<C>::serve(branch, WIDE_BACKWARD, {dy});
 
-  if (!ds.empty()) {
+  if (!ds.empty() && products) {
+    Products<C>(branch).shrink_gradient(dy, n, middle.slope, ds[0]);
+  } else if (!ds.empty()) {
     std::vector<std::unique_ptr<C[]>> bt(adapters.size());
     for (size_t i = 0; i < adapters.size(); ++i) bt[i] = scratch<C>(adapters[i].rank * n);
     parallel(columns_of_b, multiply_adds(branch, n), [&](const Task& task) {
@@ -289,13 +383,15 @@ void expand_backward(const Branch<C>& branch, Rows dy, const C* s, int64_t s_str
       if (!middle.slope) return;
       for (int64_t i = task.begin; i < task.end; ++i) kernels<C>().multiply(row(i), middle.slope + i * rank, row(i), rank);
     });
-    if (middle.sum) {
-      int64_t rank = adapters[0].rank;
-      std::fill_n(middle.sum, rank, C(0));
-      for (int64_t i = 0; i < adapters[0].tokens.count; ++i) kernels<C>().add(middle.sum, ds[0](i), rank);
-    }
+  }
+  if (!ds.empty() && middle.sum) {
+    int64_t rank = adapters[0].rank;
+    std::fill_n(middle.sum, rank, C(0));
+    for (int64_t i = 0; i < adapters[0].tokens.count; ++i) kernels<C>().add(middle.sum, ds[0](i), rank);
   }
 
+  if (products && adapters[0].db)
+    return Products<C>(branch).factor_gradient(dy, n, s, s_stride, adapters[0].scaling, false, adapters[0].db);
   parallel(columns_of_b, multiply_adds(branch, n), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
     if (!adapter.db) return;
@@ -313,6 +409,13 @@ void expand_backward(const Branch<C>& branch, Rows dy, const C* s, int64_t s_str
 template <class C>
 void shrink_backward(const Branch<C>& branch, const std::vector<Shrunk<C>>& ds, Rows x, Rows from, Rows dx) {
   int64_t k = branch.features_in;
+  if (branch.dropout.p == 0 && Products<C>::serve(branch, WIDE_BACKWARD, {x, dx, from})) {
+    Products<C> products(branch);
+    const Adapter& adapter = branch.adapters[0];
+    if (adapter.da) products.factor_gradient(x, k, ds[0].data, ds[0].stride, 1, true, adapter.da);
+    if (dx) products.input_gradient(ds[0], k, from, dx);
+    return;
+  }
   auto tasks = cut(branch.adapters, COLUMN_BLOCK, [k](const Adapter&) { return k; });
   parallel(tasks, multiply_adds(branch, k), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
