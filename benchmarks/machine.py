@@ -68,7 +68,7 @@ def describe() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: installed(name) for name in ("torch", "triton", "peft", "numpy")},
+        "versions": {"torch": torch.__version__, **{name: installed(name) for name in ("triton", "peft", "numpy")}},
         "backends": [name for name in dispatch.BACKENDS if name not in dispatch.UNAVAILABLE],
         "commit": os.environ.get("PYFASTPEFT_COMMIT") or _commit(),
     }

@@ -94,14 +94,15 @@ class IA3Problem(Problem):
 
 
 class MultiLoraProblem(Problem):
-    """`y` is updated in place, by `formula` in a copy; tokens of the adapters stand in a random order. Where the base
-    layer is included, its output takes the place of y."""
+    """`y` is updated in place, by `formula` in a copy. Where the base layer is included, its output takes the place of
+    y."""
 
     def __init__(self, case, device, seed=0):
         super().__init__(case, device, seed)
         counts = torch.tensor(case.counts)
-        tokens = torch.randperm(case.M, generator=torch.Generator().manual_seed(seed))
-        self.slots = torch.arange(len(counts)).repeat_interleave(counts)[tokens].to(device)
+        order = torch.randperm(case.M // case.sequence, generator=torch.Generator().manual_seed(seed))
+        sequences = torch.arange(len(counts)).repeat_interleave(counts).view(-1, case.sequence)
+        self.slots = sequences[order].flatten().to(device)
         self.ranks = torch.tensor(case.ranks, device=device)
         self.scaling = 1 + torch.arange(len(counts), device=device) % 4 / 2
         self.y0 = self.random(case.M, case.N)

@@ -96,16 +96,18 @@ class IA3(Case):
 class MultiLora(Case):
     """The adapter part alone: y += scaling x A^T B^T in place. `base` is the layer that it is added to."""
 
-    counts: tuple[int, ...]  # tokens of every adapter; they stand in a random order
+    counts: tuple[int, ...]  # tokens of every adapter
     ranks: tuple[int, ...]  # [len(counts)]
     mix: str = ""
+    sequence: int = 1  # tokens of an adapter that stand together; such sequences stand in a random order
 
     op = "multi_lora"
 
     @property
     def detail(self) -> str:
         ranks = sorted(set(self.ranks))
-        return f"r{','.join(map(str, ranks))} L{len(self.counts)} {self.mix}".strip()
+        together = f"sequences of {self.sequence}" if self.sequence > 1 else ""
+        return " ".join(filter(None, (f"r{','.join(map(str, ranks))} L{len(self.counts)}", self.mix, together)))
 
     def work(self, adapter_itemsize: int) -> tuple[int, int]:
         """s = x A^T and y += s B^T at every token's own rank; every adapter is read once, y read and written."""
@@ -208,16 +210,17 @@ def multi_lora_cases(size: str, device: str) -> list[MultiLora]:
 
 
 def multi_lora_linear_cases(size: str, device: str) -> list[MultiLora]:
-    """On a CPU the op is its two halves, which the other cases time."""
+    """Decode; prefill and training, where tokens of a sequence stand together and fill blocks of 256; prefill of many
+    adapters' tokens in any order. On a CPU the op is its two halves, which the other cases time."""
     case = partial(decode, kind=MultiLoraLinear)
     if size == "tiny":
-        return [case(6, 64, 48, 3, 4), case(6, 64, 48, 3, 4, dtype="bf16", backward=True)]
+        return [case(6, 64, 48, 3, 4), case(6, 64, 48, 3, 4, dtype="bf16", backward=True, sequence=2)]
     if device == "cpu":
         return []
     cases = [case(64, 4096, 4096, adapters, dtype="bf16") for adapters in (1, 8, 64)]
     for tokens, backward in product((2048,) if size == "quick" else (2048, 8192), (False, True)):
-        cases.append(case(tokens, 4096, 4096, 8, dtype="bf16", backward=backward))
-    return cases
+        cases.append(case(tokens, 4096, 4096, 8, dtype="bf16", backward=backward, sequence=256))
+    return [*cases, case(2048, 4096, 4096, 64, dtype="bf16")]
 
 
 CASES = {

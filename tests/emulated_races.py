@@ -15,10 +15,10 @@ def multi_lora(tokens: int) -> None:
     out.float().square().sum().backward()
 
 
-def multi_lora_linear(tokens: int, dtype: torch.dtype) -> None:
-    x, weight = random(tokens, 72, dtype=torch.bfloat16), random(40, 72, dtype=torch.bfloat16, grad=False)
+def multi_lora_linear(slots: torch.Tensor, dtype: torch.dtype) -> None:
+    x, weight = random(len(slots), 72, dtype=torch.bfloat16), random(40, 72, dtype=torch.bfloat16, grad=False)
     lora_A, lora_B = random(3, 8, 72, dtype=dtype), random(3, 40, 8, dtype=dtype)
-    out = ops.multi_lora_linear(x, weight, None, lora_A, lora_B, torch.arange(tokens) % 4 - 1, 0.5)
+    out = ops.multi_lora_linear(x, weight, None, lora_A, lora_B, slots, 0.5)
     out.float().square().sum().backward()
 
 
@@ -58,8 +58,9 @@ if __name__ == "__main__":
     with ops.use_backend("cuda"):
         multi_lora(9)
         multi_lora(140)
-        multi_lora_linear(20, torch.bfloat16)
-        multi_lora_linear(140, torch.float32)
+        multi_lora_linear(torch.arange(20) % 4 - 1, torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float32):  # a block of one adapter and one of several
+            multi_lora_linear(torch.arange(300).clamp(min=258) % 4 - 1, dtype)
         group(20, torch.bfloat16)
         group(70, torch.float32)
         ia3(False)

@@ -4,6 +4,7 @@ The library is built without CUTLASS, in build/aot; of what stands on CUTLASS th
 the build has it.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -158,6 +159,23 @@ def test_products_on_hopper(products):
         assert len(kernel.of("HGMMA")) >= 8, kernel.name
         assert len(kernel.of("UTMALDG")) >= 4, kernel.name
         assert kernel.of("UTMASTG"), kernel.name
+
+
+def test_products_on_hopper_load_their_operands(tmp_path, monkeypatch):
+    """CUTLASS's own code, with ours in it, on the CPU."""
+    monkeypatch.setenv("PYFASTPEFT_CUDA", "1")
+    try:
+        nvcc, cutlass = libraries._nvcc(), libraries._folder("cutlass_library", "source/include")
+    except LookupError as why:
+        pytest.skip(str(why))
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], check=True, capture_output=True, text=True)
+    folders = [cutlass, *re.findall(r'"(?:-I)?(/[^"]+/include(?:/cccl)?)"', told.stderr)]  # and those of the toolkit
+    own, program = ROOT / "tests/cuda_emulator/producer", tmp_path / "producer"
+    flags = ["-std=c++20", "-O1", "-DNDEBUG", "-w", "-fpermissive", f"-I{own}", f"-I{ROOT / 'csrc'}"]
+    flags += [part for folder in folders for part in ("-isystem", folder)]
+    subprocess.run(["g++", *flags, own / "producer.cpp", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_library_loads_and_says_that_there_is_no_device(library):

@@ -186,18 +186,60 @@ def test_multi_lora_linear(dtype, adapter_dtype, shape):
     )
 
 
-@pytest.mark.parametrize("tokens", [20, 100])
+def in_blocks(*blocks):
+    """Slots of blocks of 256 tokens, of one adapter or as given, the last one cut to 88."""
+    return torch.cat([torch.full((256,), b) if isinstance(b, int) else b for b in blocks])[:-168]
+
+
+def but(adapter, others):
+    """One adapter in a block, but for some tokens."""
+    slots = torch.full((256,), adapter)
+    slots[:: 256 // len(others)] = torch.tensor(others)
+    return slots
+
+
+# The base layer's product takes along the branch of blocks of 256 tokens of one adapter.
+BLOCKS = {
+    "whole": in_blocks(2, 0, 0),
+    "some": in_blocks(but(1, [-1]), -1, 2),
+    "mixed": in_blocks(torch.arange(256) % 4 - 1, 1, but(0, [2, 1])),
+    "none": in_blocks(-1, -1, -1),
+}
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), ADAPTERS)
+@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_multi_lora_linear_of_many_tokens(blocks, ranked, dtype, adapter_dtype):
+    slots, rank = BLOCKS[blocks], 16 if dtype == torch.bfloat16 else 12
+    ranks = torch.tensor([5, 0, rank, rank]) if ranked else None
+    inputs = multi_layer_inputs(len(slots), 72, 40, rank, 4, dtype, adapter_dtype)
+    with torch.no_grad():
+        for a in range(4):
+            unused = 0 if a == 3 else ranks[a] if ranked else rank
+            inputs["lora_A"][a, unused:] = torch.nan
+            inputs["lora_B"][a, :, unused:] = torch.nan
+    options = {"slots": routed(slots, 4), "scaling": torch.randn(4), "ranks": ranks}
+    assert_error_rule(
+        functools.partial(ops.multi_lora_linear, **options),
+        functools.partial(unfused_multi_lora_linear, **options | {"slots": slots}),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize(
+    "slots", [torch.arange(20) % 4 - 1, torch.arange(100) % 4 - 1, in_blocks(0, but(0, [-1, 1]), 2)]
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_bad_adapter_reaches_its_own_tokens_alone(tokens, value):
-    inputs = {n: t.detach() for n, t in multi_layer_inputs(tokens, 64, 40, 8, 3, torch.bfloat16).items()}
-    slots = torch.arange(tokens) % 4 - 1
+def test_a_bad_adapter_reaches_its_own_tokens_alone(slots, value):
+    inputs = {n: t.detach() for n, t in multi_layer_inputs(len(slots), 64, 40, 8, 3, torch.bfloat16).items()}
     for bad in ("lora_A", "lora_B"):
         changed = inputs | {bad: inputs[bad].clone()}
-        changed[bad][1, 0, 0] = value
+        changed[bad][0, 0, 0] = value
         y = ops.multi_lora_linear(**changed, slots=routed(slots, 3), scaling=0.5)
         reached = ~torch.isfinite(y)
-        assert reached[slots == 1, 0].all()
-        assert not reached[slots != 1].any()
+        assert reached[slots == 0, 0].all()
+        assert not reached[slots != 0].any()
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])

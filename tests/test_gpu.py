@@ -224,10 +224,34 @@ def test_multi_lora_linear(dtype, adapter_dtype, shape, ranked):
     assert_error_rule(ours, theirs, multi_layer_inputs(*shape, dtype, adapter_dtype, device="cuda"))
 
 
-@pytest.mark.parametrize("tokens", [40, 500])
+def in_blocks(num_adapters):
+    """Slots of 1064 tokens: blocks of 256 of one adapter, of all, of one but for two tokens, of none; a smaller one."""
+    slots = torch.randint(-1, num_adapters, (5, 256), device="cuda")
+    slots[0], slots[2], slots[3], slots[4] = 1, 1, -1, 0
+    slots[2, 100:102] = torch.tensor([-1, 0])
+    return slots.flatten()[:1064]
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(torch.bfloat16, None), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_multi_lora_linear_in_blocks_of_one_adapter(dtype, adapter_dtype, ranked):
+    """What lies beyond true ranks, and adapters without a token, may be NaN."""
+    slots, rank = in_blocks(3), 24 if ranked else 20
+    ranks = torch.tensor([0, 5, rank, rank], device="cuda") if ranked else None
+    inputs = multi_layer_inputs(len(slots), 520, 264, rank, 4, dtype, adapter_dtype, device="cuda")
+    with torch.no_grad():
+        for a, used in enumerate([0, 5, rank, 0] if ranked else [rank] * 3 + [0]):
+            inputs["lora_A"][a, used:] = float("nan")
+            inputs["lora_B"][a, :, used:] = float("nan")
+    options = {"slots": slots, "scaling": torch.randn(4, device="cuda"), "ranks": ranks}
+    ours, theirs = (functools.partial(f, **options) for f in (ops.multi_lora_linear, unfused_multi_lora_linear))
+    assert_error_rule(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("tokens", [40, 500, None])
 def test_a_bad_adapter_reaches_its_own_tokens_alone(tokens):
-    inputs = multi_layer_inputs(tokens, 64, 136, 8, 3, torch.bfloat16, device="cuda")
-    slots = torch.arange(tokens, device="cuda") % 4 - 1
+    slots = torch.arange(tokens, device="cuda") % 4 - 1 if tokens else in_blocks(3)
+    inputs = multi_layer_inputs(len(slots), 64, 136, 8, 3, torch.bfloat16, device="cuda")
     with torch.no_grad():
         inputs["lora_B"][1] = float("nan")
         y = ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5)
@@ -318,9 +342,12 @@ def gradients(run, inputs):
 def test_a_hundred_runs_are_bit_identical(adapter_dtype):
     slots = torch.randint(-1, 7, (300,), device="cuda")
     many = gpu_multi_lora_inputs(300, 512, 264, 16, 7, torch.bfloat16, adapter_dtype)
+    routing = ops.route(in_blocks(7), 7)
+    layer = multi_layer_inputs(1064, 512, 264, 16, 7, torch.bfloat16, adapter_dtype, device="cuda")
     cases = [
         (lora, gpu_lora_inputs(300, 512, 264, 16, torch.bfloat16, adapter_dtype)),
         (lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=0.5), many),
+        (functools.partial(ops.multi_lora_linear, slots=routing, scaling=0.5), layer),
     ]
     for run, inputs in cases:
         first = gradients(run, inputs)
@@ -328,34 +355,40 @@ def test_a_hundred_runs_are_bit_identical(adapter_dtype):
             assert all(torch.equal(a, b) for a, b in zip(gradients(run, inputs), first))
 
 
-@pytest.mark.parametrize("tokens", [64, 500])
-def test_a_captured_graph_serves_slots_that_change(backend, tokens):
-    inputs = {n: t.detach() for n, t in gpu_multi_lora_inputs(tokens, 256, 136, 8, 5, torch.bfloat16).items()}
-    base, slots = inputs.pop("y"), torch.full((tokens,), -1, device="cuda")
+@pytest.mark.parametrize(("tokens", "included"), [(64, False), (500, False), (1064, True)])
+def test_a_captured_graph_serves_slots_that_change(backend, tokens, included):
+    """`included`: the base layer, too, which may go with blocks of tokens of one adapter."""
+    inputs = multi_layer_inputs(tokens, 256, 136, 8, 5, torch.bfloat16, device="cuda")
+    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+    if not included:
+        del inputs["weight"], inputs["bias"]
+        inputs["y"] = gpu_random(tokens, 136, dtype=torch.bfloat16, grad=False)
     if backend == "addmm" and tokens * 8 * (256 + 136) > addmm.GATHERED:
         pytest.skip("adapters that come one after the other are looked up on the host")
-    y = base.clone()
+    slots = torch.full((tokens,), -1, device="cuda")
+    out = torch.empty(tokens, 136, dtype=torch.bfloat16, device="cuda")
 
-    def step():
-        y.copy_(base)
-        ops.multi_lora(y, **inputs, slots=slots, scaling=0.5)
+    def run(x, lora_A, lora_B, y=None, **layer):
+        if included:
+            return ops.multi_lora_linear(x, **layer, lora_A=lora_A, lora_B=lora_B, slots=slots, scaling=0.5)
+        return ops.multi_lora(y.clone(), x, lora_A, lora_B, slots, 0.5)
 
     with torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            step()  # compiles and allocates what lasts
+            out.copy_(run(**inputs))  # compiles and allocates what lasts
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
-        for routing in (torch.randint(-1, 5, (tokens,)), torch.full((tokens,), 4), torch.full((tokens,), -1)):
+            out.copy_(run(**inputs))
+        routings = [torch.randint(-1, 5, (tokens,)), torch.full((tokens,), 4), torch.full((tokens,), -1)]
+        for routing in routings + [in_blocks(5)] * included + routings[:1]:
             slots.copy_(routing)
             for _ in range(3):
                 graph.replay()
             with ops.use_backend("reference"):
-                expected = ops.multi_lora(
-                    base.float(), **{n: t.float() for n, t in inputs.items()}, slots=slots, scaling=0.5
-                )
-            torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
-            assert torch.equal(y[slots == -1], base[slots == -1])
+                expected = run(**{name: tensor.float() for name, tensor in inputs.items()})
+            torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+            if not included:
+                assert torch.equal(out[slots == -1], inputs["y"][slots == -1])

@@ -64,9 +64,10 @@ def test_a_layer_under_many_adapters_forms_one_gradient_alone(backend, tokens, o
 
 @branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype):
-    inputs = multi_lora_inputs(20, 33, 18, 8, 4, dtype)
-    ranks = torch.tensor([8, 3, 0, 1])
+@pytest.mark.parametrize(("k", "r"), [(33, 8), (520, 24)])
+def test_multi_lora_reads_no_rank_beyond_the_true_one(backend, dtype, k, r):
+    inputs = multi_lora_inputs(20, k, 18, r, 4, dtype)
+    ranks = torch.tensor([r, 3, 0, 1])
     slots = torch.randint(-1, 4, (20,), dtype=torch.int32)
     exact = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
     for a, r in enumerate(ranks.tolist()):

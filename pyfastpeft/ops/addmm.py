@@ -167,8 +167,8 @@ def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, s
     adapter = adapter.clamp(0, num_adapters - 1)
     used = served if ranks is None else served & (torch.arange(rank, device=x.device) < ranks[adapter][:, None])
     dtype = torch.promote_types(x.dtype, lora_A.dtype)
-    shrunk = torch.bmm(lora_A[adapter].to(dtype), x[order].to(dtype)[:, :, None])[:, :, 0]
-    shrunk = torch.where(used, shrunk, 0.0)
+    down = torch.where(used[:, :, None], lora_A[adapter].to(dtype), 0.0)  # or torch's bmm mixes rows, and NaN in them
+    shrunk = torch.where(used, torch.bmm(down, x[order].to(dtype)[:, :, None])[:, :, 0], 0.0)
     s[order] = shrunk.to(s.dtype)
     factor = torch.where(used[:, None, :], lora_B[adapter].to(dtype), 0.0)
     delta = torch.bmm(factor, shrunk[:, :, None])[:, :, 0] * scaling[adapter][:, None]

@@ -10,8 +10,8 @@
 // raise RuntimeError. Built with -fsanitize=thread it finds races (emulated_cuda.py tells how).
 //
 // What it cannot show: time; registers and spills; that other addresses are aligned and coalesced; how tensor cores round
-// within a product; the memory model beyond races; TMA and wgmma. A __shared__ variable is one for all blocks here:
-// kernels take dynamic shared memory where blocks wait for blocks.
+// within a product; the memory model beyond races; wgmma, nor TMA (which producer/ shows). A __shared__ variable is one
+// for all blocks here: kernels take dynamic shared memory where blocks wait for blocks.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -16,14 +16,19 @@ void product(const Gemm& g) {
                  int64_t right_stride, int64_t depth, int64_t m) {
     auto* rows = static_cast<const T*>(left) + m * left_stride;
     auto* factor = static_cast<const T*>(right);
+    auto value = [&](int64_t k, int64_t n) {
+      return factor ? float(kBackward ? factor[k * right_stride + n] : factor[n * right_stride + k]) : 0.f;
+    };
     for (int64_t k = 0; k < depth; ++k)
-      for (int64_t n = 0; n < g.columns; ++n)
-        sums[n] += float(rows[k]) * float(kBackward ? factor[k * right_stride + n] : factor[n * right_stride + k]);
+      for (int64_t n = 0; n < g.columns; ++n) sums[n] += float(rows[k]) * value(k, n);
   };
   for (int64_t m = 0; m < g.rows; ++m) {
     std::vector<float> sums(g.columns);
     add(sums, g.left, g.left_stride, g.right, g.right_stride, g.depth, m);
-    add(sums, g.tail_left, g.tail_left_stride, g.tail_right, g.tail_right_stride, g.rank, m);
+    int64_t tail = g.tail_of_block ? g.tail_of_block[m / kTailBlock] : 0;
+    const T* tail_right = static_cast<const T*>(g.tail_right) + tail * g.tail_right_distance;
+    bool there = tail >= 0 && tail < g.tails;
+    add(sums, g.tail_left, g.tail_left_stride, there ? tail_right : nullptr, g.tail_right_stride, g.rank, m);
     for (int64_t n = 0; n < g.columns; ++n) {
       float scaled = sums[n] * (g.scale ? g.scale[n] : 1.f);
       static_cast<T*>(g.out)[m * g.out_stride + n] = T(scaled + (g.bias ? float(static_cast<const T*>(g.bias)[n]) : 0));
@@ -38,7 +43,8 @@ bool aligned(const void* pointer, int64_t stride) { return reinterpret_cast<uint
 template <bool kBfloat16, bool kBackward>
 const char* hopper_gemm(const Gemm& g, cudaStream_t) {
   if (!aligned(g.left, g.left_stride) || !aligned(g.right, g.right_stride) || !aligned(g.out, g.out_stride) ||
-      (g.rank && !(aligned(g.tail_left, g.tail_left_stride) && aligned(g.tail_right, g.tail_right_stride))))
+      (g.rank && !(aligned(g.tail_left, g.tail_left_stride) && aligned(g.tail_right, g.tail_right_stride))) ||
+      g.tail_right_distance % 8)
     return "TMA takes multiples of 16 bytes only";
   product<std::conditional_t<kBfloat16, __nv_bfloat16, __half>, kBackward>(g);
   return nullptr;

@@ -1,4 +1,4 @@
-// The base layer's products by torch: cuBLAS on CUDA tensors.
+// The base layer's products: by torch, which is cuBLAS on CUDA tensors, or by gemm.h, which takes a branch along.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -6,6 +6,7 @@
 
 #include "ops/checks.h"
 #include "ops/cuda/device.h"
+#include "ops/cuda/gemm.h"
 
 namespace pyfastpeft {
 
@@ -27,6 +28,11 @@ inline void base_backward(const Tensor& dy, const Tensor& weight, Tensor& dx, bo
   std::array<StableIValue, 3> stack{from(dy), from(weight), from(dx)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline void multiply(const Gemm& it, cudaStream_t stream) {
+  const char* error = gemm(it, stream);
+  STD_TORCH_CHECK(!error, "product: ", error);
 }
 
 }  // namespace pyfastpeft

@@ -1,4 +1,5 @@
-// The matrix product that everything on Hopper stands on: a base product and a low-rank tail in one accumulator.
+// The matrix product that everything on Hopper stands on: a base product and a low-rank tail in one accumulator. Blocks
+// of rows may have tails of their own.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -6,7 +7,10 @@
 
 namespace pyfastpeft {
 
-// out[m, n] = scale[n] * (sum over k of left[m, k] right(k, n) + sum over j of tail_left[m, j] tail_right(j, n)) + bias[n]
+constexpr int kTailBlock = 256;  // rows that have the same tail_right
+
+// out[m, n] = scale[n] * (sum over k of left[m, k] right(k, n) + sum over j of tail_left[m, j] tail_right(a, j, n)) +
+// bias[n], where a is tail_of_block[m / kTailBlock], or 0 without it. Of an a outside [0, tails) tail_right is zeros.
 //
 // All matrices are of one 16-bit dtype, sums are float32 and rounded once. Rows of left, tail_left and out are contiguous
 // at the given strides (in elements); right and tail_right are contiguous along k and j (as weight [N, K] and lora_B
@@ -19,6 +23,8 @@ struct Gemm {
   int64_t rows = 0, columns = 0, depth = 0, rank = 0;  // M, N, K, r; rank 0: no tail
   const void *left = nullptr, *right = nullptr, *tail_left = nullptr, *tail_right = nullptr;
   int64_t left_stride = 0, right_stride = 0, tail_left_stride = 0, tail_right_stride = 0;
+  const int* tail_of_block = nullptr;  // [rows / kTailBlock, rounded up] or null, on the device
+  int64_t tails = 1, tail_right_distance = 0;  // how many tail_right there are, and elements from one to the next
   const float* scale = nullptr;  // [N] or null: 1
   const void* bias = nullptr;    // [N], of the matrices' dtype, or null: 0
   void* out = nullptr;

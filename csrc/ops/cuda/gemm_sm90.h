@@ -17,26 +17,32 @@ template <class Single>
 struct WithTail : Single {
   struct Arguments {
     typename Single::Arguments base, tail;
-    int depth, rank;
+    int depth, rank, tails;
+    const int* tail_of_block;
   };
 
   struct Params : Single::Params {
     typename Single::Params tail;
-    int base_tiles;
+    int base_tiles, blocks;
+    const int* tail_of_block;
   };
 
   static constexpr int kDepth = cute::size<2>(typename Single::TileShape{});
+  static constexpr int kClusterTiles = cute::size<0>(typename Single::DispatchPolicy::ClusterShape{});
+  // The tiles of a cluster share what they read of the right operand.
+  static_assert(kClusterTiles * cute::size<0>(typename Single::TileShape{}) == kTailBlock);
 
   static int tiles(int depth) { return (depth + kDepth - 1) / kDepth; }
 
   template <class Shape>
   static Params to_underlying_arguments(const Shape& shape, const Arguments& it, void* workspace) {
     auto [rows, columns, unused, batch] = shape;
-    auto described = [&](int depth, const typename Single::Arguments& operands) {
-      return Single::to_underlying_arguments(cute::make_shape(rows, columns, depth, batch), operands, workspace);
+    auto described = [&](int depth, int batches, const typename Single::Arguments& operands) {
+      return Single::to_underlying_arguments(cute::make_shape(rows, columns, depth, batches), operands, workspace);
     };
-    typename Single::Params base = described(it.depth, it.base);
-    return {base, it.rank ? described(it.rank, it.tail) : base, tiles(it.depth)};
+    typename Single::Params base = described(it.depth, batch, it.base);
+    return {base, it.rank ? described(it.rank, it.tails, it.tail) : base, tiles(it.depth),
+            (rows + kTailBlock - 1) / kTailBlock, it.tail_of_block};
   }
 
   CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
@@ -50,14 +56,20 @@ struct WithTail : Single {
     return cute::make_tuple(cute::get<0>(base), cute::get<1>(base), cute::get<0>(tail), cute::get<1>(tail));
   }
 
-  // The scheduler hands out whole tiles of the output: `tile` begins at 0.
+  // The scheduler hands out whole tiles of the output, so that `tile` begins at 0. It also hands out tiles beyond the
+  // last row, of which nothing is stored. The right operands of the tail are batches of one tensor: coordinates in it
+  // move on to the batch of the block, those in the left operand stay in the first. TMA reads zeros where there is no
+  // such batch.
   template <class Inputs, class Coordinates, class Iterator>
   CUTLASS_DEVICE void load(const Params& params, typename Single::MainloopPipeline pipeline,
                            typename Single::PipelineState state, const Inputs& inputs, const Coordinates& block,
                            Iterator tile, int tiles, int thread, uint32_t rank_in_cluster,
                            typename Single::TensorStorage& shared) {
+    int number = cute::min(cute::get<0>(block) / kClusterTiles, params.blocks - 1);
+    int batch = params.tail_of_block ? params.tail_of_block[number] : 0;
+    auto to_batch = cute::make_coord(cute::_0{}, cute::_0{}, cute::_0{}, cute::_0{}, batch);  // of (N, K, n, k, l)
     auto base = cute::make_tuple(cute::get<0>(inputs), cute::get<1>(inputs));
-    auto tail = cute::make_tuple(cute::get<2>(inputs), cute::get<3>(inputs));
+    auto tail = cute::make_tuple(cute::get<2>(inputs), cute::domain_offset(to_batch, cute::get<3>(inputs)));
     Single::load(params, pipeline, state, base, block, tile, params.base_tiles, thread, rank_in_cluster, shared);
     state.advance(params.base_tiles);
     Single::load(params.tail, pipeline, state, tail, block, tile, tiles - params.base_tiles, thread, rank_in_cluster,
@@ -94,27 +106,34 @@ struct HopperGemm {
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, WithTail<Single>, Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  // A matrix of one batch whose unit stride is where its type says.
+  // Of matrices whose unit stride is where its type says, `apart` from one to the next.
   template <class Stride>
-  static Stride strides(int64_t distance) {
+  static Stride strides(int64_t distance, int64_t apart = 0) {
     Stride stride{};
     cute::get<cute::is_constant<1, decltype(cute::get<0>(Stride{}))>::value ? 1 : 0>(stride) = distance;
+    cute::get<2>(stride) = apart;
     return stride;
   }
 
   static typename Device::Arguments arguments(const Gemm& gemm) {
-    auto operands = [](const void* left, int64_t left_stride, const void* right, int64_t right_stride) {
+    // Every left operand but the first is one that nobody reads: it only has to be one that TMA can describe.
+    auto operands = [](const void* left, int64_t left_stride, const void* right, int64_t right_stride, int64_t apart) {
       return typename Single::Arguments{
-          static_cast<const Element*>(left), strides<typename Single::StrideA>(left_stride),
-          static_cast<const Element*>(right), strides<typename Single::StrideB>(right_stride)};
+          static_cast<const Element*>(left), strides<typename Single::StrideA>(left_stride, left_stride),
+          static_cast<const Element*>(right), strides<typename Single::StrideB>(right_stride, apart)};
     };
     int depth = static_cast<int>(gemm.depth), rank = static_cast<int>(gemm.rank);
     int whole = (WithTail<Single>::tiles(depth) + WithTail<Single>::tiles(rank)) * WithTail<Single>::kDepth;
     typename Device::Arguments it{};
     it.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     it.problem_shape = {static_cast<int>(gemm.rows), static_cast<int>(gemm.columns), whole, 1};
-    it.mainloop = {operands(gemm.left, gemm.left_stride, gemm.right, gemm.right_stride),
-                   operands(gemm.tail_left, gemm.tail_left_stride, gemm.tail_right, gemm.tail_right_stride), depth, rank};
+    it.mainloop = {operands(gemm.left, gemm.left_stride, gemm.right, gemm.right_stride, 0),
+                   operands(gemm.tail_left, gemm.tail_left_stride, gemm.tail_right, gemm.tail_right_stride,
+                            gemm.tail_right_distance),
+                   depth,
+                   rank,
+                   static_cast<int>(gemm.tails),
+                   gemm.tail_of_block};
     it.epilogue.thread = {{gemm.scale, 1.0f}, {}, {static_cast<const Element*>(gemm.bias), Element(0.0f)}, {}};
     it.epilogue.ptr_D = static_cast<Element*>(gemm.out);
     it.epilogue.dD = strides<typename Kernel::StrideD>(gemm.out_stride);

@@ -2,7 +2,6 @@
 
 #include "ops/cuda/base.h"
 #include "ops/cuda/elements.h"
-#include "ops/cuda/gemm.h"
 #include "ops/cuda/runtime.h"
 
 namespace pyfastpeft {
@@ -181,20 +180,19 @@ bool forward_by_gemm(const Tensor& x, const Tensor& weight, const OptionalTensor
   };
   bool bfloat16 = in.dtype == Dtype::bf16;
   bfloat16 ? prepare(__nv_bfloat16{}) : prepare(__half{});
-  const char* error = gemm({.bfloat16 = bfloat16,
-                            .rows = m,
-                            .columns = n,
-                            .depth = k,
-                            .left = in.data,
-                            .right = w.data,
-                            .left_stride = in.stride,
-                            .right_stride = w.stride,
-                            .scale = static_cast<const float*>(wide.const_data_ptr()),
-                            .bias = bias ? shift.const_data_ptr() : nullptr,
-                            .out = out.data,
-                            .out_stride = out.stride},
-                           stream);
-  STD_TORCH_CHECK(!error, "product: ", error);
+  multiply({.bfloat16 = bfloat16,
+            .rows = m,
+            .columns = n,
+            .depth = k,
+            .left = in.data,
+            .right = w.data,
+            .left_stride = in.stride,
+            .right_stride = w.stride,
+            .scale = static_cast<const float*>(wide.const_data_ptr()),
+            .bias = bias ? shift.const_data_ptr() : nullptr,
+            .out = out.data,
+            .out_stride = out.stride},
+           stream);
   return true;
 }
 

@@ -11,7 +11,6 @@
 #include "ops/cuda/decode.h"
 #include "ops/cuda/dropout.h"
 #include "ops/cuda/exact.h"
-#include "ops/cuda/gemm.h"
 #include "ops/cuda/runtime.h"
 #include "ops/lora_layers.h"
 
@@ -634,11 +633,6 @@ Tensor tail(const Place& place, const Tensor& factor, int64_t rows, int columns)
   return result;
 }
 
-void multiply(const Place& place, const Gemm& it) {
-  const char* error = gemm(it, place.stream);
-  STD_TORCH_CHECK(!error, "product: ", error);
-}
-
 // Raises unless a layer is one of activations of this dtype with k features.
 template <class Type>
 void check_layer(const LoraLayer& layer, int64_t k) {
@@ -665,22 +659,23 @@ void output(const Place& place, const Tensor& x, const LoraLayer& layer, const T
     return expand<Type>(place, out, scaled, pointer<typename Type::Factor>(layer.lora_B), 1, rank, rank, {}, true);
   }
   Tensor factor = tail<Type>(place, layer.lora_B, n, rank);
-  multiply(place, {.bfloat16 = Type::dtype == ScalarType::BFloat16,
-                   .rows = m,
-                   .columns = n,
-                   .depth = k,
-                   .rank = rank,
-                   .left = in.data,
-                   .right = layer.weight->const_data_ptr(),
-                   .tail_left = scaled.const_data_ptr(),
-                   .tail_right = factor.const_data_ptr(),
-                   .left_stride = in.stride,
-                   .right_stride = layer.weight->stride(0),
-                   .tail_left_stride = scaled.size(1),
-                   .tail_right_stride = factor.size(1),
-                   .bias = layer.bias ? layer.bias->const_data_ptr() : nullptr,
-                   .out = const_cast<void*>(out.data),
-                   .out_stride = out.stride});
+  multiply({.bfloat16 = Type::dtype == ScalarType::BFloat16,
+            .rows = m,
+            .columns = n,
+            .depth = k,
+            .rank = rank,
+            .left = in.data,
+            .right = layer.weight->const_data_ptr(),
+            .tail_left = scaled.const_data_ptr(),
+            .tail_right = factor.const_data_ptr(),
+            .left_stride = in.stride,
+            .right_stride = layer.weight->stride(0),
+            .tail_left_stride = scaled.size(1),
+            .tail_right_stride = factor.size(1),
+            .bias = layer.bias ? layer.bias->const_data_ptr() : nullptr,
+            .out = const_cast<void*>(out.data),
+            .out_stride = out.stride},
+           place.stream);
 }
 
 // s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T for every layer and its columns of s.
@@ -745,22 +740,23 @@ void input_gradient(const Place& place, const Tensor& dy, const OptionalTensor& 
   STD_TORCH_CHECK(!weight || w.dtype == dtype_of(dy, "dy"), "weight must be of the activations' dtype");
   if (weight && gemm_available()) {
     Tensor factor = fused ? tail<Type>(place, lora_A, rank, k) : lora_A;
-    multiply(place, {.bfloat16 = Type::dtype == ScalarType::BFloat16,
-                     .backward = true,
-                     .rows = m,
-                     .columns = k,
-                     .depth = n,
-                     .rank = fused ? rank : 0,
-                     .left = in.data,
-                     .right = w.data,
-                     .tail_left = ds.const_data_ptr(),
-                     .tail_right = factor.const_data_ptr(),
-                     .left_stride = in.stride,
-                     .right_stride = w.stride,
-                     .tail_left_stride = ds.size(1),
-                     .tail_right_stride = k,
-                     .out = const_cast<void*>(out.data),
-                     .out_stride = out.stride});
+    multiply({.bfloat16 = Type::dtype == ScalarType::BFloat16,
+              .backward = true,
+              .rows = m,
+              .columns = k,
+              .depth = n,
+              .rank = fused ? rank : 0,
+              .left = in.data,
+              .right = w.data,
+              .tail_left = ds.const_data_ptr(),
+              .tail_right = factor.const_data_ptr(),
+              .left_stride = in.stride,
+              .right_stride = w.stride,
+              .tail_left_stride = ds.size(1),
+              .tail_right_stride = k,
+              .out = const_cast<void*>(out.data),
+              .out_stride = out.stride},
+             place.stream);
   } else if (weight) {
     base_backward(dy, *weight, dx);
   }

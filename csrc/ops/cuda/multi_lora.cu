@@ -1,5 +1,10 @@
 // Grids follow from shapes alone, so that a launch may be captured in a graph and replayed with other slots. How sums
 // are cut follows from shapes, too, and they are added up in order.
+//
+// With a base layer, many tokens go through the product of gemm.h in their own order. Where all tokens of a block have
+// the same adapter, as those of sequences padded to multiples of kTailBlock do, it takes the branch along; a second
+// pass adds that of tokens in other blocks. One token without an adapter makes a block one of these: zero times an
+// infinite element of the others' adapter would not be zero.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -21,6 +26,8 @@ template <class T, class F>
 constexpr int kRanks = std::is_same_v<T, F> ? 64 : 32;  // ranks of a factor that are in registers at once
 constexpr int kColumns = 32 * kWarps;
 constexpr int kGradientRanks = 32, kGradientColumns = 64;
+constexpr size_t kScan = kWarps * sizeof(int) + sizeof(Tile);  // of shared memory, that find_tile takes
+constexpr int kTailRank = 256;  // up to so many ranks are the tail of a product
 constexpr int kBlocks = 1024;  // that a launch aims at where it may choose, whatever the device
 
 // row[column ..] (+)= scale * the lane's eight columns of row g (+ 8 where `half`) in d, as dealt_row deals them.
@@ -224,24 +231,36 @@ __global__ void __launch_bounds__(kThreads)
   sum[i] = total;
 }
 
-// y[t] (+)= scaling[a] * s[t, :ranks[a]] factor[a]^T on adapter a's tokens t.
+// What the base layer's product takes along of the branch: that of blocks of tokens which all have the same adapter.
+struct Whole {
+  const int* adapters;  // [blocks of kTailBlock tokens]: of all tokens of a block, -1 where they differ or have none
+  const int* rest;      // whether there are other blocks in which a token has an adapter
+
+  __device__ bool has(int64_t token) const { return adapters && adapters[token / kTailBlock] >= 0; }
+};
+
+// y[t] (+)= scaling[a] * s[t, :ranks[a]] factor[a]^T on adapter a's tokens t that are not in `whole`.
 // s: [T, R];  factor: [L, N, R];  scaling: [L] or null: 1;  y: [T, N]
 template <class T, class F, bool vector, bool add>
 __global__ void __launch_bounds__(kThreads)
-    multi_expand_kernel(const float* s, const F* factor, const float* scaling, Routing routing, Matrix<T> y) {
+    multi_expand_kernel(const float* s, const F* factor, const float* scaling, Routing routing, Matrix<T> y,
+                        Whole whole) {
+  if (whole.rest && !*whole.rest) return;
   auto* scan = shared_memory<int>();
   Tile tile = find_tile(routing, kLongTile, !add, blockIdx.x, scan, reinterpret_cast<Tile*>(scan + kWarps));
+  int* tokens = scan + kScan / sizeof(int);  // [kLongTile]
+  int mine = -1;
+  if (threadIdx.x < tile.count) mine = static_cast<int>(routing.token(tile.first + threadIdx.x));
+  if (mine >= 0 && whole.has(mine)) mine = -1;
+  if (threadIdx.x < kLongTile) tokens[threadIdx.x] = mine;
+  if (!any(mine >= 0, scan)) return;
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, column = blockIdx.y * kColumns + threadIdx.x / 32 * 32;
-  if (tile.count == 0 || column >= y.columns) return;
+  if (column >= y.columns) return;
   const F* rows_at = factor + int64_t(tile.adapter) * y.columns * routing.rank;
   float scale = scaling ? scaling[tile.adapter] : 1.f;
   uint2 rows[kRanks<T, F> / 16][4];
   for (int begin = 0; begin < tile.count; begin += kTile) {
-    int64_t token[2];
-    for (int half = 0; half < 2; ++half) {
-      int i = begin + g + 8 * half;
-      token[half] = i < tile.count ? routing.token(tile.first + i) : -1;
-    }
+    int64_t token[2] = {tokens[begin + g], tokens[begin + g + 8]};
     float own[4][4] = {};
     for (int first_rank = 0; first_rank < tile.rank; first_rank += kRanks<T, F>) {
       if (begin == 0 || tile.rank > kRanks<T, F>)
@@ -269,13 +288,81 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// --- backward ---
+// --- the branch as the tail of the base layer's product ---
 
-// out[a, c, r] = in[a, r, c] for adapters with tokens.  in: [L, rows, columns]
+// adapters[t] = that of token t, -1 where it has none;  rest = 0.  adapters: [T];  rest: [1]
+__global__ void __launch_bounds__(kThreads) adapters_kernel(Routing routing, int* adapters, int* rest) {
+  int position = blockIdx.x * kThreads + threadIdx.x, first = 0, last = routing.adapters;
+  if (position == 0) *rest = 0;
+  if (position >= routing.tokens) return;
+  while (first < last) {
+    int middle = (first + last) / 2;
+    if (routing.end(middle) <= position) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  bool one = first < routing.adapters && position >= routing.begin(first);
+  adapters[routing.token(position)] = one ? first : -1;
+}
+
+// s[t, j] = sum over h of planes[h, t, j], in the order of h;  tail[t, j] = scaling[a] * s[t, j] for j < ranks[a] where
+// a is the adapter of all tokens of t's block of kTailBlock, else 0;  whole = what that is of every block;  rest = 1
+// where there is another block in which a token has an adapter.
+// adapters: [T];  planes: [parts, T, R];  s: [T, R], or planes itself;  scaling: [L] or null: 1;  tail: [T, stride];
+// whole: [blocks]
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    transpose_kernel(const T* in, T* out, const int64_t* segments, int rows, int columns) {
-  if (segments[blockIdx.y] == segments[blockIdx.y + 1]) return;
+    tail_kernel(const int* adapters, const float* planes, int parts, const float* scaling, Routing routing, float* s,
+                T* tail, int stride, int* whole, int* rest) {
+  static_assert(kTailBlock == kThreads && kTailBlock % kTile == 0);
+  auto* scan = shared_memory<int>();
+  int tokens = routing.tokens, first = blockIdx.x * kTile, begin = first / kTailBlock * kTailBlock;
+  int adapter = adapters[begin], own = begin + threadIdx.x;
+  if (any(own < tokens && adapters[own] != adapter, scan)) {
+    adapter = -1;
+    if (threadIdx.x == 0 && first == begin) atomicExch(rest, 1);
+  }
+  if (threadIdx.x == 0 && first == begin) whole[first / kTailBlock] = adapter;
+  int rank = adapter < 0 ? 0 : routing.rank_of(adapter);
+  float scale = scaling && adapter >= 0 ? scaling[adapter] : 1.f;
+  for (int i = threadIdx.x; i < min(kTile, tokens - first) * stride; i += kThreads) {
+    int j = i % stride;
+    int64_t token = first + i / stride, at = token * routing.rank + j;
+    float sum = 0;
+    if (j < routing.rank) {
+      for (int h = 0; h < parts; ++h) sum += planes[int64_t(h) * tokens * routing.rank + at];
+      s[at] = sum;
+    }
+    tail[token * stride + j] = T(j < rank ? scale * sum : 0.f);
+  }
+}
+
+// out[a, i, j] = in[a, i, j], or 0 where the rank of the two is not below ranks[a], for the adapters of whole blocks.
+// in: [L, rows, columns];  out: [L, rows, stride];  whole: [blocks];  ranks are the rows or the columns
+template <class T, class F>
+__global__ void __launch_bounds__(kThreads)
+    tail_factor_kernel(const F* in, T* out, int64_t rows, int columns, int stride, bool ranks_are_rows, Routing routing,
+                       const int* whole, int blocks) {
+  int adapter = blockIdx.y, rank = routing.rank_of(adapter);
+  bool used = false;
+  for (int i = threadIdx.x; i < blocks; i += kThreads) used |= whole[i] == adapter;
+  if (!any(used, shared_memory<int>())) return;
+  in += adapter * rows * columns, out += adapter * rows * stride;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows * stride; i += gridDim.x * kThreads) {
+    int64_t row = i / stride, column = i % stride;
+    out[i] = column < columns && (ranks_are_rows ? row : column) < rank ? T(float(in[row * columns + column])) : T(0.f);
+  }
+}
+
+// --- backward ---
+
+// out[a, c, r] = in[a, r, c] for adapters with tokens, if `needed` (null: yes).  in: [L, rows, columns]
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    transpose_kernel(const T* in, T* out, const int64_t* segments, const int* needed, int rows, int columns) {
+  if ((needed && !*needed) || segments[blockIdx.y] == segments[blockIdx.y + 1]) return;
   auto* shared = shared_memory<T>();  // [32, 33]
   int column_blocks = (columns + 31) / 32, row = blockIdx.x / column_blocks * 32,
       column = blockIdx.x % column_blocks * 32;
@@ -514,8 +601,30 @@ class Call {
     with_count(in_runs(x, in) && in_runs(y, out) && factors, run);
   }
 
-  // s[t, j] = scaling[a] * x[t] . factor[a, j];  factor: [L, R, features];  s: [T, R]
-  void shrink(const Rows& x, int64_t features, const F* factor, const float* scaling, float* s) const {
+  // The branch as the tail of a product: its left operand [T, R rounded up to a multiple of 8], which `shrink` fills,
+  // and the tokens that it serves.
+  struct Tail {
+    Tensor left, integers;
+    const float* scaling;
+    int *adapters, *whole, *rest;
+
+    Whole served() const { return {whole, rest}; }
+  };
+
+  Tail tail(const float* scaling) const {
+    Tensor integers = scratch(like_, {tokens + blocks() + 1}, ScalarType::Int);
+    auto* adapters = static_cast<int*>(integers.mutable_data_ptr());
+    Tail it{scratch(like_, {tokens, (routing.rank + 7) / 8 * 8}, like_.scalar_type()),
+            integers, scaling, adapters, adapters + tokens, adapters + tokens + blocks()};
+    launch(adapters_kernel, dim3((tokens + kThreads - 1) / kThreads), dim3(kThreads), 0, device_.stream(), routing,
+           it.adapters, it.rest);
+    return it;
+  }
+
+  // s[t, j] = scaling[a] * x[t] . factor[a, j], and the left operand of the tail, where there is one.
+  // factor: [L, R, features];  s: [T, R]
+  void shrink(const Rows& x, int64_t features, const F* factor, const float* scaling, float* s,
+              const std::optional<Tail>& tail = {}) const {
     int64_t tiles = (tokens + kLongTile - 1) / kLongTile, wanted = std::max<int64_t>(1, kBlocks / 4 / tiles);
     int64_t part = std::max<int64_t>((features + wanted - 1) / wanted, kShrinkPart);
     part = (part + 31) / 32 * 32;
@@ -529,17 +638,71 @@ class Call {
              kScan, device_.stream(), constant(matrix(x, features)), factor, scaling, routing, to, tokens, part);
     };
     with_count(in_runs(x, features) && aligned(factor, 16) && features % 8 == 0, run);
-    if (planes)
+    if (tail)
+      launch(tail_kernel<T>, dim3((tokens + kTile - 1) / kTile), dim3(kThreads), kScan, device_.stream(),
+             tail->adapters, to, parts, tail->scaling, routing, s, static_cast<T*>(tail->left.mutable_data_ptr()),
+             tail->left.size(1), tail->whole, tail->rest);
+    else if (planes)
       launch(add_planes_kernel, dim3((size + kThreads - 1) / kThreads), dim3(kThreads), 0, device_.stream(), to, s,
              size, parts);
   }
 
-  // y[t] (+)= scaling[a] * s[t] factor[a]^T;  factor: [L, features, R];  y: [T, features]
+  // Whether the product of gemm.h takes the base layer, from rows of x to y or from dy to dx, and the branch of more
+  // tokens than go in one launch.
+  bool fits_product(const Rows& from, const Rows& to, const Tensor& weight) const {
+    if (tokens <= kDecodeTokens || routing.adapters == 0 || routing.rank == 0 || routing.rank > kTailRank) return false;
+    if (from.stride == 0) return false;  // no tensor map describes rows that are one and the same
+    return weight.stride(1) == 1 && in_runs(rows_of(weight, out, in, "weight"), in) && in_runs(from, in) &&
+           in_runs(to, out) && gemm_available();
+  }
+
+  // to = from weight^T + bias, or from weight where `backward`, and the branch of the tokens that the tail serves.
+  // factor: lora_B [L, N, R], or lora_A [L, R, K]
+  void product(bool backward, const Rows& from, const Tensor& weight, const OptionalTensor& bias, const Tail& tail,
+               const F* factor, const Rows& to) const {
+    int64_t depth = backward ? out : in, columns = backward ? in : out, rank = routing.rank;
+    int64_t rows = backward ? rank : columns, width = backward ? columns : rank, stride = (width + 7) / 8 * 8;
+    const void* right = factor;
+    OptionalTensor copy;
+    if (!std::is_same_v<T, F> || routing.ranks || stride != width || !aligned(factor, 16)) {
+      copy = scratch(like_, {routing.adapters, rows, stride}, like_.scalar_type());
+      right = copy->const_data_ptr();
+      launch(tail_factor_kernel<T, F>, dim3((rows * stride + 4 * kThreads - 1) / (4 * kThreads), routing.adapters),
+             dim3(kThreads), kScan, device_.stream(), factor, static_cast<T*>(copy->mutable_data_ptr()), rows, width,
+             stride, backward, routing, tail.whole, blocks());
+    }
+    multiply({.bfloat16 = from.dtype == Dtype::bf16,
+              .backward = backward,
+              .rows = tokens,
+              .columns = columns,
+              .depth = depth,
+              .rank = rank,
+              .left = from.data,
+              .right = weight.const_data_ptr(),
+              .tail_left = tail.left.const_data_ptr(),
+              .tail_right = right,
+              .left_stride = from.stride,
+              .right_stride = weight.stride(0),
+              .tail_left_stride = tail.left.size(1),
+              .tail_right_stride = stride,
+              .tail_of_block = tail.whole,
+              .tails = routing.adapters,
+              .tail_right_distance = rows * stride,
+              .bias = bias ? bias->const_data_ptr() : nullptr,
+              .out = to.data,
+              .out_stride = to.stride},
+             device_.stream());
+  }
+
+  // y[t] (+)= scaling[a] * s[t] factor[a]^T where the tail does not serve;  factor: [L, features, R];  y: [T, features]
   template <bool add>
-  void expand(const float* s, const F* factor, const float* scaling, const Rows& y, int64_t features) const {
+  void expand(const float* s, const F* factor, const float* scaling, const Rows& y, int64_t features,
+              const std::optional<Tail>& tail = {}) const {
+    Whole whole = tail ? tail->served() : Whole{};
     auto run = [&](auto kernel) {
-      launch(kernel, dim3(most_tiles(kLongTile), (features + kColumns - 1) / kColumns), dim3(kThreads), kScan,
-             device_.stream(), s, factor, scaling, routing, matrix(y, features));
+      launch(kernel, dim3(most_tiles(kLongTile), (features + kColumns - 1) / kColumns), dim3(kThreads),
+             kScan + kLongTile * sizeof(int), device_.stream(), s, factor, scaling, routing, matrix(y, features),
+             whole);
     };
     bool vector = in_runs(y, features) && aligned(factor, 4 * sizeof(F)) && routing.rank % 4 == 0;
     vector ? run(multi_expand_kernel<T, F, true, add>) : run(multi_expand_kernel<T, F, false, add>);
@@ -568,13 +731,13 @@ class Call {
              routing, of_adapter, parts);
   }
 
-  // factor [L, rows, columns] as [L, columns, rows], for adapters with tokens.
-  Tensor transposed(const F* factor, int64_t rows, int64_t columns) const {
+  // factor [L, rows, columns] as [L, columns, rows], for adapters with tokens, if `needed` (null: yes).
+  Tensor transposed(const F* factor, int64_t rows, int64_t columns, const int* needed = nullptr) const {
     auto dtype = std::is_same_v<T, F> ? like_.scalar_type() : ScalarType::Float;
     Tensor turned = scratch(like_, {routing.adapters, columns, rows}, dtype);
     int64_t blocks = ((rows + 31) / 32) * ((columns + 31) / 32);
     launch(transpose_kernel<F>, dim3(blocks, routing.adapters), dim3(kThreads), 32 * 33 * sizeof(F), device_.stream(),
-           factor, static_cast<F*>(turned.mutable_data_ptr()), routing.segments, rows, columns);
+           factor, static_cast<F*>(turned.mutable_data_ptr()), routing.segments, needed, rows, columns);
     return turned;
   }
 
@@ -588,7 +751,7 @@ class Call {
   Tensor shrunk() const { return scratch(like_, {tokens, routing.rank}, ScalarType::Float); }
 
  private:
-  static constexpr size_t kScan = kWarps * sizeof(int) + sizeof(Tile);
+  int blocks() const { return static_cast<int>((tokens + kTailBlock - 1) / kTailBlock); }
 
   static Matrix<const T> constant(const Matrix<T>& m) { return {m.data, m.stride, m.columns}; }
   static bool aligned(const void* pointer, uintptr_t bytes) {
@@ -617,16 +780,23 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   Rows in = rows_of(x, call.tokens, call.in, "x"), out = rows_of(y, call.tokens, call.out, "y");
   STD_TORCH_CHECK(out.dtype == in.dtype, "y must be of x's dtype");
   float* shrunk = sums<float>(s, {call.tokens, call.routing.rank}, "s");
+  std::optional<typename Call<T, F>::Tail> tail;
   if (weight) {
     check_weight(*weight, call.out, call.in, in.dtype);
     if (bias) contiguous(*bias, {call.out}, "bias");
+    STD_TORCH_CHECK(!bias || dtype_of(*bias, "bias") == in.dtype, "bias must be of the activations' dtype");
     FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, 1, scaling, ranks, order, segments, y, s};
     if (takes(layer)) return fused_layer(layer, call.stream());
-    base_forward(x, *weight, bias, y);
+    if (call.fits_product(in, out, *weight)) {
+      tail = call.tail(call.scales);
+    } else {
+      base_forward(x, *weight, bias, y);
+    }
   }
   if (call.tokens <= kDecodeTokens) return call.decode(in, out, shrunk);
-  call.shrink(in, call.in, call.a, nullptr, shrunk);
-  call.template expand<true>(shrunk, call.b, call.scales, out, call.out);
+  call.shrink(in, call.in, call.a, nullptr, shrunk, tail);
+  if (tail) call.product(false, in, *weight, bias, *tail, call.b, out);
+  call.template expand<true>(shrunk, call.b, call.scales, out, call.out, tail);
 }
 
 template <class T, class F>
@@ -648,25 +818,31 @@ void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& w
     call.gradient(gradient, call.out, sums<float>(*s, {call.tokens, rank}, "s"), call.scales, to, true);
   }
   if (!dx && !dlora_A) return;
+  std::optional<typename Call<T, F>::Tail> tail;
+  if (dx && weight) {
+    check_weight(*weight, call.out, call.in, gradient.dtype);
+    if (call.fits_product(gradient, out, *weight)) tail = call.tail(nullptr);
+  }
   Tensor ds = call.shrunk(), turned = call.transposed(call.b, call.out, rank);
   auto* shrunk = static_cast<float*>(ds.mutable_data_ptr());
-  call.shrink(gradient, call.out, static_cast<const F*>(turned.const_data_ptr()), call.scales, shrunk);
+  call.shrink(gradient, call.out, static_cast<const F*>(turned.const_data_ptr()), call.scales, shrunk, tail);
   if (dlora_A) {
     auto* to = reinterpret_cast<F*>(contiguous(*dlora_A, {adapters, rank, call.in}, "dlora_A"));
     call.gradient(in, call.in, shrunk, nullptr, to, false);
   }
-  if (dx) {
-    turned = call.transposed(call.a, rank, call.in);
-    auto* factor = static_cast<const F*>(turned.const_data_ptr());
-    if (weight) {
-      check_weight(*weight, call.out, call.in, gradient.dtype);
-      base_backward(dy, *weight, *dx);
-      call.template expand<true>(shrunk, factor, nullptr, out, call.in);
-    } else {
-      call.zero_others(out, call.in);
-      call.template expand<false>(shrunk, factor, nullptr, out, call.in);
-    }
+  if (!dx) return;
+  turned = call.transposed(call.a, rank, call.in, tail ? tail->rest : nullptr);
+  auto* factor = static_cast<const F*>(turned.const_data_ptr());
+  if (!weight) {
+    call.zero_others(out, call.in);
+    return call.template expand<false>(shrunk, factor, nullptr, out, call.in);
   }
+  if (tail) {
+    call.product(true, gradient, *weight, {}, *tail, call.a, out);
+  } else {
+    base_backward(dy, *weight, *dx);
+  }
+  call.template expand<true>(shrunk, factor, nullptr, out, call.in, tail);
 }
 
 // Calls f with elements of the 16-bit type of t and of the adapters' type, as decltype.

@@ -55,6 +55,13 @@ __device__ inline int sum_before(int value, int* shared, int& total) {
   return before;
 }
 
+// Whether it holds for any of the block's threads. shared: [kWarps]
+__device__ inline bool any(bool holds, int* shared) {
+  int threads;
+  sum_before(holds, shared, threads);
+  return threads > 0;
+}
+
 // Tiles of `size` positions: calls visit(number of its first tile, adapter, first position, end) for every adapter that
 // has any, in some thread, and returns how many tiles there are. Adapters without a rank count where `empty`.
 template <class Visit>
