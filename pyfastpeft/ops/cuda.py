@@ -95,7 +95,7 @@ def _rows(**tensors: Tensor | None) -> str:
         if begins % 16 or tensor.stride(-1) != 1 or tensor.stride(0) * tensor.itemsize % 16:
             return f"takes rows that begin at multiples of 16 bytes, not those of {name}"
         # No tensor map describes rows that are one and the same, such as those of the gradient of a mean.
-        if tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
+        if tensor.shape[0] > 1 and tensor.stride(0) == 0:
             return f"takes rows that lie apart, not those of {name}"
     return ""
 
