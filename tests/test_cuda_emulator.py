@@ -113,6 +113,31 @@ def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
     assert_error_rule(ours, theirs, inputs)
 
 
+# --- gradients whose rows are one and the same ---
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "multi_lora_linear", "ia3_linear"])
+def test_the_gradient_of_a_sum_over_rows_has_one_row(op):
+    """No tensor map describes it: the product of gemm.h is not asked."""
+    factors = random(8, 24, dtype=torch.bfloat16), random(40, 8, dtype=torch.bfloat16)
+    inputs = [random(150, 24, dtype=torch.bfloat16), random(40, 24, dtype=torch.bfloat16, grad=False), None, *factors]
+    options = [0.7]
+    if op == "multi_lora_linear":
+        inputs[3:] = [factor.detach()[None].requires_grad_() for factor in factors]
+        options = [routed(torch.zeros(150, dtype=torch.int64), 1), 0.7]
+    elif op == "ia3_linear":
+        inputs[3:], options = [random(40, dtype=torch.bfloat16)], [False]
+
+    def gradients():
+        leaves = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        return torch.autograd.grad(getattr(ops, op)(*inputs, *options).sum(0).float().square().sum(), leaves)
+
+    with ops.use_backend("reference"):
+        expected = gradients()
+    for mine, theirs in zip(gradients(), expected):
+        assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
+
+
 # --- compiled graphs ---
 
 

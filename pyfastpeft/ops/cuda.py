@@ -94,7 +94,7 @@ def _rows(**tensors: Tensor | None) -> str:
         begins = 0 if torch.compiler.is_compiling() else tensor.data_ptr()
         if begins % 16 or tensor.stride(-1) != 1 or tensor.stride(0) * tensor.itemsize % 16:
             return f"takes rows that begin at multiples of 16 bytes, not those of {name}"
-        # No tensor map describes rows that are one and the same, such as those of the gradient of a mean.
+        # No tensor map describes rows that are one and the same, such as those of the gradient of a sum over them.
         if tensor.shape[0] > 1 and tensor.stride(0) == 0:
             return f"takes rows that lie apart, not those of {name}"
     return ""
