@@ -10,7 +10,8 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from tiny_models import HIDDEN, INNER, MODELS, Block, gpt2, inputs, llama, loss, output, randomise, t5, tree
+import transformers as tf
+from tiny_models import HIDDEN, INNER, MODELS, VOCABULARY, Block, gpt2, inputs, llama, loss, output, randomise, t5, tree
 
 from pyfastpeft import (
     AdaLoraConfig,
@@ -314,6 +315,38 @@ def test_embeddings_and_tied_weights(make, tmp_path):
     assert model.config.tie_word_embeddings == tied
 
 
+def test_weights_that_were_tied_beside_one_that_changes(tmp_path):
+    """Stored once, they would not be found by their other names in a model without ties."""
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 1}
+    tokens = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = tf.MarianMTModel(tf.MarianConfig(**sizes, **tokens, max_position_embeddings=32)).eval()
+    given = inputs(model)
+    adapt(model, LoraConfig(target_modules=["lm_head"]))
+    randomise(model)
+    changed = output(model, given)
+    unload(model, merge=True).save_pretrained(tmp_path)
+    close(output(model, given), changed)
+    assert torch.equal(output(tf.MarianMTModel.from_pretrained(tmp_path).eval(), given), output(model, given))
+
+
+def test_models_that_ask_whether_weights_are_tied():
+    """UMT5 scales what its head reads if its config says that the head is tied."""
+    sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    model = tf.UMT5ForConditionalGeneration(tf.UMT5Config(**sizes, decoder_start_token_id=0)).eval()
+    given = inputs(model)
+    adapt(model, LoraConfig(target_modules=["lm_head"]))
+    randomise(model)
+    changed = output(model, given)
+    for merged in (False, True):
+        with pytest.raises(TypeError, match=r"unload: merge is True where one of two tied weights of a UMT5For"):
+            unload(model, merge=True)
+        close(output(model, given), changed)
+        assert bool(merged_adapters(model)) == merged
+        if not merged:
+            merge_adapter(model)
+
+
 def test_merged_models_move():
     """What is put back are the very parameters of before: tied to others, or an adapter's own that trains."""
     model = gpt2()
@@ -390,6 +423,21 @@ def test_layers_that_compute_their_own_base(kind):
         merge_adapter(model)
     unload(model)
     assert type(layer) is kind
+
+
+class Router(nn.Linear):
+    """As Llama 4's: what it returns is not its product."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+def test_a_layer_that_returns_several_tensors():
+    model, x = nn.ModuleList([Router(6, 5)]), torch.randn(3, 6)
+    adapt(model, LoraConfig(target_modules=["0"], r=2))
+    with pytest.raises(TypeError, match=r"Router: its output is a tuple; it must be a tensor, or .* exclude_modules"):
+        model[0](x)
 
 
 def test_a_subclass_of_linear_that_computes_what_linear_does():
@@ -999,7 +1047,14 @@ def test_bad_calls():
         with pytest.raises(ValueError, match=f"adapt: name is .*{message}"):
             adapt(model, LoraConfig(target_modules=["up"]), name)
     assert not hasattr(model, "pyfastpeft")
+    for call in (count_parameters, merged_adapters):
+        with pytest.raises(TypeError, match=rf"{call.__name__}: model is .*; it must be a torch.nn.Module"):
+            call("llama")
     adapt(model, LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match=r"adapter_parameters: name is 'defualt'; it must be one of .*: default"):
+        adapter_parameters(model, "defualt")
+    with pytest.raises(TypeError, match="names is None; it must be a list of names"):
+        add_weighted_adapter(model, None, [1.0], "sum")
     with pytest.raises(ValueError, match="name is 'default', which the model has; it must be new, or deleted first"):
         adapt(model, IA3Config(target_modules=["up"]))
     set_adapter(model)

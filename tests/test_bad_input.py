@@ -185,6 +185,7 @@ BOTTLENECK = [
 GROUP = [
     ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
     ({"weights": random(2, 6, 8)}, TypeError, "weights is a Tensor; it must be a list or tuple of one entry for each layer"),
+    ({"weights": None}, TypeError, "weights is a NoneType; it must be a list or tuple"),
     ({"weights": [], "biases": [], "lora_As": [], "lora_Bs": [], "scalings": []}, ValueError, "weights is of 0 entries; it must be of one entry for each of at least one layer"),
     ({"biases": None}, TypeError, "biases is a NoneType; it must be a list or tuple"),
     ({"biases": [None]}, ValueError, "biases is of 1 entries; it must be of 2, as weights is"),
@@ -388,6 +389,8 @@ def test_a_tensor_kept_for_a_backward_pass_is_not_written_unnoticed(op):
 def test_route(slots, error, message):
     with pytest.raises(error, match=re.escape(message)):
         ops.route(slots, 3)
+    with pytest.raises(ValueError, match=r"num_adapters is None .*; it must be an integer >= 1"):
+        ops.route(slots, None)
 
 
 def test_raw_ops_refuse_what_would_read_foreign_memory():

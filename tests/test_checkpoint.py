@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    DebertaConfig,
+    DebertaForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -53,6 +55,7 @@ def seeded(make):
 llama = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)))
 gpt2 = seeded(lambda: GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=4, n_positions=32, vocab_size=61)))
 roberta = seeded(lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, num_labels=3)))
+deberta = seeded(lambda: DebertaForSequenceClassification(DebertaConfig(**SMALL, num_labels=3)))
 distilbert = seeded(lambda: DistilBertForSequenceClassification(DistilBertConfig(
     vocab_size=61, dim=24, hidden_dim=40, n_layers=2, n_heads=4, num_labels=3,
 )))  # fmt: skip
@@ -106,6 +109,11 @@ CASES = {
     "lora-some-layers": (llama, "LoraConfig", {**HALF, "target_modules": QV, "layers_to_transform": [1]}),
     "lora-excluded": (llama, "LoraConfig", {**HALF, "target_modules": QV, "exclude_modules": ["0.self_attn.q_proj"]}),
     "lora-all-linear": (gpt2, "LoraConfig", {**HALF, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "lora-all-linear-beside-a-head": (  # of which PEFT names the layers among the targets, too
+        roberta,
+        "LoraConfig",
+        {**HALF, "target_modules": "all-linear", "task_type": "SEQ_CLS"},
+    ),
     "lora-embedding": (llama, "LoraConfig", {**HALF, "target_modules": ["embed_tokens", "k_proj"]}),
     "lora-tied-embedding": (
         gpt2,
@@ -135,6 +143,11 @@ CASES = {
         "LoraConfig",
         {**HALF, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
     ),
+    "lora-bias-all-of-this-name": (
+        deberta,
+        "LoraConfig",
+        {**HALF, "target_modules": ["in_proj"], "bias": "all"},
+    ),  # q_bias
     "lora-heads-by-their-ends": (  # pre_classifier, too
         distilbert,
         "LoraConfig",
@@ -527,6 +540,9 @@ def test_missing_files_and_directories_are_named(saved):
     (saved / CONFIG).unlink()
     refused(saved, f"holds {TENSORS}; it must be a directory with {CONFIG}", FileNotFoundError)
     refused(saved / "nowhere", "nowhere", NotADirectoryError)
+    refused(None, "directory is None .*; it must be a path", TypeError)
+    with pytest.raises(TypeError, match=r"load_adapter: model is .*; it must be a torch.nn.Module"):
+        pyfastpeft.load_adapter(saved, llama())
 
 
 def test_another_base_model_is_refused_unless_told_otherwise(saved):
@@ -557,6 +573,9 @@ def test_another_base_model_is_refused_unless_told_otherwise(saved):
         ({"target_modules": 5}, "target_modules is 5"),
         ({"target_modules": ["q_prjo"]}, "q_prjo.*q_proj"),
         ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"rank_pattern": {"((": 2}}, r"rank_pattern is '\(\(' .* a regular expression"),
+        ({"layers_to_transform": [0], "layers_pattern": "(("}, r"layers_pattern is '\(\(' .* a regular expression"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5"),
         ({"task_type": "COOKING"}, "task_type is 'COOKING'"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"use_qalora": True}, "use_qalora"),
@@ -585,7 +604,9 @@ def test_ranks_that_do_not_fit_are_named(tmp_path):
 
 def test_fields_of_peft_that_are_not_set_are_passed_over(saved):
     unset = {"eva_config": None, "loftq_config": {}, "qalora_group_size": 16, "megatron_core": "megatron.core"}
-    change_json(saved, **unset, peft_version="0.99", a_field_of_tomorrow=None)
+    change_json(
+        saved, **unset, peft_version="0.99", a_field_of_tomorrow=None, layers_to_transform=[], layers_pattern=[]
+    )
     pyfastpeft.load_adapter(llama(), saved)
 
 

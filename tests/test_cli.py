@@ -204,6 +204,7 @@ def test_inspect_prints_aligned_tables(stored, tmp_path, capsys):
 
 
 def test_inspect_reads_methods_that_are_not_here(stored, tmp_path, capsys):
+    save_file({"base_model.model.a.lora_A.weight": torch.tensor(1.0)}, tmp_path / "lora" / "adapter_model.safetensors")
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LOHA", "base_model_name_or_path": "somebody/model"}))
     assert cli.main(["inspect", str(tmp_path / "lora")]) == 0
@@ -292,8 +293,12 @@ def test_merge_overwrites_nothing(stored, tmp_path, capsys):
     assert merge(tmp_path, "lora", out="lora") == 2
     assert "where something is" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before
-    (tmp_path / "empty").mkdir()
-    assert merge(tmp_path, "lora", out="empty") == 0
+    for name in ("empty", "behind a link"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "behind a link")
+    assert merge(tmp_path, "lora", out="empty") == merge(tmp_path, "lora", out="link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "behind a link" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(("adapter", "method"), [("prompt", "PROMPT_TUNING"), ("bottleneck", "BOTTLENECK")])
@@ -301,6 +306,22 @@ def test_merge_refuses_methods_that_cannot_be_merged(stored, tmp_path, capsys, a
     assert merge(tmp_path, adapter) == 2
     assert f"adapter is of {method}, which cannot be merged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_reads_the_adapters_config_before_the_model(stored, tmp_path, capsys):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    path = tmp_path / "lora" / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"r": "3"}))
+    assert merge(tmp_path, "lora") == 2
+    assert "lora/adapter_config.json: LoraConfig: r is '3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mapping", ["GPT2LMHeadModel", {"base_model_class": "logging"}, {"base_model_class": ["a"]}])
+def test_merge_passes_over_what_names_no_class_of_a_model(stored, tmp_path, mapping):
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_mapping": mapping}))
+    assert merge(tmp_path, "lora") == 0
 
 
 def test_merge_that_fails_leaves_nothing(stored, tmp_path, capsys):
@@ -331,6 +352,8 @@ def test_models_that_do_not_fit_are_named(stored, tmp_path, capsys, command):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"n_positions": 16}))
     refused("model", "model holds no whole ")
+    path.write_text(json.dumps(settings | {"n_embd": "wide"}))
+    refused("model", "'n_embd' expected int, got str")
     path.write_text(json.dumps(settings))
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
@@ -413,6 +436,7 @@ def test_params_says_what_is_not_for_a_model(tmp_path, capsys):
         ("file.json", "{", "no JSON"),
         ("file.json", "{}", "of model type None"),
         ("file.json", '{"model_type": "robreta"}', "close to it are ['roberta'"),
+        ("file.json", '{"model_type": "llama", "hidden_size": "big"}', "file.json holds no config of a model: "),
     ],
 )
 def test_params_names_what_is_no_model(tmp_path, capsys, name, content, match):

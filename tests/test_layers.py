@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pyfastpeft import ops
-from pyfastpeft.layers import IA3Linear, LoRALinear, MultiLoRALinear
+from pyfastpeft.layers import Bottleneck, IA3Linear, LoRALinear, MultiLoRALinear
 from pyfastpeft.ops.reference import dropout_factor
 
 K, N, L, R = 13, 9, 4, 6
@@ -305,6 +305,9 @@ def multi():
 BAD = [
     (lambda: LoRALinear(K, N, 0), ValueError, "rank is 0"),
     (lambda: LoRALinear(K, N, 2.5), ValueError, "rank is 2.5"),
+    (lambda: LoRALinear(K, N, True), ValueError, "rank is True"),
+    (lambda: Bottleneck(K, 2)(None), TypeError, "x is None"),
+    (lambda: Bottleneck(K, 2, activation=["relu"]), ValueError, r"activation is .*; it must be one of"),
     (lambda: LoRALinear(K, N, 2, dropout_p=1.0), ValueError, "dropout_p is 1.0"),
     (lambda: LoRALinear(K, N, 2, alpha="16"), TypeError, r"alpha is '16' \(str\); it must be a number"),
     (lambda: MultiLoRALinear(K, N, 0, 2), ValueError, "num_adapters is 0"),
@@ -320,6 +323,7 @@ BAD = [
     (lambda: multi().load_adapter(0, torch.ones(2, K).int(), torch.ones(N, 2), 1.0), TypeError, "lora_A is"),
     (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 2), None), TypeError, "scaling is None"),
     (lambda: multi().unload(-1), ValueError, "slot is -1"),
+    (lambda: multi().unload(False), ValueError, "slot is False"),
     (lambda: multi().merge("a"), ValueError, "slot is a; it must be an integer"),
 ]
 

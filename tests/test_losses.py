@@ -135,6 +135,8 @@ def test_a_wrong_choice_that_is_certain_has_a_finite_loss_and_gradient():
         ({"logits": torch.zeros(3, 3, 9, 1)}, ValueError, ["logits", "V >= 2"]),
         ({"labels": torch.zeros(3, 3, 8, dtype=torch.int64)}, ValueError, ["labels", "[3, 3, 9]"]),
         ({"labels": torch.zeros(3, 3, 9)}, ValueError, ["labels", "int64"]),
+        ({"labels": None}, ValueError, ["labels", "None"]),
+        ({"answer": "first"}, ValueError, ["answer", "first"]),
         ({"labels": torch.full((3, 3, 9), V)}, ValueError, ["labels", f"[{V}]", "-100"]),
         ({"answer": torch.tensor([0, 1])}, ValueError, ["answer", "[3]"]),
         ({"answer": 3}, ValueError, ["answer", "[3, 3, 3]", "0 ... 2"]),

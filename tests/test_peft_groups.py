@@ -121,6 +121,13 @@ LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
 GROUPS = dict.fromkeys(FAMILIES, 2) | dict.fromkeys(LLAMA_LIKE, 4) | {"gpt2": 0, "gpt_neox": 0, "t5": 0, "gated t5": 4}
 
 
+def test_modules_that_take_no_input():
+    """Swin's tables of positions."""
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}
+    model = get_peft_model(tf.SwinModel(tf.SwinConfig(**sizes)), LoraConfig(target_modules="all-linear"))
+    assert len(pyfastpeft.accelerate(model).groups) == 1
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
     """Outputs and gradients are those without groups; what is computed ahead is always taken, so nothing is in vain."""

@@ -78,6 +78,18 @@ def t5(layers=3, implementation="sdpa"):
     return build(transformers.T5ForConditionalGeneration, config, implementation)
 
 
+def bart(layers=3, implementation="sdpa", encoder_layers=None):
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    sizes |= {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "encoder_layers": encoder_layers or layers,
+        "decoder_layers": layers,
+    }
+    config = transformers.BartConfig(**sizes, init_std=0.3)
+    return build(transformers.BartForConditionalGeneration, config, implementation)
+
+
 def vit():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     return build(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
@@ -147,9 +159,11 @@ def test_encoders_compute_what_peft_computes(make, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("layers", "implementation"), [(3, "eager"), (4, "sdpa")])
-def test_t5_computes_what_peft_computes(layers, implementation, kind):
-    ours, theirs = pair(lambda: t5(layers, implementation), kind, "SEQ_2_SEQ_LM")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", [t5, bart])
+def test_encoder_decoders_compute_what_peft_computes(make, implementation, kind):
+    layers = 3 if implementation == "eager" else 4
+    ours, theirs = pair(lambda: make(layers, implementation), kind, "SEQ_2_SEQ_LM")
     inputs = batch(padding=-4)
     labels = torch.randint(2, VOCABULARY, (3, 7))
     out, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
@@ -158,6 +172,13 @@ def test_t5_computes_what_peft_computes(layers, implementation, kind):
     words = ours.generate(**inputs, max_new_tokens=4)
     assert torch.equal(words, theirs.generate(**inputs, max_new_tokens=4))
     assert torch.equal(words, ours.generate(**inputs, max_new_tokens=4, use_cache=False))
+
+
+def test_a_decoder_of_another_depth_than_the_encoder():
+    model = adapted(lambda: bart(3, encoder_layers=2), "prefix")
+    assert len(part_of(model).rows) == 3
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert part_of(model).rows[0].grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,6 +311,16 @@ def test_cached_logits_are_the_uncached_ones():
         first = model(ids[:, :7], use_cache=True)
         rest = model(ids[:, 7:], past_key_values=first.past_key_values)
         torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(ids).logits)
+
+
+def test_a_cache_of_states_alone_holds_the_prompt():
+    """Mamba's, which counts no tokens."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    config = transformers.MambaConfig(**sizes, initializer_range=0.5)
+    model = adapted(lambda: build(transformers.MambaForCausalLM, config, "eager"), "prompt")
+    inputs = batch()
+    words = model.generate(**inputs, **GENERATION, eos_token_id=None)
+    assert torch.equal(words, model.generate(**inputs, **GENERATION, eos_token_id=None, use_cache=False))
 
 
 def test_static_cache():
@@ -665,15 +696,16 @@ def test_nearest_words():
         nearest_words(model, "b")
     with pytest.raises(ValueError, match="nearest_words: k is 0"):
         nearest_words(model, "a", k=0)
+    with pytest.raises(TypeError, match="nearest_words: tokenizer is 'gpt2'"):
+        nearest_words(model, "a", "gpt2")
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
-def bart():
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes)
-    return transformers.BartForConditionalGeneration(config)
+def swin():
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    return transformers.SwinModel(transformers.SwinConfig(**sizes))
 
 
 def bloom():
@@ -685,7 +717,7 @@ def bloom():
     ("make", "kind", "words"),
     [
         (bloom, "prefix", "bloom.*attention interface"),
-        (bart, "prefix", "bart"),
+        (swin, "prefix", r"a SwinModel with \[2, 2\] heads; .* the same number"),
         (lambda: decoder("gpt2", "eager", reorder_and_upcast_attn=True), "prefix", "reorder_and_upcast_attn"),
         (vit, "prompt", "embedded words"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "prefix", "transformers model"),
@@ -729,11 +761,16 @@ def test_bad_input():
         PromptEmbedding(3, 0)
 
 
-def test_flex_attention_is_refused():
+def test_attention_that_takes_no_prefix_is_refused():
     model = adapted(lambda: decoder("llama"), "prefix")
     layer = model.model.layers[0].self_attn
     x = torch.randn(1, 4, TOKENS, 8)
     from pyfastpeft.methods.prefix import prefixed_attention
 
+    # As DeepSeek's, whose keys are wider than its config's head_dim.
+    with pytest.raises(
+        NotImplementedError, match=r"values are of \[\[2, 6\], \[2, 8\]\].* one .* of \[\[2, 8\], \[2, 8\]\]"
+    ):
+        prefixed_attention(layer, x[..., :6], x[:, :2, :, :6], x[:, :2], None)
     with pytest.raises(NotImplementedError, match="prefix tuning: attn_implementation is sdpa"):
         prefixed_attention(layer, x, x[:, :2], x[:, :2], object())

@@ -360,6 +360,10 @@ def test_adalora_errors():
     for step in (-1, 1.5, True, None):
         with pytest.raises(ValueError, match="step is"):
             allocator.step(step)
+        with pytest.raises(ValueError, match="step is"):
+            allocator.budget(step)
+    with pytest.raises(TypeError, match=r"state is None .*; it must be what state_dict returned"):
+        allocator.load_state_dict(None)
     with pytest.raises(RuntimeError, match="end of the schedule first"):
         allocator.step(12)
     with pytest.raises(RuntimeError, match="end of the schedule first"):
@@ -579,6 +583,8 @@ def test_dylora_errors():
         truncate(model, "default", 2, "default")
     with pytest.raises(ValueError, match="name is 'other'; it must be one of the model's adapters: default"):
         draw_rank(model, "other", step=0)
+    with pytest.raises(ValueError, match="draw_rank: step is None"):  # which would draw the same rank for all steps
+        draw_rank(model, step=None)
     other = pyfastpeft.adapt(llama(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(ValueError, match="adapter of LoraConfig; it must be of one of DyLoraConfig"):
         draw_rank(other, step=0)

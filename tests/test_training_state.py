@@ -272,6 +272,9 @@ def test_what_cannot_be_stored_is_named_and_the_old_files_stay(saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(TypeError, match=r"others\|odd\|when\|call"):
         methods.save_training_state(saved, run.model, odd=Odd())
+    for given in ({"optimizer": "adam"}, {"scheduler": "cosine"}, {"scaler": None}):
+        with pytest.raises(TypeError, match=f"save_training_state: {next(iter(given))} is"):
+            methods.save_training_state(saved, run.model, **given)
     with pytest.raises(ValueError, match="step is -1"):
         methods.save_training_state(saved, run.model, step=-1)
     with pytest.raises(ValueError, match="one of the model's adapters: default"):

@@ -81,7 +81,7 @@ def inspect(directory: Path) -> dict:
             row["modules"].add(module)
             row["parameters"] += tensor.numel()
             if parts and re.match(r"lora_(embedding_)?A", parts["tensor"]):
-                row["ranks"].add(len(tensor))
+                row["ranks"].update(tensor.shape[:1])
             dtype = str(tensor.dtype).removeprefix("torch.")
             sizes[dtype] = sizes.get(dtype, 0) + tensor.nbytes
     variants = {"use_dora": "DoRA", "use_rslora": "rsLoRA"}
@@ -127,6 +127,7 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str | None = None) -> in
 
     Sums are float32 and rounded once. Nothing is overwritten; if it fails, `out` is not there.
     """
+    out = out.resolve()  # what a link leads to can be replaced
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     need(free, "merge", "out", f"{str(out)!r}, where something is", "a directory that is new or empty")
     kind = read_json(need_file(adapter, CONFIG_FILE)).get("peft_type")
@@ -177,11 +178,17 @@ def adapted_model(directory: Path, adapter: Path, dtype: torch.dtype | str) -> n
     import transformers
     from safetensors import SafetensorError
 
+    methods.load_config(adapter)  # a model takes long to read in vain
     fields = read_json(need_file(adapter, CONFIG_FILE))
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    made_for = (fields.get("auto_mapping") or {}).get("base_model_class")
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as why:  # transformers has many
+        raise ValueError(f"{directory} holds no config of a model: {why}") from None
+    mapping = fields.get("auto_mapping")
+    made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     names = [AUTO_CLASSES.get(fields.get("task_type")), made_for, *(config.architectures or ()), "AutoModel"]
-    kind = next(getattr(transformers, name) for name in names if name and hasattr(transformers, name))
+    kinds = [getattr(transformers, str(name), None) for name in names]
+    kind = next(kind for kind in kinds if hasattr(kind, "from_pretrained"))
     with opened(need_file(adapter, TENSORS_FILE)) as file:
         heads = [key for head in HEADS for key in file.keys() if key.endswith(head)]  # noqa: SIM118
         if heads and fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):

@@ -47,12 +47,14 @@ def meta_model(name: str) -> nn.Module:
     given = f"{name!r}, of model type {kind!r}" if path.exists() else f"{name!r}, where nothing is"
     needed = f"a directory, a config.json, or a model type of transformers; close to it are {close or known[:5]}"
     need(kind in known, "params", "model", given, needed)
-    config = transformers.AutoConfig.for_model(kind, **fields)
-    classes = [name for name in config.architectures or () if hasattr(transformers, name)]
+    try:
+        config = transformers.AutoConfig.for_model(kind, **fields)
+    except Exception as why:  # transformers has many
+        raise ValueError(f"{path} holds no config of a model: {why}") from None
+    kinds = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    kinds = [kind for kind in kinds if hasattr(kind, "from_pretrained")]
     with torch.device("meta"):
-        if classes:
-            return getattr(transformers, classes[0])(config)
-        return transformers.AutoModel.from_config(config)
+        return kinds[0](config) if kinds else transformers.AutoModel.from_config(config)
 
 
 def compare(model: nn.Module, rank: int, bottleneck_size: int, virtual_tokens: int) -> list[dict]:

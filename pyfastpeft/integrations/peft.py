@@ -248,8 +248,7 @@ def _groups(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
     for path, parent in model.named_modules():
         if not type(parent).__module__.startswith("transformers."):
             continue
-        _, _, *parameters = signature(type(parent).forward).parameters
-        if any(map(_OTHER_SOURCES.fullmatch, parameters)):
+        if any(map(_OTHER_SOURCES.fullmatch, list(signature(type(parent).forward).parameters)[2:])):
             continue
         for siblings in _SIBLINGS:
             layers = {name: parent._modules.get(name) for name in siblings}

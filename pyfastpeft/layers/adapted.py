@@ -90,8 +90,10 @@ class AdaptedMatrix(Adapted):
         for part in parts:
             x = part.before(x)
         y = super().forward(x, *args, **kwargs)
-        if self.foreign:  # it may keep its output for its backward pass, or return a view
-            y = y.clone()
+        if self.foreign:
+            kind, needed = _plain_class(type(self)).__name__, "a tensor, or the layer named in exclude_modules"
+            checks.need(isinstance(y, Tensor), kind, "its output", f"a {type(y).__name__}", needed, TypeError)
+            y = y.clone()  # it may keep its output for its backward pass, or return a view
         for part in parts:
             y = part.beside(y, x, self.matrix())
         for part in parts:

@@ -45,8 +45,8 @@ class Bottleneck(nn.Module):
         op, out_features = "Bottleneck", in_features if out_features is None else out_features
         sizes = {"in_features": in_features, "bottleneck_size": bottleneck_size, "out_features": out_features}
         for name, size in sizes.items():
-            checks.need(isinstance(size, int) and size > 0, op, name, size, "an integer >= 1")
-        checks.need(activation in ACTIVATIONS, op, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+            checks.count(op, name, size)
+        checks.need(activation in list(ACTIVATIONS), op, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         if scaling != "learned":
             checks.number(op, "scaling", scaling)
         like = {"device": device, "dtype": dtype}
@@ -72,6 +72,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., K], residual [..., N] (default: x) -> y [..., N] in residual's dtype."""
+        checks.floating("Bottleneck", "x", x)
         residual = x if residual is None else residual
         seen = x if self.norm is None else self.norm(x.to(self.norm.weight.dtype))
         if seen.dtype != residual.dtype:

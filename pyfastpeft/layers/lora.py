@@ -43,7 +43,7 @@ class LoRALinear(FrozenLinear):
     def _adapt(self, linear, rank, alpha=None, dropout_p=0.0, use_rslora=False, adapter_dtype=None):
         self._take(linear)
         op = "LoRALinear"
-        checks.need(isinstance(rank, int) and rank > 0, op, "rank", rank, "an integer >= 1")
+        checks.count(op, "rank", rank)
         checks.dropout(op, dropout_p)
         alpha = rank if alpha is None else alpha
         checks.number(op, "alpha", alpha)

@@ -44,8 +44,8 @@ class MultiLoRALinear(FrozenLinear):
     def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None):
         self._take(linear)
         op = "MultiLoRALinear"
-        for name, count in (("num_adapters", num_adapters), ("rank", rank)):
-            checks.need(isinstance(count, int) and count > 0, op, name, count, "an integer >= 1")
+        checks.count(op, "num_adapters", num_adapters)
+        checks.count(op, "rank", rank)
         alpha = rank if alpha is None else alpha
         checks.number(op, "alpha", alpha)
         self.num_adapters, self.rank = num_adapters, rank
@@ -98,7 +98,7 @@ class MultiLoRALinear(FrozenLinear):
         self.unload(slot)
         self.lora_A[slot, :rank] = lora_A
         self.lora_B[slot, :, :rank] = lora_B
-        self.scaling[slot] = scaling
+        self.scaling[slot] = float(scaling)
         self.ranks[slot] = rank
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class MultiLoRALinear(FrozenLinear):
         self._merge(weight + self.scaling[slot] * (lora_B @ lora_A))
 
     def _need_slot(self, op, slot):
-        fits = isinstance(slot, int) and 0 <= slot < self.num_adapters
+        fits = checks.whole(slot) and 0 <= slot < self.num_adapters
         checks.need(fits, op, "slot", slot, f"an integer in [0, {self.num_adapters})")
 
     def _apply(self, fn, recurse=True):

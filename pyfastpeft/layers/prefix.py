@@ -43,7 +43,7 @@ class PrefixEncoder(nn.Module):
             "encoder_hidden_size": 1 if encoder_hidden_size is None else encoder_hidden_size,
         }
         for argument, size in sizes.items():
-            checks.need(isinstance(size, int) and size > 0, "PrefixEncoder", argument, size, "an integer >= 1")
+            checks.count("PrefixEncoder", argument, size)
         checks.need(init_weights in (None, "zero"), "PrefixEncoder", "init_weights", init_weights, 'None or "zero"')
         self.num_virtual_tokens, self.num_layers = num_virtual_tokens, num_layers
         self.num_heads, self.head_dim = num_heads, head_dim

@@ -24,7 +24,7 @@ class PromptEmbedding(nn.Module):
             "num_transformer_submodules": num_transformer_submodules,
         }
         for argument, size in sizes.items():
-            checks.need(isinstance(size, int) and size > 0, "PromptEmbedding", argument, size, "an integer >= 1")
+            checks.count("PromptEmbedding", argument, size)
         self.num_virtual_tokens = num_virtual_tokens
         self.weight = nn.Embedding(num_transformer_submodules * num_virtual_tokens, token_dim).weight
 

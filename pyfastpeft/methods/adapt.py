@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from inspect import unwrap
 
 from torch import nn
 
@@ -39,7 +40,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     where a target is misspelt; the model is then as it was.
     """
     op = "adapt"
-    need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
+    _need_module(model, op)
     config = deepcopy(as_config(config))
     known = adaptation(model, op) if hasattr(model, "pyfastpeft") else Adaptation()
     _need_new(known, op, name)
@@ -129,15 +130,23 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
-    """The plain model again, without any adapter; with `merge`, with the active ones merged into its weights.
+    """The plain model again, without any adapter; with `merge`, with the active ones merged into its weights. Where
+    they change one of two tied weights, no weights of a transformers model are tied any more.
 
-    Returns the model. Raises as `merge_adapter` does.
+    Returns the model. Raises as `merge_adapter` does; TypeError for a model that would compute something else then.
     """
     known = adaptation(model, "unload")
     kept, made = {}, {}
     if merge:
-        if not merged_adapters(model):
+        before = merged_adapters(model)
+        if not before:
             merge_adapter(model)
+        fits = not _ties(model) or _is_tied(model) or not _asks_for_ties(model)
+        if not fits and not before:
+            unmerge_adapter(model)
+        given = f"True where one of two tied weights of a {type(model).__name__} changes"
+        needed = "False, since untied the model would compute something else"
+        need(fits, "unload", "merge", given, needed, TypeError)
         for path, module in carriers(model):
             changed = ["weight", "bias"] if isinstance(module, Adapted) and module.merged else []
             changed += [n for part in getattr(module, "replaced", {}).values() if part.installed for n in part.names]
@@ -154,15 +163,35 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         owner[name] = made[value]
     if tied and not _is_tied(model):
         model.config.tie_word_embeddings = False  # or what is saved is tied again when it is loaded
+        _untie(model)
     return model
+
+
+def _ties(model) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def _asks_for_ties(model) -> bool:
+    """Whether a model's forward pass depends on whether weights are tied, as UMT5's, which scales its output then."""
+    return "tie_word_embeddings" in unwrap(type(model).forward).__code__.co_names
 
 
 def _is_tied(model) -> bool:
     """Whether a transformers model's head is its table of embeddings."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    if not _ties(model):
         return False
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     return head is not None and head.weight is table.weight
+
+
+def _untie(model):
+    """Copies of parameters that several modules share: stored once, they would not be found by their other names."""
+    seen = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter in seen:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            seen.add(parameter)
 
 
 def merge_adapter(model: nn.Module, *names: str) -> None:
@@ -208,12 +237,17 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def merged_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that are merged into weights."""
+    _need_module(model, "merged_adapters")
     found = [name for _, module in carriers(model) if isinstance(module, Adapted) for name in module.merged]
     return tuple(dict.fromkeys(found))
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """All that an adapter trains: `<module>.<parameter>` -> parameter, also of those that replace the module's own."""
+    """All that an adapter trains: `<module>.<parameter>` -> parameter, also of those that replace the module's own.
+
+    Raises ValueError for a name that the model does not have.
+    """
+    need_adapter(adaptation(model, "adapter_parameters"), "adapter_parameters", name)
     found = {}
     for path, module in carriers(model):
         own = {}
@@ -227,6 +261,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) elements of the model's parameters, each counted once."""
+    _need_module(model, "count_parameters")
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -250,7 +285,8 @@ def add_weighted_adapter(
 
     op = "add_weighted_adapter"
     known = adaptation(model, op)
-    need(not isinstance(names, str), op, "names", repr(names), "a list of names", TypeError)
+    several = isinstance(names, Sequence) and not isinstance(names, str)
+    need(several, op, "names", repr(names), "a list of names", TypeError)
     need(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
         need_adapter(known, op, other)
@@ -275,6 +311,10 @@ def adaptation(model: nn.Module, op: str) -> Adaptation:
     known = getattr(model, "pyfastpeft", None)
     need(isinstance(known, Adaptation), op, "model", f"a {type(model).__name__} without adapters", "adapted")
     return known
+
+
+def _need_module(model, op):
+    need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
 
 
 def _names(module) -> list[str]:

@@ -84,6 +84,7 @@ def load_adapter(
     Returns the model. Raises FileNotFoundError or NotADirectoryError for missing files and ValueError or TypeError,
     naming the file and the key or field, for what does not fit; the model is then as it was.
     """
+    need(isinstance(model, nn.Module), "load_adapter", "model", model, "a torch.nn.Module", TypeError)
     config = load_config(directory)
     config.inference_mode = True  # nothing is drawn, and no text read, that the file has
     ours, theirs = getattr(getattr(model, "config", None), "_name_or_path", None), config.base_model_name_or_path

@@ -36,6 +36,8 @@ class Config:
         task = getattr(self.task_type, "value", self.task_type)
         self.need(task in (None, *TASK_TYPES), "task_type", f"one of {', '.join(TASK_TYPES)}, or None")
         self.task_type = task
+        name = self.base_model_name_or_path
+        self.need(name is None or isinstance(name, str), "base_model_name_or_path", "a string, or None")
         self.need_flags("inference_mode")
         self.need(
             self.modules_to_save is None or _are_names(self.modules_to_save), "modules_to_save", "a list of names"
@@ -112,7 +114,8 @@ class LoraConfig(TargetedConfig):
 
     r, lora_alpha: rank and alpha; the scaling is alpha / r, with use_rslora alpha / sqrt(r).
     rank_pattern, alpha_pattern: name or regular expression of a module's path -> its rank, its alpha.
-    lora_dropout: in [0, 1). bias: "none", "all" biases train, or those of the adapted layers ("lora_only").
+    lora_dropout: in [0, 1). bias: "none", "all" parameters called bias train, or those of the adapted layers
+        ("lora_only").
     init_lora_weights: True, "gaussian", or False (lora_B is not zero either).
     use_dora: the weight's rows keep a magnitude of their own.
     """
@@ -264,7 +267,7 @@ class BottleneckConfig(TargetedConfig):
         self.need_count("bottleneck_size")
         placements = ("houlsby", "pfeiffer", "parallel")
         self.need(self.placement in placements, "placement", f"one of {', '.join(placements)}")
-        self.need(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
+        self.need(self.activation in list(ACTIVATIONS), "activation", f"one of {', '.join(ACTIVATIONS)}")
         self.need_flags("layer_norm", "train_layer_norm", "init_weights")
         self.need(_is_number(self.scaling) or self.scaling == "learned", "scaling", 'a number or "learned"')
         ends = self.input_modules is None or (self.placement == "parallel" and self.target_modules is not None)

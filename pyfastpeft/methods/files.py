@@ -48,7 +48,7 @@ def write_files(directory: str | os.PathLike, files: Mapping[str, bytes]) -> Non
 
     Each is written beside its place, brought to the disk and then renamed.
     """
-    directory = Path(directory)
+    directory = _path("save", directory)
     need(not directory.is_file(), "save", "directory", f"{str(directory)!r}, a file", "a directory", NotADirectoryError)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
@@ -73,6 +73,11 @@ def write_files(directory: str | os.PathLike, files: Mapping[str, bytes]) -> Non
         _flush(directory)
 
 
+def _path(op, directory) -> Path:
+    need(isinstance(directory, (str, os.PathLike)), op, "directory", directory, "a path", TypeError)
+    return Path(directory)
+
+
 def _link(path, other):
     try:
         os.link(path, other)
@@ -92,7 +97,7 @@ def _flush(directory):
 
 def need_file(directory: str | os.PathLike, name: str) -> Path:
     """The path of a file in `directory`. Raises NotADirectoryError or FileNotFoundError, telling what is there."""
-    directory = Path(directory)
+    directory = _path("load", directory)
     needed = f"a directory with {name}"
     need(directory.is_dir(), "load", "directory", f"{str(directory)!r}, which is none", needed, NotADirectoryError)
     if (directory / name).is_file():

@@ -116,6 +116,8 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
         layers = {path: m for path, m in layers.items() if m is not head and not is_embedding(m)}
         target = ".*"
     if not isinstance(target, str):
+        # What is saved trains whole; PEFT's files name layers in there, too.
+        target = [name for name in target if targets.any_of(layers, name) or not targets.any_of(saved, name)] or target
         for path, module in own_modules(model).items():
             others = [name for name in target if targets.matches(path, [name]) and not targets.any_of(layers, name)]
             needed = "of linear layers, Conv1D or embeddings that are called and not among modules_to_save"
@@ -132,8 +134,10 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
     found = target_matrices(model, config, lambda family: targets.ends(family.query, family.value))
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument) or {}:
-            means = isinstance(config, AdaLoraConfig) or any(of_pattern(path, {key: True}, False) for path in found)
-            if not means:
+            if isinstance(config, AdaLoraConfig):
+                continue
+            targets.need_pattern(type(config).__name__, argument, key)
+            if not any(of_pattern(path, {key: True}, False) for path in found):
                 given, needed = f"holding {key!r}, which means no target", targets.close_names(key, found)
                 need(False, type(config).__name__, argument, given, needed)
     for path in found:
@@ -142,9 +146,10 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
     if config.bias != "none":
         saved = saved_modules(model, config)
         for path, module in own_modules(model).items():
-            chosen = tuple(_biases(module)) if config.bias == "all" or path in found else ()
+            # PEFT takes parameters of this name alone.
+            chosen = module._parameters.get("bias") is not None and (config.bias == "all" or path in found)
             if chosen and path not in saved:
-                attach(module, name, Replacement(module, chosen))
+                attach(module, name, Replacement(module, ("bias",)))
 
 
 def _biases(module) -> list[str]:

@@ -107,7 +107,8 @@ def _aligned(op: str, logits: Tensor, labels: Tensor, causal: bool) -> tuple[Ten
     """Checked logits and labels, the logits at t those of the label at t."""
     floating(op, "logits", logits)
     need(logits.dim() >= 3 and logits.shape[-1] >= 2, op, "logits", logits, "of shape [..., C, T, V] with V >= 2")
-    matches = labels.shape == logits.shape[:-1] and labels.dtype == torch.int64 and labels.device == logits.device
+    matches = isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]
+    matches = matches and labels.dtype == torch.int64 and labels.device == logits.device
     shape = list(logits.shape[:-1])
     need(matches, op, "labels", labels, f"a torch.int64 tensor of shape [..., C, T] = {shape} on {logits.device}")
     if values_on(labels.device):
@@ -123,14 +124,16 @@ def _checked(op, logits, labels, answer, choices, causal) -> tuple[Tensor, Tenso
     logits, labels = _aligned(op, logits, labels, causal)
     present, lead = _present(labels), labels.shape[:-2]
     if choices is not None:
-        matches = choices.dtype == torch.bool and choices.shape == present.shape and choices.device == labels.device
+        matches = isinstance(choices, Tensor) and choices.dtype == torch.bool
+        matches = matches and choices.shape == present.shape and choices.device == labels.device
         need(matches, op, "choices", choices, f"a torch.bool tensor of shape [..., C] = {list(present.shape)}")
         present = present & choices
     if answer is None:
         return logits, labels, present, answer
     if isinstance(answer, int):
         answer = torch.full(lead, answer, device=labels.device)
-    matches = answer.shape == lead and answer.dtype == torch.int64 and answer.device == labels.device
+    matches = isinstance(answer, Tensor) and answer.shape == lead
+    matches = matches and answer.dtype == torch.int64 and answer.device == labels.device
     need(matches, op, "answer", answer, f"a torch.int64 tensor of shape [...] = {list(lead)} on {labels.device}")
     if values_on(answer.device):
         inside = bool(((answer >= 0) & (answer < present.shape[-1])).all())
@@ -224,7 +227,8 @@ def regularize(model: nn.Module, penalty: Callable[[], Tensor]) -> RemovableHand
     def add(module: nn.Module, args, kwargs: dict, output):
         if module.training and torch.is_grad_enabled():
             has = getattr(output, "loss", None) is not None
-            need(has, "regularize", "output", "without a loss", "one with a loss: give the model labels", RuntimeError)
+            needed = "one with a loss: give the model labels, or add the penalty where the loss is formed"
+            need(has, "regularize", "output", "without a loss", needed, RuntimeError)
             causal = getattr(module, "loss_type", None) == "ForCausalLM"
             share = _share(kwargs.get("labels"), kwargs.get("num_items_in_batch"), causal)
             output.loss = output.loss + share * penalty()

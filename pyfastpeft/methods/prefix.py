@@ -37,6 +37,8 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     attentions = _attentions(model)
     base = attentions[0].config
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+    given, needed = f"a {type(model).__name__} with {heads} heads", "one whose layers have the same number of heads"
+    checks.need(isinstance(heads, int), "prefix tuning", "model", given, needed, NotImplementedError)
     head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
     head_dim = head_dim or base.hidden_size // base.num_attention_heads
     layers, submodules = len(attentions), 2 if model.config.is_encoder_decoder else 1
@@ -149,6 +151,11 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
         known = known and kwargs.get("cache") is None
         needed = "eager, sdpa or flash attention without pages"
         checks.need(known, "prefix tuning", "attn_implementation", implementation, needed, NotImplementedError)
+        shapes = [(keys.shape[::2], values.shape[::2]) for keys, values in rows]
+        here = key.shape[1::2], value.shape[1::2]
+        given = f"one whose keys and values are of {[list(shape) for shape in here]} heads and numbers a head"
+        needed = f"one where they are of {[list(shape) for shape in shapes[0]]}, as its config says"
+        checks.need({*shapes} == {here}, "prefix tuning", "model", given, needed, NotImplementedError)
         virtual = sum([keys.shape[1] for keys, _ in rows])
         attention_mask = prefixed_mask(module, query, key, attention_mask, virtual, implementation, kwargs)
         batch = key.shape[0]
@@ -208,9 +215,12 @@ def _attach(model, attentions):
 
 def _positions(model):
     """The modules that turn positions into embeddings; T5 has none."""
-    if model.config.is_encoder_decoder:
-        return []
-    return [module for path, module in model.named_modules() if path.rpartition(".")[2] in POSITIONS]
+    return [module for path, module in _stack(model).named_modules() if path.rpartition(".")[2] in POSITIONS]
+
+
+def _stack(model):
+    """What gets the prefix: of an encoder-decoder, the decoder."""
+    return model.get_decoder() if model.config.is_encoder_decoder else model
 
 
 def _attentions(model):
@@ -218,16 +228,16 @@ def _attentions(model):
     need_transformers(model, "prefix tuning")
     config = model.config
     kind = f"{type(model).__name__} (model_type {config.model_type!r})"
-    stack = model.get_decoder() if config.is_encoder_decoder else model
-    found = []
+    stack, found = _stack(model), []
     for path, module in stack.named_modules():
-        cross = "Cross" in type(module).__name__ or path.endswith("EncDecAttention")
+        cross = "Cross" in type(module).__name__ or path.endswith(("EncDecAttention", "encoder_attn"))
         cross = cross or getattr(module, "is_cross_attention", False)
         if _forward(module) is not None and hasattr(module, "config") and not cross:
             found.append(module)
-    layers = getattr(stack.config, "num_hidden_layers", None)
+    # BART counts its encoder's by the usual name.
+    layers = getattr(stack.config, "decoder_layers", None) or getattr(stack.config, "num_hidden_layers", None)
     given = f"{kind}, in which {len(found)} self-attention modules use transformers' attention interface"
-    needed = f"a model in which all {layers} layers do"
+    needed = f"a model of one stack, in which {'all' if layers is None else f'all {layers}'} layers do"
     checks.need(found and len(found) == layers, "prefix tuning", "model", given, needed, NotImplementedError)
     relative = hasattr(found[0], "has_relative_attention_bias")
     placed = relative or _positions(model) or getattr(model, "main_input_name", None) == "pixel_values"

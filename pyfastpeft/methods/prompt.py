@@ -81,7 +81,8 @@ class Prompts:
             kwargs["attention_mask"] = F.pad(mask, (virtual, 0), value=1)
         kwargs.pop("cache_position", None)  # the model counts for itself
         positions = kwargs.get("position_ids")
-        if cache is not None and cache.get_seq_length() > 0:
+        states = kwargs.get("cache_params")  # Mamba's, which count no tokens
+        if (cache is not None and cache.get_seq_length() > 0) or (states is not None and states.has_previous_state()):
             if positions is not None:
                 kwargs["position_ids"] = positions + virtual
             return (), kwargs
@@ -152,13 +153,18 @@ class NearestWords(list):
 def nearest_words(model: nn.Module, name: str, tokenizer=None, k: int = 5) -> NearestWords:
     """The k vocabulary rows nearest to each virtual token of the prompt called `name`, by cosine.
 
-    tokenizer: decodes the tokens; without one, words are empty. Raises ValueError for an unknown name or a bad k.
+    tokenizer: decodes the tokens; without one, words are empty. Raises ValueError for an unknown name or a bad k,
+    TypeError for a tokenizer that is none.
     """
     prompts = {n: part for n, part in getattr(model, "adapters", {}).items() if isinstance(part, PromptEmbedding)}
-    checks.need(name in prompts, "nearest_words", "name", name, f"a prompt: one of {sorted(prompts)}")
+    checks.need(name in list(prompts), "nearest_words", "name", name, f"a prompt: one of {sorted(prompts)}")
+    decodes = tokenizer is None or hasattr(tokenizer, "decode")
+    checks.need(
+        decodes, "nearest_words", "tokenizer", repr(tokenizer), "an object that decodes tokens, or None", TypeError
+    )
     words, prompt = _words(model), prompts[name]().float()
     vocabulary = words.weight.shape[0]
-    fits = isinstance(k, int) and 1 <= k <= vocabulary
+    fits = checks.whole(k) and 1 <= k <= vocabulary
     checks.need(fits, "nearest_words", "k", k, f"an integer in [1, {vocabulary}], the size of the vocabulary")
     cosines = []
     for ids in torch.arange(vocabulary, device=prompt.device).split(8192):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import carriers
 from ..layers.parts import AdaLoRAPart, DyLoRAPart
-from ..ops.checks import need
+from ..ops.checks import need, whole
 from ..ops.reference import accumulation
 from .adapt import adapt, adaptation, adapter_parameters, need_adapter, set_adapter
 from .configs import AdaLoraConfig, DyLoraConfig, LoraConfig
@@ -83,6 +83,7 @@ class RankAllocator:
     def budget(self, step: int) -> int:
         """How many ranks all layers have together after step `step`, counted from 0 (section 3.3)."""
         config = self.config
+        need(whole(step) and step >= 0, "RankAllocator", "step", step, "an integer >= 0")
         need(config.total_step is not None, "RankAllocator", "total_step", None, "given in AdaLoraConfig")
         full, target = config.init_r * len(self.parts), config.target_r * len(self.parts)
         end = config.total_step - config.tfinal
@@ -99,8 +100,6 @@ class RankAllocator:
 
         Raises RuntimeError where no gradient is there, or one was not finite; ValueError for a bad step.
         """
-        integer = isinstance(step, int) and not isinstance(step, bool)
-        need(integer and step >= 0, "RankAllocator.step", "step", step, "an integer >= 0")
         self._need_all_ranks("RankAllocator.step")
         budget = self.budget(step)
         if step < self.config.total_step - self.config.tfinal:
@@ -142,6 +141,7 @@ class RankAllocator:
         """Go on from what `state_dict` returned. Raises ValueError, naming the key, for what does not fit the adapter;
         the state is then as it was."""
         op = "RankAllocator.load_state_dict"
+        need(isinstance(state, Mapping), op, "state", state, "what state_dict returned", TypeError)
         self._need_all_ranks(op)
         moments = {key: parameter.shape for key, parameter in self._parameters().items()}
         expected = {f"{key}.{kind}": shape for key, shape in moments.items() for kind in ("sensitivity", "uncertainty")}
@@ -241,6 +241,7 @@ def draw_rank(model: nn.Module, name: str = "default", *, step: int, seed: int =
     recomputed, and when training resumes. To be called before each step's forward pass. Raises as `set_rank` does.
     """
     config = _config_of(model, name, DyLoraConfig, "draw_rank")
+    need(whole(step) and step >= 0, "draw_rank", "step", step, "an integer >= 0")
     largest = max(part.r for part in _parts_of(model, name, DyLoRAPart).values())
     rank = random.Random(f"{seed}, {step}").randint(min(config.min_rank, largest), largest)
     set_rank(model, name, rank)

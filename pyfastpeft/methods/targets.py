@@ -102,7 +102,7 @@ def select(
     """
     for given, meant in ((argument, target), ("exclude_modules", exclude or ())):
         if isinstance(meant, str):
-            _need_pattern(op, given, meant)
+            need_pattern(op, given, meant)
             continue
         for name in meant:
             if not any_of(candidates, name):
@@ -116,16 +116,17 @@ def select(
         whole = isinstance(target, str) and any_of(candidates, target)
         needed = f"a list, as [{target!r}], if it is a name, or a regular expression for whole paths"
         need(False, op, argument, given, needed if whole else close_names(name, candidates))
-    if layers is None:
+    chosen = [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    if not chosen:  # PEFT writes either
         return found
     named = () if isinstance(target, str) else tuple(target)
-    return _in_layers(
-        op, found, candidates, named, [layers] if isinstance(layers, int) else list(layers), layers_pattern
-    )
+    return _in_layers(op, found, candidates, named, chosen, layers_pattern)
 
 
 def _in_layers(op, found, candidates, named, layers, pattern):
     names = [pattern] if isinstance(pattern, str) else pattern or []
+    for name in names:
+        need_pattern(op, "layers_pattern", name)
     number = rf"(?:.*\.)?(?:{'|'.join(names)})\.(\d+)\." if names else r"(?:|.*?\.)(\d+)\."
     index = {path: int(hit.group(1)) for path in candidates if (hit := re.match(number, path))}
     need(bool(index), op, "layers_pattern", pattern, "the name of a list of layers in the model")
@@ -145,7 +146,8 @@ def _in_layers(op, found, candidates, named, layers, pattern):
     return kept
 
 
-def _need_pattern(op, argument, pattern):
+def need_pattern(op: str, argument: str, pattern: str) -> None:
+    """Raise ValueError unless `pattern` is a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

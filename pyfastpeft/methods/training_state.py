@@ -48,6 +48,9 @@ def save_training_state(
     """
     op = "save_training_state"
     need(isinstance(step, int) and step >= 0, op, "step", step, "an integer >= 0")
+    for key, other in {"scheduler": scheduler, **others}.items():
+        stateful = hasattr(other, "state_dict") or (key == "scheduler" and other is None)
+        need(stateful, op, key, other, "an object with state_dict and load_state_dict", TypeError)
     names = _names(op, model, optimizer, name)
     config = adaptation(model, op).configs[name]
     state = {
@@ -119,6 +122,8 @@ def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
     """The parameters that training changes, and their names: "<adapter>/<path>", or the path of the model's own."""
     known = adaptation(model, op)
     need_adapter(known, op, name)
+    groups = optimizer is None or hasattr(optimizer, "param_groups")
+    need(groups, op, "optimizer", optimizer, "a torch.optim.Optimizer, or None", TypeError)
     every = {parameter: path for path, parameter in uncompiled(model).named_parameters()}
     for other in known.configs:
         every |= {parameter: f"{other}/{path}" for path, parameter in adapter_parameters(model, other).items()}

@@ -1,7 +1,7 @@
 """Argument checks shared by the ops. Every message names the argument, what was given and what is needed."""
 
 import os
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -41,13 +41,14 @@ def shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...
         need(False, op, argument, tensor, f"of shape {names} = {list(expected)}")
 
 
-def entries(op: str, argument: str, values, count: int, of: str) -> None:
-    """A list or tuple of `count` entries, as many as the argument `of` has, or at least one where they are the same."""
+def entries(op: str, argument: str, values, members, of: str) -> None:
+    """A list or tuple of as many entries as `members`, the argument `of`, has, or at least one where they are the
+    same."""
     if not isinstance(values, (list, tuple)):
         given = f"a {type(values).__name__}"
         need(False, op, argument, given, "a list or tuple of one entry for each layer", TypeError)
-    if not 0 < len(values) == count:
-        needed = "of one entry for each of at least one layer" if argument == of else f"of {count}, as {of} is"
+    if not 0 < len(values) == len(members):
+        needed = "of one entry for each of at least one layer" if argument == of else f"of {len(members)}, as {of} is"
         need(False, op, argument, f"of {len(values)} entries", needed)
 
 
@@ -134,6 +135,14 @@ def dropout(op: str, p: float) -> None:
 def number(op: str, argument: str, value) -> None:
     if not isinstance(value, (int, float, Real)):
         need(False, op, argument, _describe(value), "a number", TypeError)
+
+
+def whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def count(op: str, argument: str, value) -> None:
+    need(whole(value) and value > 0, op, argument, value, "an integer >= 1")
 
 
 def in_place(op: str, y: torch.Tensor, **others: torch.Tensor) -> None:

@@ -115,7 +115,7 @@ def lora_linear_group(
     checks.floating(op, "x", x)
     members = {"weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
     for name, values in members.items():
-        checks.entries(op, name, values, len(weights), "weights")
+        checks.entries(op, name, values, weights, "weights")
     if autocasting(x):
         x, *cast = cast_for_autocast(x, *weights, *biases)
         weights, biases = cast[: len(weights)], cast[len(weights) :]

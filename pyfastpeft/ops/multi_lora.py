@@ -46,7 +46,7 @@ def route(
     are not on the CPU are looked at only under PYFASTPEFT_CHECK=1; out of range there, a token goes to no adapter.
     """
     op = "multi_lora"
-    checks.need(num_adapters > 0, op, "num_adapters", num_adapters, "at least 1")
+    checks.count(op, "num_adapters", num_adapters)
     if not isinstance(slots, Tensor):
         slots = np.asarray(slots)
         if slots.size == 0:
