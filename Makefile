@@ -26,9 +26,12 @@ gpu:
 
 # Every tensor is an allocation of its own, so that an access beside it shows; graphs cannot be captured then.
 gpu-check: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
-gpu-check:  ## minutes: compute-sanitizer looks at every access
-	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and not hundred and not graph and not one_launch" || exit 1; done
+gpu-check:  ## minutes: compute-sanitizer looks at every access of our kernels, not of torch's
+	test -e pyfastpeft/_ops.so || PYFASTPEFT_CUDA=0 $(PYTHON) csrc/libraries.py
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --report-api-errors no --kernel-name kns=pyfastpeft \
+	  $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and not hundred and not graph and not one_launch" $(ARGS) || exit 1; \
+	done
 
 build: .venv/installed
 	@$(VENV)/python setup.py -q build_ext --inplace

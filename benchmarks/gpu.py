@@ -52,7 +52,7 @@ def suite(out: Path, seconds: int) -> list[str]:
 # What they show is short enough together for who sees the last 12,000 characters alone.
 PARTS = (
     Part("build", 160, build, 400),
-    Part("look", 60, look, 600),
+    Part("look", 120, look, 600),  # torch may come from a cold disk
     Part("tests", 180, tests, 2600),
     Part("figures", 200, figures, 6000),
     Part("suite", 300, suite, 1400),

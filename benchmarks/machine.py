@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import pyfastpeft
+from csrc import libraries
 from pyfastpeft.cli.doctor import installed
 from pyfastpeft.ops import choice, dispatch, native
 
@@ -118,14 +119,23 @@ def _output(*command: str) -> str:
 
 
 def main() -> int:
-    """Tells what the benchmarks and the GPU tests have here; 1 where that is no GPU."""
+    """Tells what the benchmarks and the GPU tests have here; 1 where that is no GPU, or CUDA kernels that are not
+    of these sources or do not load."""
     found = describe()
     print(title(found))
     for name in dispatch.BACKENDS:
         ops = sum(any(row.backend == name for row in rows) for rows in dispatch.TABLE.values())
         print(f"{name}: {dispatch.UNAVAILABLE.get(name) or f'{ops} of {len(dispatch.TABLE)} ops'}")
+    root = Path(__file__).parent.parent
     if native.CUDA_AVAILABLE:
-        print(f"_ops_cuda: {torch.ops.pyfastpeft.cuda_capability()}")
+        built = torch.ops.pyfastpeft.cuda_capability()
+        print(f"_ops_cuda: {built}")
+        if f"sources {libraries.state(root)}" not in built:
+            print("pyfastpeft/_ops_cuda.so was built from other sources: remove it, or build it again")
+            return 1
+    elif (root / "pyfastpeft" / libraries.file_name("_ops_cuda")).exists():
+        print(f"pyfastpeft/_ops_cuda.so is of no use here: {native.CUDA_WHY_NOT}")
+        return 1
     if found["device"] == "cuda":
         return 0
     try:

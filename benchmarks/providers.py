@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora, MultiLoraLinear
-from pyfastpeft.ops import dispatch, ia3_linear, lora_linear, multi_lora, multi_lora_linear, route
+from pyfastpeft.ops import addmm, dispatch, ia3_linear, lora_linear, multi_lora, multi_lora_linear, route
 
 SCALING = 2.0
 OUR_ADDMM = "our-addmm"  # the name of our backend addmm, beside the peer of that name
@@ -326,6 +326,8 @@ def ours(case: Case, device: str, adapters: str) -> list[Provider]:
     """Our backends on a case, under adapters of one dtype."""
     names = backends(case.op, device)
     if isinstance(case, MultiLora) and case.mode == "graph":
-        names.remove("reference")  # it reads the segments on the host
+        names.remove("reference")  # it reads the segments on the host, as addmm does where it cannot gather
+        if case.backward or case.M * max(case.ranks) * (case.K + case.N) > addmm.GATHERED:
+            names.remove("addmm")
     called = {name: OUR_ADDMM if name == "addmm" else name for name in names}
     return [Provider(f"{called[name]}-{adapters}", build_ours, adapters, name) for name in names]

@@ -6,6 +6,7 @@ built where nvcc is present and torch is one for CUDA; PYFASTPEFT_CUDA=1 or 0 de
 90a" for which GPUs. Files *_sm90.cu are for Hopper alone and need CUTLASS's headers (package nvidia-cutlass).
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -27,6 +28,12 @@ SOURCES = {"_ops": "csrc/ops/**/*.cpp", "_ops_cuda": "csrc/ops/cuda/*.cu", "_hos
 def file_name(name: str) -> str:
     """Of the library `name` in pyfastpeft/. _host alone is for one version of Python."""
     return f"{name}{sysconfig.get_config_var('EXT_SUFFIX') if name == '_host' else '.so'}"
+
+
+def state(root: Path = Path()) -> str:
+    """A word that changes with the sources of the CUDA library; the library tells of which it is."""
+    files = [*root.glob("csrc/ops/*.h"), *root.glob("csrc/ops/cuda/*"), root / "csrc/ops/cpu/kernels.h"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:8]
 
 
 def built(name: str, sources: list[str], kept: Path | None = None) -> str | None:
@@ -74,7 +81,9 @@ rule link
   description = link $out
 build {folder}/library.so: link {" ".join(objects)}
 """
-    rules += "".join(f"build {it}: compile {source}\n  gpus = {gpus(source)}\n" for it, source in objects.items())
+    for it, source in objects.items():
+        more = f" -DPYFASTPEFT_SOURCES={state()}" if source.endswith("capability.cu") else ""
+        rules += f"build {it}: compile {source}\n  gpus = {gpus(source)}{more}\n"
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "build.ninja").write_text(rules)
     if subprocess.run([ninja, "-f", f"{folder}/build.ninja"]).returncode:

@@ -81,9 +81,8 @@ def load() -> None:
     torch.ops.load_library(str(library()))
     for op in schemas.SCHEMAS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
-            function = getattr(getattr(torch.ops, NAMESPACE), op).default
             dtypes = (torch.int64,) if op == "group_tokens" else dispatch.FLOATS
-            dispatch.register(op, "cuda", ("cpu",), function, dtypes, getattr(cuda, op))
+            dispatch.register(op, "cuda", ("cpu",), schemas.native(op, NAMESPACE), dtypes, getattr(cuda, op))
 
 
 @contextmanager

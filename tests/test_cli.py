@@ -87,6 +87,17 @@ def test_doctor_notices_a_backend_that_raises(capsys, monkeypatch):
     assert failed
 
 
+def test_doctor_checks_a_backend_in_a_dtype_that_it_takes(capsys, monkeypatch):
+    takes = lambda x, *rest: "" if x.dtype == torch.bfloat16 else "takes bfloat16"  # noqa: E731
+    rows = dispatch.TABLE["lora_forward"]
+    rows = [row._replace(fits=takes) if row.backend == "reference" else row for row in rows]
+    monkeypatch.setitem(dispatch.TABLE, "lora_forward", rows)
+    code, out = doctor(capsys, "--json")
+    assert code == 0
+    found = [row for row in json.loads(out)["checks"] if row["backend"] == "reference"]
+    assert {(row["dtype"], row["ok"]) for row in found} == {("bfloat16", True)}
+
+
 def test_without_a_command_it_prints_help(capsys):
     assert cli.main([]) == 0
     assert "doctor" in capsys.readouterr().out

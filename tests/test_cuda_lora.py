@@ -214,6 +214,7 @@ def test_two_runs_are_bit_identical(adapter_dtype):
         ({"x": lambda: random(9, 60, dtype=brain), "weight": lambda: random(48, 60, dtype=brain)}, "K=60, N=48, r=8"),
         ({"x": lambda: random(9 * 64 + 1, dtype=brain)[1:].view(9, 64)}, "not those of x"),
         ({"weight": lambda: random(64, 48, dtype=brain, grad=False).T}, "not those of weight"),
+        ({"x": lambda: random(64, dtype=brain).expand(9, 64)}, "rows that lie apart, not those of x"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_named(change, reason):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,22 @@ def test_every_part_of_make_gpu_has_its_turn(parts, capsys, tmp_path):
     assert "== figures: done" in lines
     assert lines[-1] == f"== failed: build, tests; results are in {tmp_path / 'out'}"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["build.log", "figures.log", "tests.log"]
+
+
+@pytest.mark.parametrize("state", [None, "00000000"])
+def test_cuda_kernels_of_other_sources_are_told(monkeypatch, capsys, state):
+    import torch
+
+    from benchmarks import machine
+
+    known = state or machine.libraries.state(ROOT)
+    monkeypatch.setattr(machine, "native", types.SimpleNamespace(CUDA_AVAILABLE=True))
+    told = f"CUDA 13.0, CUTLASS, sources {known}; sm_90"
+    monkeypatch.setattr(torch.ops.pyfastpeft, "cuda_capability", lambda: told, raising=False)
+    monkeypatch.setattr(machine, "describe", lambda: {"device": "cuda"})
+    monkeypatch.setattr(machine, "title", lambda found: "a GPU")
+    assert machine.main() == (state is not None)
+    assert ("was built from other sources" in capsys.readouterr().out) == (state is not None)
 
 
 def test_make_gpu_stops_where_there_is_no_gpu(parts, capsys):

@@ -31,7 +31,7 @@ class Bench:
         self.device, self.entries, self.until = device, entries, time.monotonic() + seconds
         self.mode = "graph" if device == "cuda" else ""
         self.effort, self.shrink = (Effort(0.0, 3, 0.0), 64) if tiny else (Effort(1.5, 15), 1)
-        self.measurer = Measurer(device)
+        self.measurer = Measurer(device, patience=30.0)  # nothing here takes long to compile; time is short
 
     def contest(self, case: Case, peers: tuple[str, ...], *contenders: Provider, weigh=False) -> dict[str, Result]:
         """The peers of that name and the contenders, by name."""

@@ -90,11 +90,13 @@ def _rows(**tensors: Tensor | None) -> str:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        # A compiled graph knows no addresses; torch's own memory begins at multiples of 16 bytes.
-        compiling = torch.compiler.is_compiling()
-        offset = tensor.storage_offset() * tensor.itemsize if compiling else tensor.data_ptr()
-        if offset % 16 or tensor.stride(-1) != 1 or tensor.stride(0) * tensor.itemsize % 16:
+        # A compiled graph knows no addresses: its ops copy what begins elsewhere (schemas.py).
+        begins = 0 if torch.compiler.is_compiling() else tensor.data_ptr()
+        if begins % 16 or tensor.stride(-1) != 1 or tensor.stride(0) * tensor.itemsize % 16:
             return f"takes rows that begin at multiples of 16 bytes, not those of {name}"
+        # No tensor map describes rows that are one and the same, such as those of the gradient of a sum over them.
+        if tensor.shape[0] > 1 and tensor.stride(0) == 0:
+            return f"takes rows that lie apart, not those of {name}"
     return ""
 
 

@@ -51,9 +51,9 @@ def define(backend: str, op: str, function: Callable) -> Callable:
 
 
 @functools.cache
-def native(op: str) -> Callable:
-    """What runs the op of the native libraries, torch.ops.pyfastpeft.<op>."""
-    return _callable("pyfastpeft", op)
+def native(op: str, namespace: str = "pyfastpeft") -> Callable:
+    """What runs the op of the native libraries, torch.ops.<namespace>.<op>."""
+    return _callable(namespace, op)
 
 
 def _callable(namespace: str, op: str) -> Callable:
@@ -77,7 +77,7 @@ def _callable(namespace: str, op: str) -> Callable:
         adds = op in ("lora_forward", "multi_lora_forward") and args[1] is None
         new = [target.clone() if adds else torch.empty_like(target) for target in targets(args)]
         left = iter(new)
-        write(*(_replaced(argument, left) if i in places else argument for i, argument in enumerate(args)))
+        write(*(_replaced(argument, left) if i in places else _aligned(argument) for i, argument in enumerate(args)))
         return new
 
     twin = f"{namespace}::{op}_new"
@@ -94,6 +94,14 @@ def _callable(namespace: str, op: str) -> Callable:
             target.copy_(value)
 
     return run
+
+
+def _aligned(argument):
+    """`argument`, a tensor, a list of these or anything else, its tensors copied unless they begin at multiples of 16
+    bytes: for kernels that could not see when the graph was made."""
+    if isinstance(argument, (list, tuple)):
+        return [_aligned(each) for each in argument]
+    return argument.clone() if isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 else argument
 
 
 def _replaced(argument, others):

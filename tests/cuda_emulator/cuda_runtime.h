@@ -6,10 +6,10 @@
 // brings them together (__syncwarp, shuffles, votes, our mma and ldmatrix); integer atomics; asynchronous copies, made
 // as late as a wait allows; dynamic shared memory, which holds NaN at first. Blocks, and threads in them, take turns in
 // another order every round. intrinsics.h and device.h in ops/cuda stand for ours of these names. Threads that wait for
-// each other, and a lane that is not in its own mask, raise RuntimeError. Built with -fsanitize=thread it finds races
-// (emulated_cuda.py tells how).
+// each other, a lane that is not in its own mask, and asynchronous copies and matrices at addresses that are not aligned
+// raise RuntimeError. Built with -fsanitize=thread it finds races (emulated_cuda.py tells how).
 //
-// What it cannot show: time; registers and spills; that addresses are aligned and coalesced; how tensor cores round
+// What it cannot show: time; registers and spills; that other addresses are aligned and coalesced; how tensor cores round
 // within a product; the memory model beyond races; wgmma, nor TMA (which producer/ shows). A __shared__ variable is one
 // for all blocks here: kernels take dynamic shared memory where blocks wait for blocks.
 #pragma once

@@ -295,7 +295,15 @@ void exchange(uint32_t mask, void* value, size_t size, void (*resolve)(void*)) {
   std::memcpy(value, warp.values[lane], size);
 }
 
+void need_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  failure = told(*running) + " moves " + std::to_string(bytes) + " bytes at an address that is no multiple of them";
+  leave();
+}
+
 void copy_later(void* to, const void* from, size_t bytes, size_t valid) {
+  need_aligned(to, bytes);
+  need_aligned(from, bytes);
   running->asked.push_back({to, from, bytes, valid});
 }
 

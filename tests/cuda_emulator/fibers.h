@@ -25,7 +25,11 @@ void spin();
 // resolve(values) makes of it, where values[i] is lane i's.
 void exchange(uint32_t mask, void* value, size_t size, void (*resolve)(void* values));
 
-// The copies that the running thread has asked for; they are made as late as they may be.
+// Ends the launch with a fault of the running thread, unless the address is a multiple of so many bytes.
+void need_aligned(const void* address, size_t bytes);
+
+// The copies that the running thread has asked for; they are made as late as they may be. Both addresses are multiples
+// of `bytes`.
 void copy_later(void* to, const void* from, size_t bytes, size_t valid);
 void commit_copies();
 void make_copies(size_t but_latest);

@@ -36,7 +36,9 @@ void product(const Gemm& g) {
   }
 }
 
-bool aligned(const void* pointer, int64_t stride) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0; }
+bool aligned(const void* pointer, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0 && stride > 0;
+}
 
 }  // namespace
 

@@ -170,6 +170,7 @@ bool forward_by_gemm(const Tensor& x, const Tensor& weight, const OptionalTensor
                      const Rows& out, int64_t m, int64_t n, int64_t k, cudaStream_t stream) {
   if (item_size(in.dtype) != 2 || weight.stride(1) != 1 || k % 8 || n % 8) return false;
   Rows w = rows_of(weight, n, k, "weight");
+  if (in.stride == 0) return false;  // no tensor map describes rows that are one and the same
   if (!in_runs(in, k) || !in_runs(w, k) || !in_runs(out, n) || !gemm_available()) return false;
   Tensor wide = scratch(x, {n}, ScalarType::Float), shift = scratch(x, {n}, x.scalar_type());
   auto prepare = [&]<class T>(T) {

@@ -651,6 +651,7 @@ class Call {
   // tokens than go in one launch.
   bool fits_product(const Rows& from, const Rows& to, const Tensor& weight) const {
     if (tokens <= kDecodeTokens || routing.adapters == 0 || routing.rank == 0 || routing.rank > kTailRank) return false;
+    if (from.stride == 0) return false;  // no tensor map describes rows that are one and the same
     return weight.stride(1) == 1 && in_runs(rows_of(weight, out, in, "weight"), in) && in_runs(from, in) &&
            in_runs(to, out) && gemm_available();
   }

@@ -26,6 +26,11 @@ static void waits_for_a_block_that_is_not_resident(void*) {
   while (!flag) emulator::spin();
 }
 
+static void copies_from_between(void*) {
+  static char bytes[48];
+  emulator::copy_later(bytes, bytes + 17, 16, 8);
+}
+
 static void has_no_fault(void*) {
   if (blockIdx.x == 5) flag = 1;
   while (!flag) emulator::spin();
@@ -35,7 +40,7 @@ static void has_no_fault(void*) {
 
 int main() {
   for (auto kernel : {never_reaches_the_barrier, is_not_in_its_own_mask, leaves_before_a_warp_operation,
-                      waits_for_a_block_that_is_not_resident, has_no_fault}) {
+                      waits_for_a_block_that_is_not_resident, copies_from_between, has_no_fault}) {
     flag = 0;
     try {
       emulator::launch({7, 1, 1}, {32, 1, 1}, 0, kernel, nullptr);

@@ -94,6 +94,7 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
     const void* row;
     uint32_t r[4];
   } mine{row, {}};
+  emulator::need_aligned(row, 16);
   emulator::exchange(~0u, &mine, sizeof mine, [](void* all) {
     auto* lanes = static_cast<Row*>(all);
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -124,7 +125,10 @@ void wait_async() {
   emulator::make_copies(pending);
 }
 
-inline void store16(void* global, uint4 words) { *static_cast<uint4*>(global) = words; }
+inline void store16(void* global, uint4 words) {
+  emulator::need_aligned(global, 16);
+  *static_cast<uint4*>(global) = words;
+}
 
 inline int add_release(int* count, int value) { return __atomic_fetch_add(count, value, __ATOMIC_ACQ_REL); }
 inline int load_acquire(const int* count) {
