@@ -250,6 +250,27 @@ def test_torch_draws_the_masks_where_no_kernel_does(no_kernels, monkeypatch, dty
         assert_error_rule(fused, functools.partial(grouped, unfused), inputs)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_masks_of_torchs_in_a_compiled_graph(no_kernels, frozen):
+    inputs = group_inputs(6, 12, [(12, 4), (12, 3)], torch.float32, frozen=frozen)
+    inputs["x"] = random(2, 3, 12)
+    almost_all = 1e-7  # of x is kept, so that two masks agree
+
+    def one(x, weights, biases, lora_As, lora_Bs):
+        return [ops.lora_linear(x, weights[0], biases[0], lora_As[0], lora_Bs[0], 0.7, almost_all)]
+
+    def run(function):
+        outs = function(**inputs)
+        return outs, torch.autograd.grad(
+            outs.square().sum(), [t for t in inputs.values() if t.requires_grad], allow_unused=True
+        )
+
+    for function in (functools.partial(group, dropout_p=almost_all), functools.partial(grouped, one)):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(run(compiled), run(function))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_of_torchs_follows_the_generator_and_keeps_its_share(no_kernels, dtype):
     x, eye = torch.ones(50, 200, dtype=dtype), torch.eye(200, dtype=dtype)

@@ -53,7 +53,7 @@ def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
     first, weight = leading(args), named.get("weight")
     down, up = (named.get(a, named.get(b)) for a, b in (("lora_A", "down"), ("lora_B", "up")))
     kind = [str(first.dtype)[6:]]
-    sizes = {"M": MANY if torch.compiler.is_compiling() else first.shape[0]}
+    sizes = {"M": MANY if torch.compiler.is_compiling() else math.prod(first.shape[:-1] or first.shape)}
     if isinstance(weight, Tensor):
         sizes |= {"N": weight.shape[0], "K": weight.shape[1]}
     elif "weight" in named:

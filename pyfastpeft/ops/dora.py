@@ -111,6 +111,7 @@ def dora_norm(
     It is the root of ||weight||^2 + 2 scaling <weight lora_A^T, lora_B> + scaling^2 <lora_B (lora_A lora_A^T), lora_B>,
     summed in float32: its square is off by a few float32 epsilons of the largest of the three terms, so that it is as
     exact as the norm of the sum unless the adapter all but cancels a row of the weight. A square below 0 counts as 0.
+    On a CPU `torch.set_float32_matmul_precision` counts for products of factors of rank 96 and more.
 
     Args:
         weight: [N, K], float64, float32, bfloat16 or float16.
@@ -200,14 +201,15 @@ def _linear(normed, x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout
         lora_A, lora_B = lora_A.double(), lora_B.double()
     bias = None if bias is None else bias.contiguous()
     arguments = x, weight, bias, lora_A.contiguous(), lora_B.contiguous()
-    sampled = scaling, dropout_p, True
-    if dropout_p and not dispatch.has_kernel("dora_forward", (as_rows(x), *arguments[1:], norm, *sampled)):
+    scaling, dropout_p = float(scaling), float(dropout_p)
+    sampled = norm, scaling, dropout_p, True
+    if dropout_p and x.numel() and not dispatch.has_kernel("dora_forward", (*arguments, *sampled)):
         scale = magnitude / norm  # meets B, so that nothing of low rank is rounded to x's dtype
         y = F.linear(x, weight) * scale
         y = (y if bias is None else y + bias).to(x.dtype)
         scaled_B = (lora_B * scale[:, None]).to(lora_B.dtype)
         return lora_delta_(y, masked(x, dropout_p), lora_A, scaled_B, scaling / (1 - dropout_p))
-    options = float(scaling), float(dropout_p), dropout_seed(x, dropout_p)
+    options = scaling, dropout_p, dropout_seed(x, dropout_p)
     if needs_gradient(x, weight, bias, lora_A, lora_B, magnitude):
         return _DoRA.apply(*arguments, magnitude, norm, *options)
     return _forward(*arguments, magnitude / norm, *options, False)[0]

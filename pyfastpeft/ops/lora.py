@@ -179,10 +179,14 @@ def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
     if x.dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
     bias = None if bias is None else bias.contiguous()
-    arguments = y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), float(scaling), float(dropout_p)
-    if dropout_p and not dispatch.has_kernel("lora_forward", (as_rows(x), weight, *arguments[3:], True)):
-        base = F.linear(x, weight, bias) if y is None else y
-        return _apply(op, base, masked(x, dropout_p), None, None, lora_A, lora_B, scaling / (1 - dropout_p), 0.0)
+    scaling, dropout_p = float(scaling), float(dropout_p)
+    arguments = y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), scaling, dropout_p
+    if dropout_p and x.numel() and not dispatch.has_kernel("lora_forward", (x, weight, *arguments[3:], True)):
+        rows = as_rows(x)  # whose product is no view, into which no Function may write
+        base = F.linear(rows, weight, bias) if y is None else y
+        branch = lora_A, lora_B, scaling / (1 - dropout_p), 0.0
+        out = _apply(op, base, masked(rows, dropout_p), None, None, *branch)
+        return shaped(out, (*x.shape[:-1], len(lora_B))) if y is None else out
     seed = dropout_seed(x, dropout_p)
     if needs_gradient(y, x, weight, bias, lora_A, lora_B):
         return _LoRA.apply(*arguments, seed)

@@ -135,10 +135,12 @@ def lora_linear_group(
     lora_Bs = [lora_B.contiguous() for lora_B in lora_Bs]
     scalings, dropout_p = [float(scaling) for scaling in scalings], float(dropout_p)
     layers = weights, biases, lora_As[0], lora_Bs, scalings
-    if dropout_p and not dispatch.has_kernel("lora_group_forward", (as_rows(x), *layers, dropout_p, True)):
-        bases, kept = map(partial(F.linear, x), weights, biases), masked(x, dropout_p)
-        factors = lora_As, lora_Bs, [scaling / (1 - dropout_p) for scaling in scalings]
-        return tuple(lora_delta_(base, kept, *adapter) for base, *adapter in zip(bases, *factors))
+    if dropout_p and x.numel() and not dispatch.has_kernel("lora_group_forward", (x, *layers, dropout_p, True)):
+        rows = as_rows(x)  # whose products are no views, into which no Function may write
+        bases, kept = map(partial(F.linear, rows), weights, biases), masked(rows, dropout_p)
+        adapters = zip(lora_As, lora_Bs, [scaling / (1 - dropout_p) for scaling in scalings])
+        outs = [lora_delta_(base, kept, *adapter) for base, adapter in zip(bases, adapters)]
+        return tuple(shaped(out, (*x.shape[:-1], out.shape[1])) for out in outs)
     seed = dropout_seed(x, dropout_p)
     if needs_gradient(x, *weights, *biases, *lora_As, *lora_Bs):
         return _LoRAGroup.apply(x, seed, scalings, dropout_p, *weights, *biases, *lora_As, *lora_Bs)
