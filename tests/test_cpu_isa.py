@@ -1,6 +1,7 @@
 """The op tests again with the CPU kernels held to a lower instruction set, in a process of its own: it is chosen once.
 
-A lower one also takes 16-bit matmuls through blocks cast to float32, as a CPU without AVX512-BF16 does.
+A lower one also takes 16-bit base products through our own loops, as a CPU without AVX512-BF16 does; PYFASTPEFT_CPU_MATMUL
+does that to those in float32.
 """
 
 import os
@@ -25,7 +26,7 @@ def test_ops_on_a_lower_instruction_set(level):
         pytest.skip(f"{level} is not below {best}, which test_ops*.py ran on")
     select = "cpu and not compiles and not gradcheck and not any_shape"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OPS, "-k", select]
-    env = os.environ | {"PYFASTPEFT_CPU_ISA": level}
+    env = os.environ | {"PYFASTPEFT_CPU_ISA": level, "PYFASTPEFT_CPU_MATMUL": "own"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("two_threads", "on_backend")
 
 @branch_backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16), (20, 130, 75, 100)])
+@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16), (20, 130, 75, 100), (60, 70, 600, 4)])
 def test_dora_linear(backend, dtype, adapter_dtype, shape):
     assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
 

@@ -36,6 +36,25 @@ def test_lora_linear(backend, dtype, adapter_dtype, shape):
     assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype, adapter_dtype))
 
 
+BLOCKS = [(1, 700, 70), (6, 513, 65), (7, 512, 129), (97, 1030, 64), (200, 65, 1100), (1100, 40, 3)]  # M K N
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("shape", BLOCKS)
+def test_base_products_that_take_several_blocks(backend, dtype, layout, shape):
+    inputs = lora_inputs(*shape, 4, dtype)
+    n, k = inputs["weight"].shape
+    if layout == "columns":  # as Conv1D's
+        inputs["weight"] = inputs["weight"].T.contiguous().T
+    elif layout == "neither":
+        gaps = torch.full((n, 2 * k), torch.nan, dtype=dtype)
+        gaps[:, ::2] = inputs["weight"]
+        inputs["weight"] = gaps[:, ::2]
+    assert_error_rule(lora, plain_lora, inputs)
+
+
 @branch_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trainable_weight_and_bias_get_gradients(backend, dtype):

@@ -10,6 +10,8 @@ import torch
 
 from .dispatch import UNAVAILABLE
 
+if (_whose := os.environ.get("PYFASTPEFT_CPU_MATMUL")) not in (None, "", "own", "torch"):
+    raise ValueError(f"PYFASTPEFT_CPU_MATMUL is {_whose!r}; it must be own or torch")
 if (_level := os.environ.get("PYFASTPEFT_CPU_ISA")) not in (None, "", "baseline", "avx2", "avx512"):
     raise ValueError(f"PYFASTPEFT_CPU_ISA is {_level!r}; it must be baseline, avx2 or avx512")
 

@@ -13,7 +13,7 @@ void adapted_linear(const Tensor& x, const Buffer<float>& wide, const Tensor& we
   check_weight(weight, n, x.size(1), dtype);
   Rows out = rows_of(y, m, n, "y");
   if constexpr (sizeof(C) == 4) {
-    if (upcasts<C>(dtype)) {
+    if (upcasts(dtype)) {
       Rows shift = bias ? Rows{dtype_of(*bias, "bias"), contiguous(*bias, {n}, "bias"), 0} : Rows{};
       matmul_upcast(wide.data.get(), m, weight, false, [&](int64_t n0, int64_t columns, Rows block) {
         std::unique_ptr<float[]> bias_block(new float[columns]);

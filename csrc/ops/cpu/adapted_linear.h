@@ -5,12 +5,6 @@
 
 namespace pyfastpeft {
 
-// Whether base products of activations of this dtype are formed from a float32 copy of them.
-template <class C>
-bool upcasts(Dtype dtype) {
-  return sizeof(C) == 4 && !fast_matmul(dtype);
-}
-
 // y = x W^T + bias + scaling * s B^T, the last for every adapter's tokens.
 // x: [M, K];  wide: x in float32, where upcasts tells so;  weight: [N, K];  bias: [N];  s: [M, s_stride];  y: [M, N], out
 template <class C>

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -17,6 +18,82 @@ Tensor view(const Matrix<C>& m) {
   return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU, 0),
                                   sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
+}
+
+constexpr int64_t DEPTH = 512, COLUMNS = 64;  // of a block of the weight, whose panels stay in the second cache
+constexpr int64_t ROWS = 6;                   // of a tile, which stay in the first
+constexpr int64_t SERIAL_WORK = 1 << 16;      // multiply-adds under which threads cost more than they bring
+
+int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+bool has_unit_stride(const Tensor& w) {
+  return w.stride(0) == 1 || w.stride(1) == 1 || w.size(0) == 1 || w.size(1) == 1;
+}
+
+// The weight as [Q, P], of whose rows a product is made: itself, or for `transposed` its transpose.
+struct Factor {
+  Dtype dtype;
+  const char* data;
+  int64_t q, p, stride_q, stride_p;
+  const float* scale;  // [P], of the columns; or none
+
+  Factor(const Tensor& w, bool transposed, const float* scale = nullptr)
+      : dtype(dtype_of(w, "weight")),
+        data(static_cast<const char*>(w.const_data_ptr())),
+        q(w.size(transposed)),
+        p(w.size(!transposed)),
+        stride_q(w.stride(transposed)),
+        stride_p(w.stride(!transposed)),
+        scale(scale) {}
+  bool along_p() const { return stride_p == 1 || p == 1; }
+  const char* at(int64_t row, int64_t column) const {
+    return data + (row * stride_q + column * stride_p) * item_size(dtype);
+  }
+};
+
+// panel[i][j] = w[q0 + j][p0 + i] for i < depth, j < n; a row of the panel has `width` elements.
+void pack(const Factor& w, int64_t q0, int64_t n, int64_t p0, int64_t depth, float* panel, int64_t width) {
+  const auto& k = kernels<float>();
+  if (w.along_p()) {
+    int64_t next = p0 + DEPTH < w.p ? DEPTH : COLUMNS * w.stride_q - p0;
+    k.transpose(w.dtype, w.at(q0, p0), w.stride_q, n, depth, 1, panel, width, next);
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    float* row = panel + i * width;
+    if (!w.along_p()) k.widen(w.dtype, w.at(q0, p0 + i), row, n);
+    for (int64_t j = 0; w.scale && j < n; ++j) row[j] *= w.scale[p0 + i];
+  }
+}
+
+// out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS.  in, out: float32
+void multiply(const Rows& in, int64_t m, const Factor& w, int64_t q0, int64_t n, const Rows& out, bool add) {
+  const auto& k = kernels<float>();
+  const float* from[ROWS];
+  float* to[ROWS];
+  auto tile = [&](int64_t t, int64_t p0, int64_t j) {
+    int64_t count = std::min(ROWS, m - t);
+    for (int64_t i = 0; i < count; ++i) {
+      from[i] = reinterpret_cast<const float*>(in.at(t + i, p0));
+      to[i] = reinterpret_cast<float*>(out.at(t + i, j));
+    }
+    return count;
+  };
+  if (m <= ROWS && w.along_p() && !w.scale && !add) {  // too few to pay for a panel
+    tile(0, 0, 0);
+    return k.dot(from, 0, m, w.dtype, w.at(q0, 0), w.stride_q, n, w.p, to);
+  }
+  std::unique_ptr<float[]> panels(new float[DEPTH * COLUMNS]);
+  for (int64_t p0 = 0; p0 < w.p; p0 += DEPTH) {
+    int64_t depth = std::min(DEPTH, w.p - p0), width = k.width;
+    for (int64_t j = 0; j < n; j += width)
+      pack(w, q0 + j, std::min(width, n - j), p0, depth, panels.get() + j * depth, width);
+    for (int64_t t = 0; t < m; t += ROWS) {
+      for (int64_t j = 0; j < n; j += width) {
+        int64_t count = tile(t, p0, j);
+        k.axpy(from, 1, count, panels.get() + j * depth, width, depth, to, std::min(width, n - j), add || p0 > 0, {});
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -41,7 +118,46 @@ Tensor empty_rows(const Tensor& x, int64_t features) {
   return Tensor(made);
 }
 
+bool own_matmul_serves(const Tensor& in, const Tensor& w, const Tensor& out) {
+  auto float_rows = [](const Tensor& t) {
+    return t.scalar_type() == ScalarType::Float && (t.stride(1) == 1 || t.size(1) == 1);
+  };
+  return !fast_matmul(Dtype::f32) && float_rows(in) && float_rows(out) && has_unit_stride(w);
+}
+
+void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& y,
+                const float* scale) {
+  Factor weight(w, transposed, scale);
+  int64_t m = x.size(0), q = weight.q;
+  Rows in = rows_of(x, m, weight.p, "x"), out = rows_of(y, m, q, "y"), start;
+  const float* shift = nullptr;
+  if (bias && bias->dim() == 1) {
+    shift = reinterpret_cast<const float*>(contiguous(*bias, {q}, "bias"));
+  } else if (bias) {
+    start = rows_of(*bias, m, q, "bias");
+  }
+  // Rows are shared out where columns alone leave threads idle, or where so many are in no cache.
+  int64_t columns = blocks(q, COLUMNS), threads = torch::stable::get_num_threads();
+  int64_t parts = std::max(blocks(m, 1024), std::min(blocks(2 * threads, columns), blocks(m, 8 * ROWS)));
+  int64_t height = blocks(blocks(m, parts), ROWS) * ROWS;
+  parts = blocks(m, height);
+  int64_t work = m * q * weight.p, tasks = columns * parts;
+  torch::stable::parallel_for(0, tasks, work < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t q0 = task / parts * COLUMNS, n = std::min(COLUMNS, q - q0), t0 = task % parts * height;
+      int64_t count = std::min(height, m - t0);
+      Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
+      if (start && start.data != out.data)
+        for (int64_t t = 0; t < count; ++t) std::memcpy(to.at(t), start.at(t0 + t, q0), n * sizeof(float));
+      multiply(from, count, weight, q0, n, to, bool(start));
+      for (int64_t t = 0; shift && t < count; ++t)
+        kernels<float>().add(reinterpret_cast<float*>(to.at(t)), shift + q0, n);
+    }
+  });
+}
+
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out) {
+  if (own_matmul_serves(in, w, out)) return own_matmul(in, w, transposed, bias, out);
   Tensor second = transposed ? w : as_matrix(w, w.size(1), w.size(0), w.stride(1), w.stride(0));
   TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), in.get(), second.get(), 1, 1)
                               : aoti_torch_cpu_mm_out(out.get(), in.get(), second.get()));
@@ -59,29 +175,15 @@ template void matmul(const Matrix<double>&, const Matrix<double>&, double, doubl
 
 void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
                    const std::function<void(int64_t q0, int64_t n, Rows block)>& done) {
-  if (w.stride(0) != 1 && w.stride(1) != 1 && w.size(0) != 1 && w.size(1) != 1)
-    return matmul_upcast(in, m, torch::stable::contiguous(w), transposed, done);
-  const auto& k = kernels<float>();
-  int64_t q = w.size(transposed ? 1 : 0), p = w.size(transposed ? 0 : 1);
-  int64_t stride_q = w.stride(transposed ? 1 : 0), stride_p = w.stride(transposed ? 0 : 1);
-  Dtype dtype = dtype_of(w, "weight");
-  const char* data = static_cast<const char*>(w.const_data_ptr());
-  Tensor whole = view(Matrix<float>{const_cast<float*>(in), m, p, p});
-  // Rows of w cast at a time: few rows of `in` want the cast ones in cache, many want them to pay for packing `in`.
-  int64_t block = m < 128 ? 32 : 256, count = (q + block - 1) / block;
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> cast(new float[block * p]), product(new float[m * block]);
-    for (int64_t q0 = begin * block; q0 < std::min(end * block, q); q0 += block) {
-      int64_t n = std::min(block, q - q0);
-      bool along_p = stride_p == 1 || p == 1;  // else along q: a gap-free run of w holds one p and many q
-      int64_t runs = along_p ? n : p, length = along_p ? p : n, run = along_p ? stride_q : stride_p;
-      const char* first = data + q0 * stride_q * item_size(dtype);
-      for (int64_t i = 0; i < runs; ++i)
-        k.widen(dtype, first + i * run * item_size(dtype), cast.get() + i * length, length);
-      Tensor second = view(along_p ? Matrix<float>{cast.get(), p, n, 1, p} : Matrix<float>{cast.get(), p, n, n});
-      Tensor out = view(Matrix<float>{product.get(), m, n, n});
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), whole.get(), second.get()));
-      done(q0, n, {Dtype::f32, reinterpret_cast<char*>(product.get()), n});
+  if (!has_unit_stride(w)) return matmul_upcast(in, m, torch::stable::contiguous(w), transposed, done);
+  Factor weight(w, transposed);
+  Rows rows{Dtype::f32, reinterpret_cast<char*>(const_cast<float*>(in)), weight.p};
+  torch::stable::parallel_for(0, blocks(weight.q, COLUMNS), 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> sums(m, COLUMNS);
+    for (int64_t block = begin; block < end; ++block) {
+      int64_t q0 = block * COLUMNS, n = std::min(COLUMNS, weight.q - q0);
+      multiply(rows, m, weight, q0, n, sums.rows(), false);
+      done(q0, n, sums.rows());
     }
   });
 }

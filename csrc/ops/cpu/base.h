@@ -1,4 +1,4 @@
-// The base layer's matmul: torch's own where it is fast, else in blocks that are cast to float32 and stay in cache.
+// The base layer's matmul: torch's own where it is fast, else ours, which casts the weight in blocks that stay in cache.
 #pragma once
 #include <functional>
 #include <memory>
@@ -45,8 +45,17 @@ std::unique_ptr<C[]> widened(const OptionalTensor& t, int64_t n, const char* nam
   return out;
 }
 
+// Whether base products of activations of this dtype are formed from a float32 copy of them, by matmul_upcast.
+inline bool upcasts(Dtype dtype) { return item_size(dtype) == 2 && !fast_matmul(dtype); }
+
 // out = in w^T (+ bias), or in w for `transposed`.  in: [M, K];  w: [N, K];  out: [M, N];  transposed: in [M, N], out [M, K]
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out);
+
+// The same in float32 by our own loops, where they serve: fast_matmul tells whether to prefer them. The entries of w are
+// multiplied by `scale` where it is given, by columns or, for `transposed`, by rows.  scale: [K], transposed [N]
+bool own_matmul_serves(const Tensor& in, const Tensor& w, const Tensor& out);
+void own_matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out,
+                const float* scale = nullptr);
 
 // Columns q0 .. q0 + n of in w^T, or of in w for `transposed`, block by block on all threads: done(q0, n, block), with
 // block [M, n] float32, may finish them in cache. in: [M, P] float32 without gaps; w: [Q, P] (transposed: [P, Q]), 16-bit.

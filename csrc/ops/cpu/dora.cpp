@@ -73,7 +73,7 @@ void dora_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   auto shift = widened<C>(bias, n, "bias");
   Target<C> target{out, {}, sums<C>(scale, {n}, "scale"), shift.get(), product};
   if constexpr (sizeof(C) == 4) {
-    if (!fast_matmul(in.dtype)) {
+    if (upcasts(in.dtype)) {
       Buffer<float> wide(m, k);
       convert(in, wide.rows(), m, k);
       shrink<C>(branch, wide.rows(), shrunk, rank);
@@ -123,11 +123,11 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
 
   auto scaled = [&](Rows du) { scale_and_reduce<C>(gradient, product, factor, du, sum, m, n); };
   auto low_rank = [&](Rows from, Rows to) { backward<C>(branch, gradient, in, shrunk, rank, from, to); };
-  if (!dx) {
-    if (dscale) scaled({});
-    low_rank({}, {});
-  } else if (sizeof(C) == 4 && !fast_matmul(gradient.dtype)) {
-    if constexpr (sizeof(C) == 4) {
+  bool own = dx && sizeof(C) == 4 && own_matmul_serves(dy, weight, *dx);  // which scales the weight, not dy
+  if (dscale && (!dx || own)) scaled({});
+  if constexpr (sizeof(C) == 4) {
+    if (own) own_matmul(dy, weight, true, std::nullopt, *dx, factor);
+    if (dx && upcasts(gradient.dtype)) {
       Buffer<float> du(m, n), whole(m, k);
       scaled(du.rows());
       matmul_upcast(du.data.get(), m, weight, true, [&](int64_t k0, int64_t columns, Rows block) {
@@ -136,11 +136,14 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
       low_rank(whole.rows(), whole.rows());
       convert(whole.rows(), out, m, k);
     }
-  } else {
-    int64_t shape[] = {m, n};
-    Tensor du = torch::stable::new_empty(dy, {shape, 2});
-    scaled(rows_of(du, m, n, "du"));
-    matmul(du, weight, true, std::nullopt, *dx);
+  }
+  if (!dx || !upcasts(gradient.dtype)) {
+    if (dx && !own) {
+      int64_t shape[] = {m, n};
+      Tensor du = torch::stable::new_empty(dy, {shape, 2});
+      scaled(rows_of(du, m, n, "du"));
+      matmul(du, weight, true, std::nullopt, *dx);
+    }
     low_rank(out, out);
   }
   for (int64_t i = 0; db && i < n; ++i) {

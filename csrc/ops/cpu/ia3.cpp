@@ -20,7 +20,7 @@ void ia3_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   check_weight(weight, n, k, in.dtype);
   auto l = widened<C>(ia3_l, feedforward ? k : n, "ia3_l");
   if constexpr (sizeof(C) == 4) {
-    if (!fast_matmul(in.dtype)) {
+    if (upcasts(in.dtype)) {
       Buffer<float> wide(m, k);
       if (feedforward) {
         scale<float>(in, l.get(), wide.rows(), m, k);
@@ -65,7 +65,7 @@ void ia3_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weigh
   auto l = widened<C>(ia3_l, features, "ia3_l");
 
   if constexpr (sizeof(C) == 4) {
-    if (!fast_matmul(gradient.dtype)) {
+    if (upcasts(gradient.dtype)) {
       Buffer<float> wide(m, n), inner(m, k);
       if (feedforward) {
         convert(gradient, wide.rows(), m, n);

@@ -98,7 +98,9 @@ const char* const level_names[] = {"baseline", "avx2", "avx512"};
 
 struct Cpu {
   Level level = BASELINE;
-  bool bf16 = true, f16 = true;  // whether torch multiplies this dtype in hardware; off these two, torch knows best
+  // Whether torch multiplies this dtype well: 16-bit ones in hardware, float32 at this CPU's speed. Off x86-64 and
+  // aarch64, torch knows best.
+  bool bf16 = true, f16 = true, f32 = true;
 
   Cpu() {
 #if defined(__x86_64__)
@@ -112,11 +114,14 @@ struct Cpu {
     if (const char* cap = std::getenv("PYFASTPEFT_CPU_ISA"))
       for (int lower = BASELINE; lower < level; ++lower)
         if (!std::strcmp(cap, level_names[lower])) level = Level(lower);
+    f32 = level == BASELINE || !__builtin_cpu_is("amd");  // on which MKL, torch's library, runs below the CPU's speed
     bf16 = level == AVX512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);  // AVX512_BF16
     f16 = level == AVX512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 23 & 1);  // AVX512_FP16
 #elif defined(__aarch64__)
     bf16 = f16 = getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16: oneDNN has a product for neither without it
 #endif
+    if (const char* whose = std::getenv("PYFASTPEFT_CPU_MATMUL"))
+      f32 = std::strcmp(whose, "own") && (f32 || !std::strcmp(whose, "torch"));
   }
 };
 
@@ -141,7 +146,17 @@ template const Kernels<double>& kernels<double>();
 const char* cpu_capability() { return level_names[cpu().level]; }
 
 bool fast_matmul(Dtype dtype) {
-  return dtype == Dtype::bf16 ? cpu().bf16 : dtype == Dtype::f16 ? cpu().f16 : true;
+  switch (dtype) {
+    case Dtype::bf16:
+      return cpu().bf16;
+    case Dtype::f16:
+      return cpu().f16;
+    case Dtype::f32:
+      return cpu().f32;
+    case Dtype::f64:
+      break;
+  }
+  return true;
 }
 
 }  // namespace pyfastpeft

@@ -19,6 +19,7 @@ struct Next {
 // Sums are formed in C: double for f64, float for all others.
 template <class C>
 struct Kernels {
+  int64_t width;  // columns of y for which axpy reads c once
   // out[i] = in[i] for i < n; in is of the given dtype.
   void (*widen)(Dtype, const void* in, C* out, int64_t n);
   // out[i] = in[i], rounded to nearest even; out is of the given dtype.
@@ -33,8 +34,10 @@ struct Kernels {
                int64_t columns, bool accumulate, Next);
   // y[n] += sum over r of s[r] b[n * ldb + r] for r < rank, n < columns.
   void (*project)(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns);
-  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns.
-  void (*transpose)(const C* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo);
+  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype. What lies `next`
+  // elements behind what is read, not 0, is asked for.
+  void (*transpose)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo,
+                    int64_t next);
   // x[i] += b[i] for i < n.
   void (*add)(C* x, const C* b, int64_t n);
   // out[i] = x[i] l[i] for i < n; out may be x.
@@ -56,7 +59,8 @@ const Kernels<C>& kernels();
 // "baseline", "avx2" or "avx512": the best that the CPU has, or the lower one that PYFASTPEFT_CPU_ISA names.
 const char* cpu_capability();
 
-// Whether torch's own matmul is fast in this dtype: for 16-bit ones only where the CPU multiplies them in hardware.
+// Whether torch's own matmul is fast in this dtype: for 16-bit ones where the CPU multiplies them in hardware, for float32
+// where its library is one for this CPU. PYFASTPEFT_CPU_MATMUL, "own" or "torch", decides for float32.
 bool fast_matmul(Dtype);
 
 }  // namespace pyfastpeft

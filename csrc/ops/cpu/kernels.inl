@@ -276,11 +276,14 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
     for (int w = 0; w < W; ++w) store(y[t] + n + w * L, acc[t][w]);
 }
 
+template <class C>
+constexpr int64_t WIDTH = (BYTES == 64 ? 4 : 2) * Simd<C>::lanes;
+
 template <class C, int T, bool Accumulate>
 inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y,
                       int64_t columns, Next next) {
   constexpr int64_t L = Simd<C>::lanes;
-  constexpr int W = BYTES == 64 ? 4 : 2;
+  constexpr int W = WIDTH<C> / L;
   int64_t n = 0;
   if constexpr (T == 6) {
     if (next.c)
@@ -353,26 +356,93 @@ void project(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t co
   }
 }
 
-template <class C>
-void transpose(const C* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo) {
-  int64_t j = 0;
-  for (; j + 4 <= columns; j += 4) {
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
-      Four<C> a = load_bits<Four<C>>(in + i * ldi + j), b = load_bits<Four<C>>(in + (i + 1) * ldi + j);
-      Four<C> c = load_bits<Four<C>>(in + (i + 2) * ldi + j), d = load_bits<Four<C>>(in + (i + 3) * ldi + j);
-      Four<C> ab0 = SHUFFLE(a, b, 0, 4, 1, 5), ab2 = SHUFFLE(a, b, 2, 6, 3, 7);
-      Four<C> cd0 = SHUFFLE(c, d, 0, 4, 1, 5), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
-      store_bits(out + j * ldo + i, SHUFFLE(ab0, cd0, 0, 1, 4, 5) * scale);
-      store_bits(out + (j + 1) * ldo + i, SHUFFLE(ab0, cd0, 2, 3, 6, 7) * scale);
-      store_bits(out + (j + 2) * ldo + i, SHUFFLE(ab2, cd2, 0, 1, 4, 5) * scale);
-      store_bits(out + (j + 3) * ldo + i, SHUFFLE(ab2, cd2, 2, 3, 6, 7) * scale);
-    }
-    for (; i < rows; ++i)
-      for (int64_t l = j; l < j + 4; ++l) out[l * ldo + i] = scale * in[i * ldi + l];
+// The first N elements, four or eight, as C.
+template <class C, int N>
+inline typename Lanes<C, N>::V load_lanes(const C* p) {
+  return load_bits<typename Lanes<C, N>::V>(p);
+}
+template <class C, int N>
+inline typename Lanes<C, N>::V load_lanes(const bf16* p) {
+  auto bits = load_bits<typename Lanes<uint16_t, N>::V>(p);
+  return (typename Lanes<C, N>::V)(__builtin_convertvector(bits, typename Lanes<uint32_t, N>::V) << 16);
+}
+template <class C, int N>
+inline typename Lanes<C, N>::V load_lanes(const f16* p) {
+#if BYTES >= 32
+  if constexpr (N == 8) return (typename Lanes<C, N>::V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+  typename Lanes<C, N>::V v;
+  for (int i = 0; i < N; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+// out[j][i] = scale * in[i][j] for i, j < 4.
+template <class C, class A>
+inline void transpose_four(const A* in, int64_t ldi, C scale, C* out, int64_t ldo) {
+  Four<C> a = load_lanes<C, 4>(in), b = load_lanes<C, 4>(in + ldi);
+  Four<C> c = load_lanes<C, 4>(in + 2 * ldi), d = load_lanes<C, 4>(in + 3 * ldi);
+  Four<C> ab0 = SHUFFLE(a, b, 0, 4, 1, 5), ab2 = SHUFFLE(a, b, 2, 6, 3, 7);
+  Four<C> cd0 = SHUFFLE(c, d, 0, 4, 1, 5), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
+  store_bits(out, SHUFFLE(ab0, cd0, 0, 1, 4, 5) * scale);
+  store_bits(out + ldo, SHUFFLE(ab0, cd0, 2, 3, 6, 7) * scale);
+  store_bits(out + 2 * ldo, SHUFFLE(ab2, cd2, 0, 1, 4, 5) * scale);
+  store_bits(out + 3 * ldo, SHUFFLE(ab2, cd2, 2, 3, 6, 7) * scale);
+}
+
+#if BYTES >= 32
+// The same for i, j < 8.
+template <class A>
+inline void transpose_eight(const A* in, int64_t ldi, float scale, float* out, int64_t ldo) {
+  __m256 a[8], b[8], factor = _mm256_set1_ps(scale);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = (__m256)load_lanes<float, 8>(in + i * ldi);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
   }
-  for (; j < columns; ++j)
-    for (int64_t i = 0; i < rows; ++i) out[j * ldo + i] = scale * in[i * ldi + j];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(out + j * ldo, _mm256_mul_ps(factor, _mm256_permute2f128_ps(a[j], a[j + 4], 0x20)));
+    _mm256_storeu_ps(out + (j + 4) * ldo, _mm256_mul_ps(factor, _mm256_permute2f128_ps(a[j], a[j + 4], 0x31)));
+  }
+}
+#endif
+
+template <class C>
+void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo,
+               int64_t next) {
+  constexpr int64_t N = BYTES >= 32 && sizeof(C) == 4 ? 8 : 4;
+  typed<C>(dtype, in, [&](auto* from) {
+    constexpr int64_t LINE = 64 / sizeof(*from) / N, SHARE = LINE < N ? N / LINE : 1;
+    int64_t j = 0;
+    for (; j + N <= columns; j += N) {
+      int64_t i = 0;
+      for (; i + N <= rows; i += N) {
+        if (next)
+          for (int64_t l = 0; l < SHARE; ++l)
+            __builtin_prefetch(from + (i + j / N % LINE * SHARE + l) * ldi + j + next, 0, 2);
+#if BYTES >= 32
+        if constexpr (N == 8) {
+          transpose_eight(from + i * ldi + j, ldi, scale, out + j * ldo + i, ldo);
+          continue;
+        }
+#endif
+        transpose_four(from + i * ldi + j, ldi, scale, out + j * ldo + i, ldo);
+      }
+      for (; i < rows; ++i)
+        for (int64_t l = j; l < j + N; ++l) out[l * ldo + i] = scale * to_float(from[i * ldi + l]);
+    }
+    for (; j < columns; ++j)
+      for (int64_t i = 0; i < rows; ++i) out[j * ldo + i] = scale * to_float(from[i * ldi + j]);
+  });
 }
 
 // --- elementwise ---
@@ -565,8 +635,8 @@ void slope(Activation activation, C* x, int64_t n) {
 }
 
 template <class C>
-constexpr Kernels<C> table = {widen<C>,    narrow<C>,       dot<C>,  axpy<C>,     project<C>, transpose<C>, add<C>,
-                              multiply<C>, multiply_add<C>, drop<C>, activate<C>, slope<C>};
+constexpr Kernels<C> table = {WIDTH<C>,  widen<C>,    narrow<C>,       dot<C>,  axpy<C>,     project<C>, transpose<C>,
+                              add<C>,    multiply<C>, multiply_add<C>, drop<C>, activate<C>, slope<C>};
 #undef SHUFFLE
 
 }  // namespace pyfastpeft::ISA

@@ -42,7 +42,7 @@ void forward(const Tensor& x, const std::vector<LoraLayer>& layers, const Tensor
   check_ranks(layers, ranks);
   auto stack = shrinking<C>(lora_A, m, p, seed);
   Rows in = rows_of(x, m, k, "x");
-  bool upcast = layers[0].weight && upcasts<C>(in.dtype);
+  bool upcast = layers[0].weight && upcasts(in.dtype);
   Buffer<float> wide(upcast ? m : 0, k);
   if (upcast) convert(in, wide.rows(), m, k);
   shrink<C>(stack, upcast ? wide.rows() : in, s, ranks);
@@ -76,7 +76,7 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   Rows in = rows_of(x, m, k, "x"), out = rows_of(dx, m, k, "dx");
   const C* shrunk = s ? sums<C>(*s, {m, ranks}, "s") : nullptr;
   bool base = dx && layers[0].weight;
-  bool upcast = base && upcasts<C>(dtype_of(dys[0], "dy"));
+  bool upcast = base && upcasts(dtype_of(dys[0], "dy"));
   Buffer<float> sum(upcast ? m : 0, k);
   Buffer<C> ds(dx || dlora_A ? m : 0, ranks);
   for (size_t i = 0; i < layers.size(); ++i) {

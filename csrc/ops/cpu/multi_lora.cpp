@@ -74,7 +74,7 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
              int64_t rank, Tensor& y, C* s) {
   int64_t tokens = x.size(0), k = branch.features_in;
   Rows in = rows_of(x, tokens, k, "x");
-  bool upcast = weight && upcasts<C>(in.dtype);
+  bool upcast = weight && upcasts(in.dtype);
   Buffer<float> wide(upcast ? tokens : 0, k);
   if (upcast) convert(in, wide.rows(), tokens, k);
   shrink<C>(branch, upcast ? wide.rows() : in, s, rank);
@@ -105,7 +105,7 @@ void multi_lora_backward(const Tensor& dy, const OptionalTensor& x, const Option
   char* da = dlora_A ? contiguous(*dlora_A, {count, rank, k}, "dlora_A") : nullptr;
   char* db = dlora_B ? contiguous(*dlora_B, {count, n, rank}, "dlora_B") : nullptr;
   Rows gradient = rows_of(dy, tokens, n, "dy"), out = rows_of(dx, tokens, k, "dx");
-  bool base = dx && weight, upcast = base && upcasts<C>(gradient.dtype);
+  bool base = dx && weight, upcast = base && upcasts(gradient.dtype);
   if (base) check_weight(*weight, n, k, gradient.dtype);
 
   // What no task writes is zero: the gradients of idle adapters and unused ranks, and of tokens of no adapter.
