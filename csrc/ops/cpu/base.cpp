@@ -22,6 +22,7 @@ Tensor view(const Matrix<C>& m) {
 
 constexpr int64_t DEPTH = 512, COLUMNS = 64;  // of a block of the weight, whose panels stay in the second cache
 constexpr int64_t ROWS = 6;                   // of a tile, which stay in the first
+constexpr int64_t FEW = 12;
 constexpr int64_t SERIAL_WORK = 1 << 16;      // multiply-adds under which threads cost more than they bring
 
 int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -46,6 +47,8 @@ struct Factor {
         stride_p(w.stride(!transposed)),
         scale(scale) {}
   bool along_p() const { return stride_p == 1 || p == 1; }
+  // Whether rows of w are read as they lie: for m too few to pay for panels, fewer where each reading casts them.
+  bool unpacked(int64_t m) const { return m <= (dtype == Dtype::f32 ? FEW : FEW / 2) && along_p() && !scale; }
   const char* at(int64_t row, int64_t column) const {
     return data + (row * stride_q + column * stride_p) * item_size(dtype);
   }
@@ -57,44 +60,55 @@ void pack(const Factor& w, int64_t q0, int64_t n, int64_t p0, int64_t depth, flo
   if (w.along_p()) {
     int64_t next = p0 + DEPTH < w.p ? DEPTH : COLUMNS * w.stride_q - p0;
     k.transpose(w.dtype, w.at(q0, p0), w.stride_q, n, depth, 1, panel, width, next);
+  } else {
+    for (int64_t i = 0; i < depth; ++i) k.widen(w.dtype, w.at(q0, p0 + i), panel + i * width, n);
   }
-  for (int64_t i = 0; i < depth; ++i) {
-    float* row = panel + i * width;
-    if (!w.along_p()) k.widen(w.dtype, w.at(q0, p0 + i), row, n);
-    for (int64_t j = 0; w.scale && j < n; ++j) row[j] *= w.scale[p0 + i];
-  }
+  if (!w.scale) return;
+  for (int64_t i = 0; i < depth; ++i)
+    for (int64_t j = 0; j < n; ++j) panel[i * width + j] *= w.scale[p0 + i];
 }
 
 // out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS.  in, out: float32
-void multiply(const Rows& in, int64_t m, const Factor& w, int64_t q0, int64_t n, const Rows& out, bool add) {
-  const auto& k = kernels<float>();
-  const float* from[ROWS];
-  float* to[ROWS];
-  auto tile = [&](int64_t t, int64_t p0, int64_t j) {
-    int64_t count = std::min(ROWS, m - t);
-    for (int64_t i = 0; i < count; ++i) {
-      from[i] = reinterpret_cast<const float*>(in.at(t + i, p0));
-      to[i] = reinterpret_cast<float*>(out.at(t + i, j));
+class Product {
+ public:
+  Product(const Factor& w, bool unpacked) : w_(w), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]), unpacked_(unpacked) {}
+
+  void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add) {
+    const auto& k = kernels<float>();
+    if (unpacked_) {
+      tile(in, out, 0, m, 0, 0);
+      return k.dot(from_, 0, m, w_.dtype, w_.at(q0, 0), w_.stride_q, n, w_.p, to_);
     }
-    return count;
-  };
-  if (m <= ROWS && w.along_p() && !w.scale && !add) {  // too few to pay for a panel
-    tile(0, 0, 0);
-    return k.dot(from, 0, m, w.dtype, w.at(q0, 0), w.stride_q, n, w.p, to);
-  }
-  std::unique_ptr<float[]> panels(new float[DEPTH * COLUMNS]);
-  for (int64_t p0 = 0; p0 < w.p; p0 += DEPTH) {
-    int64_t depth = std::min(DEPTH, w.p - p0), width = k.width;
-    for (int64_t j = 0; j < n; j += width)
-      pack(w, q0 + j, std::min(width, n - j), p0, depth, panels.get() + j * depth, width);
-    for (int64_t t = 0; t < m; t += ROWS) {
-      for (int64_t j = 0; j < n; j += width) {
-        int64_t count = tile(t, p0, j);
-        k.axpy(from, 1, count, panels.get() + j * depth, width, depth, to, std::min(width, n - j), add || p0 > 0, {});
+    int64_t width = k.width;
+    for (int64_t p0 = 0; p0 < w_.p; p0 += DEPTH) {
+      int64_t depth = std::min(DEPTH, w_.p - p0);
+      for (int64_t j = 0; j < n; j += width) pack(w_, q0 + j, std::min(width, n - j), p0, depth, panel(j, depth), width);
+      for (int64_t t = 0; t < m; t += ROWS) {
+        int64_t count = std::min(ROWS, m - t);
+        for (int64_t j = 0; j < n; j += width) {
+          tile(in, out, t, count, p0, j);
+          k.axpy(from_, 1, count, panel(j, depth), width, depth, to_, std::min(width, n - j), add || p0 > 0, {});
+        }
       }
     }
   }
-}
+
+ private:
+  float* panel(int64_t j, int64_t depth) { return panels_.get() + j * depth; }
+
+  void tile(const Rows& in, const Rows& out, int64_t t, int64_t count, int64_t p, int64_t j) {
+    for (int64_t i = 0; i < count; ++i) {
+      from_[i] = reinterpret_cast<const float*>(in.at(t + i, p));
+      to_[i] = reinterpret_cast<float*>(out.at(t + i, j));
+    }
+  }
+
+  const Factor& w_;
+  std::unique_ptr<float[]> panels_;
+  bool unpacked_;
+  const float* from_[FEW];
+  float* to_[FEW];
+};
 
 }  // namespace
 
@@ -142,14 +156,16 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
   int64_t height = blocks(blocks(m, parts), ROWS) * ROWS;
   parts = blocks(m, height);
   int64_t work = m * q * weight.p, tasks = columns * parts;
+  bool unpacked = weight.unpacked(m) && !start;
   torch::stable::parallel_for(0, tasks, work < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
+    Product product(weight, unpacked);
     for (int64_t task = begin; task < end; ++task) {
       int64_t q0 = task / parts * COLUMNS, n = std::min(COLUMNS, q - q0), t0 = task % parts * height;
       int64_t count = std::min(height, m - t0);
       Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
       if (start && start.data != out.data)
         for (int64_t t = 0; t < count; ++t) std::memcpy(to.at(t), start.at(t0 + t, q0), n * sizeof(float));
-      multiply(from, count, weight, q0, n, to, bool(start));
+      product(from, count, q0, n, to, bool(start));
       for (int64_t t = 0; shift && t < count; ++t)
         kernels<float>().add(reinterpret_cast<float*>(to.at(t)), shift + q0, n);
     }
@@ -179,10 +195,11 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   Factor weight(w, transposed);
   Rows rows{Dtype::f32, reinterpret_cast<char*>(const_cast<float*>(in)), weight.p};
   torch::stable::parallel_for(0, blocks(weight.q, COLUMNS), 1, [&](int64_t begin, int64_t end) {
+    Product product(weight, weight.unpacked(m));
     Buffer<float> sums(m, COLUMNS);
     for (int64_t block = begin; block < end; ++block) {
       int64_t q0 = block * COLUMNS, n = std::min(COLUMNS, weight.q - q0);
-      multiply(rows, m, weight, q0, n, sums.rows(), false);
+      product(rows, m, q0, n, sums.rows(), false);
       done(q0, n, sums.rows());
     }
   });

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>

@@ -421,26 +421,23 @@ void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t c
                int64_t next) {
   constexpr int64_t N = BYTES >= 32 && sizeof(C) == 4 ? 8 : 4;
   typed<C>(dtype, in, [&](auto* from) {
-    constexpr int64_t LINE = 64 / sizeof(*from) / N, SHARE = LINE < N ? N / LINE : 1;
-    int64_t j = 0;
-    for (; j + N <= columns; j += N) {
-      int64_t i = 0;
+    constexpr int64_t LINE = 64 / sizeof(*from);  // used whole: rows at a power of two soon drive one another from cache
+    int64_t j = 0, end = columns / N * N;
+    for (; j < end; j += LINE) {
+      int64_t line = std::min(j + LINE, end), i = 0;
       for (; i + N <= rows; i += N) {
-        if (next)
-          for (int64_t l = 0; l < SHARE; ++l)
-            __builtin_prefetch(from + (i + j / N % LINE * SHARE + l) * ldi + j + next, 0, 2);
+        for (int64_t l = i; next && l < i + N; ++l) __builtin_prefetch(from + l * ldi + j + next, 0, 2);
+        for (int64_t l = j; l < line; l += N) {
 #if BYTES >= 32
-        if constexpr (N == 8) {
-          transpose_eight(from + i * ldi + j, ldi, scale, out + j * ldo + i, ldo);
-          continue;
-        }
+          if constexpr (N == 8) transpose_eight(from + i * ldi + l, ldi, scale, out + l * ldo + i, ldo);
 #endif
-        transpose_four(from + i * ldi + j, ldi, scale, out + j * ldo + i, ldo);
+          if constexpr (N == 4) transpose_four(from + i * ldi + l, ldi, scale, out + l * ldo + i, ldo);
+        }
       }
       for (; i < rows; ++i)
-        for (int64_t l = j; l < j + N; ++l) out[l * ldo + i] = scale * to_float(from[i * ldi + l]);
+        for (int64_t l = j; l < line; ++l) out[l * ldo + i] = scale * to_float(from[i * ldi + l]);
     }
-    for (; j < columns; ++j)
+    for (j = end; j < columns; ++j)
       for (int64_t i = 0; i < rows; ++i) out[j * ldo + i] = scale * to_float(from[i * ldi + j]);
   });
 }
