@@ -36,7 +36,10 @@ def test_lora_linear(backend, dtype, adapter_dtype, shape):
     assert_error_rule(lora, plain_lora, lora_inputs(*shape, dtype, adapter_dtype))
 
 
-BLOCKS = [(1, 700, 70), (6, 513, 65), (7, 512, 129), (97, 1030, 64), (200, 65, 1100), (1100, 40, 3)]  # M K N
+BLOCKS = [  # M K N
+    *((1, 700, 70), (6, 513, 65), (7, 512, 129), (97, 1030, 64), (200, 65, 1100), (1100, 40, 3)),
+    *((16, 14336, 20), (16, 20, 14336)),
+]
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -49,10 +52,22 @@ def test_base_products_that_take_several_blocks(backend, dtype, layout, shape):
     if layout == "columns":  # as Conv1D's
         inputs["weight"] = inputs["weight"].T.contiguous().T
     elif layout == "neither":
-        gaps = torch.full((n, 2 * k), torch.nan, dtype=dtype)
-        gaps[:, ::2] = inputs["weight"]
-        inputs["weight"] = gaps[:, ::2]
+        inputs["weight"] = random(n, 2 * k, dtype=dtype, grad=False)[:, ::2]
     assert_error_rule(lora, plain_lora, inputs)
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 700, 70), (97, 1030, 64), (1100, 40, 3)])
+def test_several_blocks_give_the_same_on_one_thread(backend, dtype, shape):
+    inputs = lora_inputs(*shape, 4, dtype)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = lora(**inputs)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), [inputs["x"], inputs["lora_A"]])))
+    for one, two in zip(*found):
+        assert torch.equal(one, two)
 
 
 @branch_backends
@@ -88,6 +103,15 @@ LAYERS = [
 @pytest.mark.parametrize("shape", LAYERS)
 def test_lora_linear_group(backend, dtype, adapter_dtype, shape):
     assert_error_rule(group, plain_group, group_inputs(*shape, dtype, adapter_dtype))
+
+
+@branch_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [5, 60])
+def test_a_group_of_transposed_weights(backend, dtype, rows):
+    inputs = group_inputs(rows, 40, [(24, 4), (70, 4), (33, 4)], dtype)
+    weights = [name for name in inputs if name.startswith("weight")]
+    assert_error_rule(group, plain_group, inputs | {name: inputs[name].T.contiguous().T for name in weights})
 
 
 @branch_backends
@@ -184,7 +208,8 @@ def test_a_group_takes_any_shape_and_strides(backend, rows, depth, layers, layou
     if layout == "transposed":
         inputs["x"] = random(depth, rows, dtype=dtypes[0]).T.detach().requires_grad_()
     if weight_transposed:
-        inputs["weight0"] = random(depth, layers[0][0], dtype=dtypes[0]).T.detach()
+        for i in range(len(layers)):
+            inputs[f"weight{i}"] = random(depth, layers[i][0], dtype=dtypes[0]).T.detach()
     assert_error_rule(group, plain_group, inputs)
 
 

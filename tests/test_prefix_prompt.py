@@ -645,6 +645,24 @@ def test_some_logits_only():
     every = model(**inputs).logits
     torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, every[:, -2:])
     torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([1, 5])).logits, every[:, [1, 5]])
+    chosen = torch.rand(3, TOKENS) > 0.5
+    torch.testing.assert_close(model(**inputs, logits_to_keep=chosen).logits, every[chosen])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_the_virtual_tokens_the_last_alone_gets_logits(family):
+    ours, theirs = pair(lambda: decoder(family, "eager"), "prompt")
+    rows = []
+    ours.get_output_embeddings().register_forward_hook(lambda _, args, __: rows.append(args[0].shape[1]))
+    inputs = batch()
+    labels = inputs["input_ids"].clone()
+    labels[:, 3:5] = -100
+    for model in (ours, theirs):
+        model(**inputs, labels=labels).loss.backward()
+    assert rows == [TOKENS + 1]
+    torch.testing.assert_close(ours(**inputs, labels=labels).loss, theirs(**inputs, labels=labels).loss)
+    (own,), (peers,) = ([p.grad for p in model.parameters() if p.requires_grad] for model in (ours, theirs))
+    torch.testing.assert_close(own, peers)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,6 +78,7 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       " float scaling, float dropout_p, Tensor? seed, Tensor? s, Tensor? unscaled, bool need_x, bool need_A,"
       " bool need_B, bool need_magnitude) -> (Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def("cpu_capability() -> str");
+  m.def("cpu_matmul() -> str");
   m.def("cuda_capability() -> str");
 }
 

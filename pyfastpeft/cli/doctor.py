@@ -67,6 +67,11 @@ def installed(package: str) -> str | None:
         return None
 
 
+def _cpu():
+    cpu = torch.ops.pyfastpeft
+    return f"{cpu.cpu_capability()}; {cpu.cpu_matmul()} float32 matmul"
+
+
 def _backend(name, present, packages):
     rows = {op: row for op, rows in dispatch.TABLE.items() for row in rows if row.backend == name}
     devices = sorted({device for row in rows.values() for device in row.devices})
@@ -81,7 +86,7 @@ def _backend(name, present, packages):
         "ops": sorted(rows),
         "version": {
             "cuda": torch.ops.pyfastpeft.cuda_capability() if name == "cuda" and native.CUDA_AVAILABLE else None,
-            "cpu": torch.ops.pyfastpeft.cpu_capability() if name == "cpu" and rows else None,
+            "cpu": _cpu() if name == "cpu" and rows else None,
             "triton": f"triton {packages['triton']}",
             "addmm": f"torch {packages['torch']}",
             "reference": f"torch {packages['torch']}",

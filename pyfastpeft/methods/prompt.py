@@ -97,12 +97,17 @@ class Prompts:
             kwargs["position_ids"] = torch.cat([first, positions + virtual], -1)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (virtual, 0))
-        labels = kwargs.get("labels")
+        labels, before = kwargs.get("labels"), virtual
+        keep = kwargs.get("logits_to_keep")
+        if "logits_to_keep" in self.names and not isinstance(keep, Tensor) and not keep:
+            before = 1  # of the virtual tokens only the last, which predicts the first real one, needs logits
+            kwargs["logits_to_keep"] = self.tokens + before
         if labels is not None and labels.shape == inputs.shape[:2] and not labels.is_floating_point():
-            kwargs["labels"] = F.pad(labels, (virtual, 0), value=-100)
+            kwargs["labels"] = F.pad(labels, (before, 0), value=-100)
         for name in ("start_positions", "end_positions", "logits_to_keep"):
-            if isinstance(kwargs.get(name), Tensor):
-                kwargs[name] = kwargs[name] + virtual
+            given = kwargs.get(name)
+            if isinstance(given, Tensor):
+                kwargs[name] = F.pad(given, (virtual, 0)) if given.dtype == torch.bool else given + virtual
         return (), kwargs
 
     def trim(self, module, args, output):

@@ -1,11 +1,13 @@
 #include "ops/cpu/base.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace pyfastpeft {
@@ -20,10 +22,10 @@ Tensor view(const Matrix<C>& m) {
                                   sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
 }
 
-constexpr int64_t DEPTH = 512, COLUMNS = 64;  // of a block of the weight, whose panels stay in the second cache
-constexpr int64_t ROWS = 6;                   // of a tile, which stay in the first
-constexpr int64_t FEW = 12;
-constexpr int64_t SERIAL_WORK = 1 << 16;      // multiply-adds under which threads cost more than they bring
+// A block of the weight is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS; they stay in
+// the second cache. ROWS are those of a tile; up to FEW rows, or half as many, go without panels.
+constexpr int64_t DEPTH = 512, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS;
+constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
 
 int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
@@ -54,40 +56,24 @@ struct Factor {
   }
 };
 
-// panel[i][j] = w[q0 + j][p0 + i] for i < depth, j < n; a row of the panel has `width` elements.
-void pack(const Factor& w, int64_t q0, int64_t n, int64_t p0, int64_t depth, float* panel, int64_t width) {
-  const auto& k = kernels<float>();
-  if (w.along_p()) {
-    int64_t next = p0 + DEPTH < w.p ? DEPTH : COLUMNS * w.stride_q - p0;
-    k.transpose(w.dtype, w.at(q0, p0), w.stride_q, n, depth, 1, panel, width, next);
-  } else {
-    for (int64_t i = 0; i < depth; ++i) k.widen(w.dtype, w.at(q0, p0 + i), panel + i * width, n);
-  }
-  if (!w.scale) return;
-  for (int64_t i = 0; i < depth; ++i)
-    for (int64_t j = 0; j < n; ++j) panel[i * width + j] *= w.scale[p0 + i];
-}
-
 // out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS.  in, out: float32
 class Product {
  public:
-  Product(const Factor& w, bool unpacked) : w_(w), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]), unpacked_(unpacked) {}
+  Product(const Factor& w, bool unpacked) : w_(w), unpacked_(unpacked), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]) {}
 
   void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add) {
-    const auto& k = kernels<float>();
     if (unpacked_) {
       tile(in, out, 0, m, 0, 0);
-      return k.dot(from_, 0, m, w_.dtype, w_.at(q0, 0), w_.stride_q, n, w_.p, to_);
+      return k_.dot(from_, 0, m, w_.dtype, w_.at(q0, 0), w_.stride_q, n, w_.p, to_);
     }
-    int64_t width = k.width;
     for (int64_t p0 = 0; p0 < w_.p; p0 += DEPTH) {
       int64_t depth = std::min(DEPTH, w_.p - p0);
-      for (int64_t j = 0; j < n; j += width) pack(w_, q0 + j, std::min(width, n - j), p0, depth, panel(j, depth), width);
+      for (int64_t j = 0; j < n; j += k_.width) pack(q0 + j, std::min(k_.width, n - j), p0, depth, panel(j, depth));
       for (int64_t t = 0; t < m; t += ROWS) {
         int64_t count = std::min(ROWS, m - t);
-        for (int64_t j = 0; j < n; j += width) {
+        for (int64_t j = 0; j < n; j += k_.width) {
           tile(in, out, t, count, p0, j);
-          k.axpy(from_, 1, count, panel(j, depth), width, depth, to_, std::min(width, n - j), add || p0 > 0, {});
+          multiply(count, panel(j, depth), depth, std::min(k_.width, n - j), add || p0 > 0);
         }
       }
     }
@@ -103,12 +89,50 @@ class Product {
     }
   }
 
+  // panel[i][j] = w[q0 + j][p0 + i] for i < depth, j < n, and 0 for n <= j < width.
+  void pack(int64_t q0, int64_t n, int64_t p0, int64_t depth, float* panel) {
+    int64_t width = k_.width;
+    if (w_.along_p()) {
+      int64_t next = p0 + DEPTH < w_.p ? DEPTH : COLUMNS * w_.stride_q - p0;
+      k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width, next);
+    } else {
+      for (int64_t i = 0; i < depth; ++i) k_.widen(w_.dtype, w_.at(q0, p0 + i), panel + i * width, n);
+    }
+    if (!w_.scale && n == width) return;
+    for (int64_t i = 0; i < depth; ++i) {
+      float* row = panel + i * width;
+      for (int64_t j = 0; w_.scale && j < n; ++j) row[j] *= w_.scale[p0 + i];
+      std::fill(row + n, row + width, 0.0f);
+    }
+  }
+
+  void multiply(int64_t count, const float* panel, int64_t depth, int64_t n, bool add) {
+    int64_t width = k_.width;
+    if (n == width) return k_.axpy(from_, 1, count, panel, width, depth, to_, n, add, {});
+    float whole[ROWS * COLUMNS];  // the kernel's vectors are faster than what it does with a rest of columns
+    float* rows[ROWS];
+    for (int64_t i = 0; i < count; ++i) rows[i] = whole + i * width;
+    k_.axpy(from_, 1, count, panel, width, depth, rows, width, false, {});
+    for (int64_t i = 0; i < count; ++i) {
+      if (add) k_.add(rows[i], to_[i], n);
+      std::copy_n(rows[i], n, to_[i]);
+    }
+  }
+
+  const Kernels<float>& k_ = kernels<float>();
   const Factor& w_;
-  std::unique_ptr<float[]> panels_;
   bool unpacked_;
+  std::unique_ptr<float[]> panels_;
   const float* from_[FEW];
   float* to_[FEW];
 };
+
+// Columns of a block: fewer than COLUMNS where these would leave threads idle.
+int64_t block_columns(int64_t q, bool unpacked) {
+  int64_t block = COLUMNS, least = unpacked ? 16 : kernels<float>().width, threads = torch::stable::get_num_threads();
+  while (block > least && blocks(q, block) < 2 * threads) block /= 2;
+  return block;
+}
 
 }  // namespace
 
@@ -132,11 +156,11 @@ Tensor empty_rows(const Tensor& x, int64_t features) {
   return Tensor(made);
 }
 
-bool own_matmul_serves(const Tensor& in, const Tensor& w, const Tensor& out) {
-  auto float_rows = [](const Tensor& t) {
-    return t.scalar_type() == ScalarType::Float && (t.stride(1) == 1 || t.size(1) == 1);
-  };
-  return !fast_matmul(Dtype::f32) && float_rows(in) && float_rows(out) && has_unit_stride(w);
+bool prefers_own_matmul(const Tensor& in, const Tensor& w, const Tensor& out) {
+  auto is_float = [](const Tensor& t) { return t.scalar_type() == ScalarType::Float; };
+  auto has_rows = [](const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; };
+  if (fast_matmul(Dtype::f32) || !is_float(in) || !is_float(w) || !is_float(out)) return false;
+  return has_rows(in) && has_rows(out) && has_unit_stride(w);
 }
 
 void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& y,
@@ -146,21 +170,23 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
   Rows in = rows_of(x, m, weight.p, "x"), out = rows_of(y, m, q, "y"), start;
   const float* shift = nullptr;
   if (bias && bias->dim() == 1) {
-    shift = reinterpret_cast<const float*>(contiguous(*bias, {q}, "bias"));
+    shift = sums<float>(*bias, {q}, "bias");
   } else if (bias) {
     start = rows_of(*bias, m, q, "bias");
+    STD_TORCH_CHECK(start.dtype == Dtype::f32, "bias must be float32");
   }
-  // Rows are shared out where columns alone leave threads idle, or where so many are in no cache.
-  int64_t columns = blocks(q, COLUMNS), threads = torch::stable::get_num_threads();
+  if (m == 0) return;
+  bool unpacked = weight.unpacked(m) && !start;
+  // Rows are shared out, too, where columns leave threads idle, or where so many are in no cache.
+  int64_t width = block_columns(q, unpacked), columns = blocks(q, width), threads = torch::stable::get_num_threads();
   int64_t parts = std::max(blocks(m, 1024), std::min(blocks(2 * threads, columns), blocks(m, 8 * ROWS)));
   int64_t height = blocks(blocks(m, parts), ROWS) * ROWS;
   parts = blocks(m, height);
   int64_t work = m * q * weight.p, tasks = columns * parts;
-  bool unpacked = weight.unpacked(m) && !start;
   torch::stable::parallel_for(0, tasks, work < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
     Product product(weight, unpacked);
     for (int64_t task = begin; task < end; ++task) {
-      int64_t q0 = task / parts * COLUMNS, n = std::min(COLUMNS, q - q0), t0 = task % parts * height;
+      int64_t q0 = task / parts * width, n = std::min(width, q - q0), t0 = task % parts * height;
       int64_t count = std::min(height, m - t0);
       Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
       if (start && start.data != out.data)
@@ -173,7 +199,7 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
 }
 
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out) {
-  if (own_matmul_serves(in, w, out)) return own_matmul(in, w, transposed, bias, out);
+  if (prefers_own_matmul(in, w, out)) return own_matmul(in, w, transposed, bias, out);
   Tensor second = transposed ? w : as_matrix(w, w.size(1), w.size(0), w.stride(1), w.stride(0));
   TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), in.get(), second.get(), 1, 1)
                               : aoti_torch_cpu_mm_out(out.get(), in.get(), second.get()));
@@ -194,11 +220,13 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   if (!has_unit_stride(w)) return matmul_upcast(in, m, torch::stable::contiguous(w), transposed, done);
   Factor weight(w, transposed);
   Rows rows{Dtype::f32, reinterpret_cast<char*>(const_cast<float*>(in)), weight.p};
-  torch::stable::parallel_for(0, blocks(weight.q, COLUMNS), 1, [&](int64_t begin, int64_t end) {
-    Product product(weight, weight.unpacked(m));
-    Buffer<float> sums(m, COLUMNS);
+  bool unpacked = weight.unpacked(m);
+  int64_t width = block_columns(weight.q, unpacked);
+  torch::stable::parallel_for(0, blocks(weight.q, width), 1, [&](int64_t begin, int64_t end) {
+    Product product(weight, unpacked);
+    Buffer<float> sums(m, width);
     for (int64_t block = begin; block < end; ++block) {
-      int64_t q0 = block * COLUMNS, n = std::min(COLUMNS, weight.q - q0);
+      int64_t q0 = block * width, n = std::min(width, weight.q - q0);
       product(rows, m, q0, n, sums.rows(), false);
       done(q0, n, sums.rows());
     }
@@ -216,6 +244,20 @@ void convert(Rows in, Rows out, int64_t rows, int64_t columns) {
       }
     }
   });
+}
+
+namespace {
+
+std::string capability() { return cpu_capability(); }
+
+// Whose products by float32 weights are taken.
+std::string whose_matmul() { return fast_matmul(Dtype::f32) ? "torch" : "own"; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&capability));
+  m.impl("cpu_matmul", TORCH_BOX(&whose_matmul));
 }
 
 }  // namespace pyfastpeft

@@ -1,4 +1,4 @@
-// The base layer's matmul: torch's own where it is fast, else ours, which casts the weight in blocks that stay in cache.
+// The base layer's matmul: torch's own where it is fast, else ours, by blocks of the weight that stay in cache.
 #pragma once
 #include <functional>
 #include <memory>
@@ -51,9 +51,9 @@ inline bool upcasts(Dtype dtype) { return item_size(dtype) == 2 && !fast_matmul(
 // out = in w^T (+ bias), or in w for `transposed`.  in: [M, K];  w: [N, K];  out: [M, N];  transposed: in [M, N], out [M, K]
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out);
 
-// The same in float32 by our own loops, where they serve: fast_matmul tells whether to prefer them. The entries of w are
-// multiplied by `scale` where it is given, by columns or, for `transposed`, by rows.  scale: [K], transposed [N]
-bool own_matmul_serves(const Tensor& in, const Tensor& w, const Tensor& out);
+// The same in float32 by our own loops, and whether these are to be preferred to torch's. With `scale`, w's columns or,
+// for `transposed`, its rows are multiplied by it first.  scale: [K], transposed [N]
+bool prefers_own_matmul(const Tensor& in, const Tensor& w, const Tensor& out);
 void own_matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out,
                 const float* scale = nullptr);
 

@@ -34,7 +34,7 @@ Tensor middle(const Tensor& s, const C* shift, F f) {
   return result;
 }
 
-// Whether torch's own products serve, which at the ranks of bottlenecks are faster: where all is of one dtype, and it is
+// Whether whole products by `matmul` serve, which at the ranks of bottlenecks are faster: where all is of one dtype, and it is
 // that of the sums or the CPU multiplies it in hardware.
 template <class C>
 bool plain(const Rows& tokens, const Rows& factor) {

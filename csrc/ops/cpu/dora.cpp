@@ -123,11 +123,14 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
 
   auto scaled = [&](Rows du) { scale_and_reduce<C>(gradient, product, factor, du, sum, m, n); };
   auto low_rank = [&](Rows from, Rows to) { backward<C>(branch, gradient, in, shrunk, rank, from, to); };
-  bool own = dx && sizeof(C) == 4 && own_matmul_serves(dy, weight, *dx);  // which scales the weight, not dy
-  if (dscale && (!dx || own)) scaled({});
-  if constexpr (sizeof(C) == 4) {
-    if (own) own_matmul(dy, weight, true, std::nullopt, *dx, factor);
-    if (dx && upcasts(gradient.dtype)) {
+  bool own = dx && sizeof(C) == 4 && prefers_own_matmul(dy, weight, *dx);  // which scales the weight, not dy
+  if (!dx || own) {
+    if (dscale) scaled({});
+    if constexpr (sizeof(C) == 4)
+      if (own) own_matmul(dy, weight, true, std::nullopt, *dx, factor);
+    low_rank(out, out);
+  } else if (upcasts(gradient.dtype)) {
+    if constexpr (sizeof(C) == 4) {
       Buffer<float> du(m, n), whole(m, k);
       scaled(du.rows());
       matmul_upcast(du.data.get(), m, weight, true, [&](int64_t k0, int64_t columns, Rows block) {
@@ -136,14 +139,11 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
       low_rank(whole.rows(), whole.rows());
       convert(whole.rows(), out, m, k);
     }
-  }
-  if (!dx || !upcasts(gradient.dtype)) {
-    if (dx && !own) {
-      int64_t shape[] = {m, n};
-      Tensor du = torch::stable::new_empty(dy, {shape, 2});
-      scaled(rows_of(du, m, n, "du"));
-      matmul(du, weight, true, std::nullopt, *dx);
-    }
+  } else {
+    int64_t shape[] = {m, n};
+    Tensor du = torch::stable::new_empty(dy, {shape, 2});
+    scaled(rows_of(du, m, n, "du"));
+    matmul(du, weight, true, std::nullopt, *dx);
     low_rank(out, out);
   }
   for (int64_t i = 0; db && i < n; ++i) {

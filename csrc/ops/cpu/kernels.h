@@ -34,8 +34,8 @@ struct Kernels {
                int64_t columns, bool accumulate, Next);
   // y[n] += sum over r of s[r] b[n * ldb + r] for r < rank, n < columns.
   void (*project)(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns);
-  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype. What lies `next`
-  // elements behind what is read, not 0, is asked for.
+  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype. Where `next`
+  // is not 0, what lies that many elements further on is asked for.
   void (*transpose)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo,
                     int64_t next);
   // x[i] += b[i] for i < n.

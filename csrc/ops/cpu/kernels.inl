@@ -253,7 +253,7 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) acc[t][w] = Accumulate ? load(y[t] + n + w * L) : Vec<C>{};
+    for (int w = 0; w < W; ++w) acc[t][w] = Vec<C>{};
   for (int64_t q = 0; q < depth; ++q) {
     Vec<C> v[W];
 #pragma GCC unroll 8
@@ -273,7 +273,10 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) store(y[t] + n + w * L, acc[t][w]);
+    for (int w = 0; w < W; ++w) {
+      C* to = y[t] + n + w * L;
+      store(to, Accumulate ? load(to) + acc[t][w] : acc[t][w]);
+    }
 }
 
 template <class C>
@@ -297,9 +300,9 @@ inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, 
   for (; n + L <= columns; n += L) axpy_tile<C, T, 1, Accumulate>(s, step, c, ldc, depth, y, n);
   for (; n < columns; ++n) {
     for (int t = 0; t < T; ++t) {
-      C total = Accumulate ? y[t][n] : C(0);
+      C total = 0;
       for (int64_t q = 0; q < depth; ++q) total += s[t][q * step] * c[q * ldc + n];
-      y[t][n] = total;
+      y[t][n] = Accumulate ? y[t][n] + total : total;
     }
   }
 }
@@ -357,23 +360,24 @@ void project(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t co
 }
 
 // The first N elements, four or eight, as C.
-template <class C, int N>
-inline typename Lanes<C, N>::V load_lanes(const C* p) {
-  return load_bits<typename Lanes<C, N>::V>(p);
-}
-template <class C, int N>
-inline typename Lanes<C, N>::V load_lanes(const bf16* p) {
-  auto bits = load_bits<typename Lanes<uint16_t, N>::V>(p);
-  return (typename Lanes<C, N>::V)(__builtin_convertvector(bits, typename Lanes<uint32_t, N>::V) << 16);
-}
-template <class C, int N>
-inline typename Lanes<C, N>::V load_lanes(const f16* p) {
-#if BYTES >= 32
-  if constexpr (N == 8) return (typename Lanes<C, N>::V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+template <class C, int N, class A>
+inline typename Lanes<C, N>::V load_lanes(const A* p) {
+  using V = typename Lanes<C, N>::V;
+  if constexpr (N == Simd<C>::lanes) {
+    return load(p);
+  } else if constexpr (std::is_same_v<A, C>) {
+    return load_bits<V>(p);
+  } else if constexpr (std::is_same_v<A, bf16>) {
+    auto bits = load_bits<typename Lanes<uint16_t, N>::V>(p);
+    return (V)(__builtin_convertvector(bits, typename Lanes<uint32_t, N>::V) << 16);
+  } else {
+#if BYTES == 64
+    if constexpr (N == 8) return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #endif
-  typename Lanes<C, N>::V v;
-  for (int i = 0; i < N; ++i) v[i] = to_float(p[i]);
-  return v;
+    V v;
+    for (int i = 0; i < N; ++i) v[i] = to_float(p[i]);
+    return v;
+  }
 }
 
 // out[j][i] = scale * in[i][j] for i, j < 4.
@@ -421,10 +425,11 @@ void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t c
                int64_t next) {
   constexpr int64_t N = BYTES >= 32 && sizeof(C) == 4 ? 8 : 4;
   typed<C>(dtype, in, [&](auto* from) {
-    constexpr int64_t LINE = 64 / sizeof(*from);  // used whole: rows at a power of two soon drive one another from cache
+    // Cache lines are used whole, since those of rows a power of two apart evict one another.
+    constexpr int64_t LINE = 64 / sizeof(*from);
     int64_t j = 0, end = columns / N * N;
     for (; j < end; j += LINE) {
-      int64_t line = std::min(j + LINE, end), i = 0;
+      int64_t line = j + LINE < end ? j + LINE : end, i = 0;
       for (; i + N <= rows; i += N) {
         for (int64_t l = i; next && l < i + N; ++l) __builtin_prefetch(from + l * ldi + j + next, 0, 2);
         for (int64_t l = j; l < line; l += N) {

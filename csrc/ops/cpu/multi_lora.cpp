@@ -225,8 +225,6 @@ void group_tokens_cpu(const Tensor& slots, Tensor& order, Tensor& segments) {
                integers(segments, bounds, "segments"));
 }
 
-std::string cpu_capability_string() { return cpu_capability(); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
@@ -238,7 +236,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
   m.impl("multi_lora_call", BOX_BY_SUMS(multi_lora_call));
   m.impl("multi_lora_call_", BOX_BY_SUMS(multi_lora_call_));
-  m.impl("cpu_capability", TORCH_BOX(&cpu_capability_string));
 }
 
 }  // namespace pyfastpeft
