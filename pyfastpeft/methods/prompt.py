@@ -134,6 +134,11 @@ class Prompts:
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (len(prompt), 0), value=1)}
 
 
+def without_gaps(module, args):
+    """Pre-hook of the head that forms the logits: torch multiplies rows with the virtual tokens' gaps batch by batch."""
+    return tuple([arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args])
+
+
 class NearestWord(NamedTuple):
     """One of the k vocabulary rows nearest to a virtual token by cosine; distance is Euclidean."""
 
@@ -190,6 +195,9 @@ def _attach(model):
     takes = {"input_ids", "inputs_embeds"} <= set(prompts.names)
     checks.need(takes, "prompt tuning", "model", type(entrance).__name__, needed, NotImplementedError)
     model.pyfastpeft_prompts = prompts
+    head = model.get_output_embeddings()
+    if head is not None and "logits_to_keep" in prompts.names:
+        prompts.handles.append(head.register_forward_pre_hook(without_gaps))
     prompts.handles.append(entrance.register_forward_pre_hook(prompts.prepend, with_kwargs=True))
     if entrance is model:
         prompts.handles.append(model.register_forward_hook(prompts.trim))
