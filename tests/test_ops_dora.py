@@ -7,7 +7,9 @@ import torch
 from error_rule import DTYPES, MIXED, assert_error_rule, lora_inputs, poisoned_memory, random, unfused_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_dora, branch_backends, dora, dora_inputs, dtypes, ranks
+from op_cases import assert_dora, branch_backends, dora, dora_inputs, dtypes, plain_dora, ranks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import saved_bytes
 from pyfastpeft import ops
@@ -21,9 +23,72 @@ pytestmark = pytest.mark.usefixtures("two_threads", "on_backend")
 
 @branch_backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16), (20, 130, 75, 100), (60, 70, 600, 4)])
-def test_dora_linear(backend, dtype, adapter_dtype, shape):
-    assert_dora(dora_inputs(*shape, dtype, adapter_dtype))
+@pytest.mark.parametrize(
+    "shape", [(1, 24, 30, 2), (4, 9, 8, 2), (33, 255, 129, 16), (20, 130, 75, 100), (60, 70, 600, 4)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_linear(backend, dtype, adapter_dtype, shape, bias):
+    assert_dora(dora_inputs(*shape, dtype, adapter_dtype, bias=bias))
+
+
+@branch_backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dora_output_may_be_written_in_place(backend, dtype):
+    def then(function, **inputs):
+        y = function(**inputs)
+        return y.mul_(2).add_(1)
+
+    inputs = dora_inputs(9, 33, 17, 4, dtype, bias=False)
+    assert_error_rule(
+        functools.partial(then, dora),
+        functools.partial(then, plain_dora),
+        inputs,
+        through={"magnitude": dtype},
+        roundings=2,
+    )
+
+
+@branch_backends
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e20, -1.0])
+def test_dora_magnitudes_of_any_size(backend, scale):
+    inputs = dora_inputs(9, 33, 17, 4, torch.float32, bias=False)
+    magnitude = inputs["magnitude"].detach().clone()
+    magnitude[3] = scale
+    assert_dora(inputs | {"magnitude": magnitude.requires_grad_()})
+
+
+@branch_backends
+def test_dora_gradients_can_be_formed_twice(backend):
+    inputs = dora_inputs(9, 33, 17, 4, torch.float32, bias=False)
+    leaves = [inputs[name] for name in ("x", "lora_A", "lora_B", "magnitude")]
+    loss = dora(**inputs).square().sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for one, two in zip(first, torch.autograd.grad(loss, leaves)):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_dora_does_not_keep_its_output(reentrant):
+    rest = dora_inputs(64, 256, 128, 8, torch.float32, bias=False)
+    x = rest.pop("x")
+    leaves = [x, rest["lora_A"], rest["lora_B"], rest["magnitude"]]
+    expected = torch.autograd.grad(dora(x, **rest).sum(), leaves)
+    y = checkpoint(functools.partial(dora, **rest), x, use_reentrant=reentrant)
+    output, loss = StorageWeakRef(y.untyped_storage()), y.sum()
+    del y
+    assert output.expired()
+    loss.backward()
+    for leaf, gradient in zip(leaves, expected):
+        torch.testing.assert_close(leaf.grad, gradient)
+
+
+def test_dora_gives_its_output_up_after_the_backward_pass():
+    y = dora(**dora_inputs(64, 256, 128, 8, torch.float32, bias=False))
+    output, loss = StorageWeakRef(y.untyped_storage()), y.sum()
+    del y
+    assert not output.expired()
+    loss.backward()
+    assert output.expired()
 
 
 @branch_backends

