@@ -1,7 +1,7 @@
-"""The op tests again with the CPU kernels held to a lower instruction set, in a process of its own: it is chosen once.
+"""The op tests again with the CPU kernels held to an instruction set, in a process of its own: it is chosen once.
 
-A lower one also takes 16-bit base products through our own loops, as a CPU without AVX512-BF16 does; PYFASTPEFT_CPU_MATMUL
-does that to those in float32.
+A lower one also takes 16-bit base products through our own loops, as a CPU without AVX512-BF16 does;
+PYFASTPEFT_CPU_MATMUL does that to those in float32.
 """
 
 import os
@@ -20,7 +20,7 @@ OPS = sorted(TESTS.glob("test_ops*.py"))
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_ops_on_a_lower_instruction_set(level):
+def test_ops_on_an_instruction_set(level):
     best = torch.ops.pyfastpeft.cpu_capability()
     if LEVELS.index(level) > LEVELS.index(best):
         pytest.skip(f"this CPU has no {level}")

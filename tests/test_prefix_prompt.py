@@ -645,6 +645,13 @@ def test_some_logits_only():
     every = model(**inputs).logits
     torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, every[:, -2:])
     torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([1, 5])).logits, every[:, [1, 5]])
+    torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([1, -2])).logits, every[:, [1, -2]])
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    torch.testing.assert_close(model(**inputs, labels=inputs["input_ids"], logits_to_keep=TOKENS).loss, loss)
+    shifted = nn.functional.pad(inputs["input_ids"], (0, 1), value=-100)[:, 1:].contiguous()
+    expected = nn.functional.cross_entropy(every.flatten(0, 1), shifted.flatten())
+    out = model(**inputs, labels=inputs["input_ids"], shift_labels=shifted)
+    torch.testing.assert_close(out.loss, expected)
     chosen = torch.rand(3, TOKENS) > 0.5
     torch.testing.assert_close(model(**inputs, logits_to_keep=chosen).logits, every[chosen])
 

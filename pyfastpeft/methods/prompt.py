@@ -97,17 +97,17 @@ class Prompts:
             kwargs["position_ids"] = torch.cat([first, positions + virtual], -1)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (virtual, 0))
-        labels, before = kwargs.get("labels"), virtual
-        keep = kwargs.get("logits_to_keep")
-        if "logits_to_keep" in self.names and not isinstance(keep, Tensor) and not keep:
-            before = 1  # of the virtual tokens only the last, which predicts the first real one, needs logits
+        labels, keep, before = kwargs.get("labels"), kwargs.get("logits_to_keep"), virtual
+        every = keep is None or (isinstance(keep, int) and keep in (0, self.tokens))
+        if every and "logits_to_keep" in self.names and type(self.tokens) is int:
+            # Of the virtual tokens only the last, which predicts the first real one, needs logits.
+            before = 1 if kwargs.get("shift_labels") is None else 0
             kwargs["logits_to_keep"] = self.tokens + before
         if labels is not None and labels.shape == inputs.shape[:2] and not labels.is_floating_point():
             kwargs["labels"] = F.pad(labels, (before, 0), value=-100)
         for name in ("start_positions", "end_positions", "logits_to_keep"):
-            given = kwargs.get(name)
-            if isinstance(given, Tensor):
-                kwargs[name] = F.pad(given, (virtual, 0)) if given.dtype == torch.bool else given + virtual
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs[name] = behind(kwargs[name], virtual)
         return (), kwargs
 
     def trim(self, module, args, output):
@@ -134,8 +134,15 @@ class Prompts:
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (len(prompt), 0), value=1)}
 
 
+def behind(positions: Tensor, virtual: int) -> Tensor:
+    """Positions, or a mask of them, behind as many virtual tokens; negative positions count from the end."""
+    if positions.dtype == torch.bool:
+        return F.pad(positions, (virtual, 0))
+    return torch.where(positions < 0, positions, positions + virtual)
+
+
 def without_gaps(module, args):
-    """Pre-hook of the head that forms the logits: torch multiplies rows with the virtual tokens' gaps batch by batch."""
+    """Pre-hook of the head that forms the logits: rows with gaps between them torch multiplies batch by batch."""
     return tuple([arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args])
 
 

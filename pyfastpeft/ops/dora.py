@@ -61,31 +61,8 @@ def _gradients(
     return shaped(dx, shape), dlora_A, dlora_B, dscale / norm if need_magnitude else None
 
 
-class _Kept(Function):
-    """Keeps a tensor as autograd keeps one that a backward pass needs: hooks see it, and `kept` tells if it is lost."""
-
-    @staticmethod
-    def forward(ctx, tensor, graph):
-        ctx.save_for_backward(tensor)
-        return graph.clone()
-
-
-def _keep(tensor):
-    with torch.enable_grad():
-        return _Kept.apply(tensor.detach(), torch.empty(0, requires_grad=True)).grad_fn
-
-
-def _kept(node):
-    """The tensor, or None if somebody has written into it since, or the node was given up."""
-    if node is not None:
-        with suppress(RuntimeError):
-            return node.saved_tensors[0]
-    return None
-
-
 class _DoRA(Function):
-    """`norm` is None where the forward pass is to be one native call. Where that returns no unscaled output, y / scale
-    is it, if y is still what it was in the first backward pass; else it is formed anew."""
+    """`norm` is None where the forward pass is to be one native call."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout_p, seed):
@@ -100,11 +77,9 @@ class _DoRA(Function):
             scale = magnitude / norm
             arguments = x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed
             y, s, unscaled, backend = _forward(*arguments, need_magnitude)
-        divides = need_magnitude and unscaled is None
-        ctx.y = _keep(y) if divides else None
-        kept_x, kept_s = x if need_A or need_weight or divides else None, s if need_B or divides else None
+        kept_x, kept_s = x if need_A or need_weight else None, s if need_B else None
         ctx.save_for_backward(kept_x, weight, lora_A, lora_B, scale, norm, kept_s, unscaled, seed)
-        ctx.options = backend, scaling, dropout_p, x.shape, magnitude.dtype, divides
+        ctx.options = backend, scaling, dropout_p, x.shape, magnitude.dtype
         return y
 
     @staticmethod
@@ -112,23 +87,16 @@ class _DoRA(Function):
     @without_autocast
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, scale, norm, s, unscaled, seed = ctx.saved_tensors
-        backend, scaling, dropout_p, shape, dtype, divides = ctx.options
+        backend, scaling, dropout_p, shape, dtype = ctx.options
         need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad[:6]
         needs = need_x, *need_adapter
         dx = dlora_A = dlora_B = dmagnitude = None
-        if divides:
-            y, ctx.y = _kept(ctx.y), None  # which would outlive the graph's own tensors
-            if y is None:
-                unscaled = F.linear(as_rows(x), weight).to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)
-                unscaled, divides = unscaled.to(dy.dtype), False
-            else:
-                unscaled = as_rows(y)
         if any(needs):
             kept = scaling, dropout_p, seed, s, unscaled
             given = dy, x, weight, lora_A, lora_B, scale, norm, *kept, needs, shape, backend
             dx, dlora_A, dlora_B, dmagnitude = _gradients(*given)
         if dmagnitude is not None:
-            dmagnitude = (dmagnitude / scale if divides else dmagnitude).to(dtype)
+            dmagnitude = dmagnitude.to(dtype)
         dweight = (as_rows(dy) * scale).to(dy.dtype).T @ as_rows(x) if need_weight else None
         dbias = as_rows(dy).sum(0) if need_bias else None
         return dx, dweight, dbias, dlora_A, dlora_B, dmagnitude, None, None, None, None
@@ -195,8 +163,8 @@ def dora_linear(
         weight_norm_squared: as in `dora_norm`: the squared norms of weight's rows, cached.
 
     Returns y [..., N] in x's dtype. Gradients reach x, lora_A, lora_B, magnitude and, where they require it, weight and
-    bias. Kept for the backward pass: x, drop(x) lora_A^T [M, r], two vectors [N], the seed and, where magnitude trains,
-    the output without scale and bias in x's dtype, or on a CPU y itself where there is no bias. Under autocast x, weight and bias are cast first, but the norm is
+    bias. Kept for the backward pass: x, drop(x) lora_A^T [M, r], the output without scale and bias in x's dtype where
+    magnitude trains, two vectors [N] and the seed. Under autocast x, weight and bias are cast first, but the norm is
     that of the weight as it is given. Raises ValueError or TypeError naming the argument that does not fit.
     """
     if (

@@ -1,8 +1,7 @@
 """One native call on the CPU for a whole op, or for one pass of it in training, that checks its arguments itself.
 
 If something about a call is unusual, the native op declines before it has written anything, and the op in Python takes
-over: its checks and messages, casts, copies and gradients. The result is the same either way, bit by bit, but for the
-gradient of DoRA's magnitude, which comes from y where dora_call gives no unscaled output though it was asked to keep it.
+over: its checks and messages, casts, copies and gradients. The result is the same either way, bit by bit.
 
     lora_call(x, weight, bias, lora_A, lora_B, scaling)     y, or None: declined
     lora_call_with_s(the same)                              (y, s), or (None, None)

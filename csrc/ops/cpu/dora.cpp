@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -154,17 +153,8 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
   }
 }
 
-// Whether y / scale gives back the output without the scale: where nothing was added, and nothing over- or underflows.
-template <class C>
-bool divides(const C* scale, int64_t n, const OptionalTensor& bias, Dtype dtype) {
-  constexpr C LARGEST = C(1LL << 32);
-  if (bias || dtype == Dtype::f16) return false;
-  return std::all_of(scale, scale + n, [](C v) { return std::abs(v) <= LARGEST && std::abs(v) >= 1 / LARGEST; });
-}
-
 // (y, s, unscaled, scale, norm); none where the call is out of the ordinary.
-// y: [..., N];  s: [M, r];  unscaled: [M, N], where it is wanted and y / scale is not the same;
-// scale = magnitude / norm, norm: [N]
+// y: [..., N];  s: [M, r];  unscaled: [M, N], where it is wanted;  scale = magnitude / norm, norm: [N]
 template <class C>
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_call(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
@@ -180,12 +170,12 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n), s = torch::stable::new_empty(x, {m, rank}, summed);
   Tensor length = torch::stable::new_empty(x, {n}, summed), scale = torch::stable::new_empty(x, {n}, summed);
   OptionalTensor unscaled;
+  if (keep_unscaled) unscaled = torch::stable::new_empty(x, {m, n});
   dora_norm<C>(weight, lora_A, lora_B, scaling, {}, length);
   auto wanted = widened<C>(magnitude, n, "magnitude");
   const C* found = sums<C>(length, {n}, "norm");
   for (int64_t i = 0; i < n; ++i) wanted[i] /= found[i];
   std::copy_n(wanted.get(), n, sums<C>(scale, {n}, "scale"));
-  if (keep_unscaled && !divides(wanted.get(), n, bias, in.dtype)) unscaled = torch::stable::new_empty(x, {m, n});
   dora_forward<C>(as_matrix(x, m, k, in.stride), weight, bias, lora_A, lora_B, scale, scaling, 0, {}, out, s, unscaled);
   return {y, s, unscaled, scale, length};
 }
