@@ -25,9 +25,6 @@ Tensor view(const Matrix<C>& m) {
 // A block of the weight is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS; they stay in
 // the second cache. ROWS are those of a tile; up to FEW rows, or half as many, go without panels.
 constexpr int64_t DEPTH = 512, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS;
-constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
-
-int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 bool has_unit_stride(const Tensor& w) {
   return w.stride(0) == 1 || w.stride(1) == 1 || w.size(0) == 1 || w.size(1) == 1;
@@ -59,7 +56,8 @@ struct Factor {
 // out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS.  in, out: float32
 class Product {
  public:
-  Product(const Factor& w, bool unpacked) : w_(w), unpacked_(unpacked), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]) {}
+  Product(const Factor& w, bool unpacked)
+      : w_(w), unpacked_(unpacked), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]) {}
 
   void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add) {
     if (unpacked_) {

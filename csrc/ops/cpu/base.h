@@ -7,6 +7,10 @@
 
 namespace pyfastpeft {
 
+constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
+
+inline int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
 // Rows of float32 (or of C) that live as long as this.
 template <class C>
 struct Buffer {

@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t TOKEN_BLOCK = 12;    // tokens of one task or one staged block: a multiple of every tile's height
 constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task
 constexpr int64_t FEW_TOKENS = 4;         // up to here a transposed B does not pay
-constexpr int64_t SERIAL_WORK = 1 << 16;  // multiply-adds under which threads cost more than they bring
 constexpr int64_t WIDE = 96, WIDE_BACKWARD = 64;  // ranks from which torch's products, which pack, are faster
 
 template <class C>
@@ -24,8 +23,6 @@ template <class C>
 std::unique_ptr<C[]> scratch(int64_t n) {
   return std::unique_ptr<C[]>(new C[n]);
 }
-
-int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 // One adapter's block of work: tokens t0 .. t1, ranks r0 .. r1 or columns c0 .. c1, as the loop needs.
 struct Task {
