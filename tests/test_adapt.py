@@ -33,7 +33,7 @@ from pyfastpeft import (
     unload,
     unmerge_adapter,
 )
-from pyfastpeft.layers.adapted import carriers
+from pyfastpeft.layers.adapted import BaseLinear, carriers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -625,7 +625,7 @@ def test_an_adapter_starts_from_the_model_and_not_from_another_adapter():
     with disable_adapter(model):
         plain = output(model, given)
     adapt(model, BitFitConfig(task_type="SEQ_CLS"), "other")
-    assert torch.equal(output(model, given), plain)
+    torch.testing.assert_close(output(model, given), plain)  # whoever's product it is
 
 
 def test_adapters_that_replace_one_parameter():
@@ -1129,3 +1129,75 @@ def test_merged_rounding():
     merge_adapter(model)
     error = (layer.weight.double() - exact).abs()
     assert (error <= exact.abs() * 2.0**-8 * 1.0001).all()
+
+
+# --- linear layers that carry nothing ---
+
+
+def base_layers(model):
+    return {path for path, module in model.named_modules() if type(module) is BaseLinear}
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """As on a CPU on which our own product is the faster one."""
+    monkeypatch.setattr("pyfastpeft.methods.inject.prefers_own_linear", lambda weight: True)
+
+
+def test_layers_that_carry_nothing_run_our_product_while_adapters_run(everywhere):
+    model = MODELS["llama"].make().eval()
+    linear = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    targets = {path for path in linear if path.endswith(("q_proj", "v_proj"))}
+    given, before = inputs(model), snapshot(model)
+    adapt(model, config_for("lora", "llama"))
+    assert base_layers(model) == linear - targets
+    with disable_adapter(model):
+        assert not base_layers(model)
+        with disable_adapter(model):
+            pass
+        assert not base_layers(model)
+    assert base_layers(model) == linear - targets
+    adapt(model, LoraConfig(r=2, target_modules=["k_proj"]), "other")
+    assert base_layers(model) == {path for path in linear - targets if not path.endswith("k_proj")}
+    set_adapter(model)
+    assert not base_layers(model)
+    set_adapter(model, "default")
+    delete_adapter(model, "other")
+    assert base_layers(model) == linear - targets
+    with pytest.raises(ValueError, match="target_modules"):
+        adapt(model, LoraConfig(target_modules=["k_proj", "nowhere"]), "other")
+    assert base_layers(model) == linear - targets
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert base_layers(twin) == linear - targets
+        assert torch.equal(output(twin, given), output(model, given))
+    assert_same(snapshot(unload(model)), before)
+
+
+def test_layers_with_a_forward_or_a_weight_of_their_own_kind_stay_as_they_are(everywhere):
+    class Weight(nn.Parameter):
+        pass
+
+    model = MODELS["llama"].make()
+    layer = model.model.layers[0]
+    layer.self_attn.o_proj.forward = lambda x: x
+    layer.mlp.up_proj.weight = Weight(layer.mlp.up_proj.weight.detach())
+    adapt(model, config_for("lora", "llama"))
+    assert not base_layers(model) & {"model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj"}
+    assert "model.layers.0.mlp.gate_proj" in base_layers(model)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "selective"])
+def test_training_is_the_same_by_our_product(method, monkeypatch):
+    found = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        monkeypatch.setattr("pyfastpeft.methods.inject.prefers_own_linear", lambda weight, own=own: own)
+        model, given = adapted("bert", method)
+        assert bool(base_layers(model)) == own
+        loss(model, given).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert (gradient is None) == (found[1][name] is None), name
+        if gradient is not None:
+            close(gradient, found[1][name])

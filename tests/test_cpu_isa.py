@@ -26,7 +26,7 @@ def test_ops_on_an_instruction_set(level):
         pytest.skip(f"this CPU has no {level}")
     select = "cpu and not compiles and not gradcheck and not any_shape"
     if level == best:  # which the other tests run on, by torch's products or by ours
-        select = "cpu and (lora_linear or dora_linear or several_blocks or group)"
+        select = "cpu and (lora_linear or dora_linear or several_blocks or group or frozen)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OPS, "-k", select]
     env = os.environ | {"PYFASTPEFT_CPU_ISA": level, "PYFASTPEFT_CPU_MATMUL": "own"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

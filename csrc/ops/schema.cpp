@@ -77,6 +77,9 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       "dora_gradients(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scale, Tensor norm,"
       " float scaling, float dropout_p, Tensor? seed, Tensor? s, Tensor? unscaled, bool need_x, bool need_A,"
       " bool need_B, bool need_magnitude) -> (Tensor?, Tensor?, Tensor?, Tensor?)");
+  m.def("linear_call(Tensor x, Tensor weight, Tensor? bias) -> Tensor?");
+  m.def("linear_gradient(Tensor dy, Tensor weight) -> Tensor?");
+  m.def("prefers_own_linear(Tensor weight) -> bool");
   m.def("cpu_capability() -> str");
   m.def("cpu_matmul() -> str");
   m.def("cuda_capability() -> str");
@@ -104,6 +107,9 @@ void refuse_all(torch::stable::detail::StableLibrary& m) {
   m.impl("dora_call", TORCH_BOX((&refuse<std::tuple<O, O, O, O, O>, T, T, O, T, T, T, double, bool>)));
   m.impl("dora_gradients", TORCH_BOX((&refuse<std::tuple<O, O, O, O>, T, O, T, T, T, T, T, double, double, O, O, O, bool,
                                               bool, bool, bool>)));
+  m.impl("linear_call", TORCH_BOX((&refuse<O, T, T, O>)));
+  m.impl("linear_gradient", TORCH_BOX((&refuse<O, T, T>)));
+  m.impl("prefers_own_linear", TORCH_BOX((&refuse<bool, T>)));
   m.impl("multi_lora_call", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
   m.impl("multi_lora_call_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .. import ops
 from ..ops import checks
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
@@ -152,6 +153,13 @@ class AdaptedLinear(AdaptedMatrix, nn.Linear):
         return type(self.weight) is nn.Parameter and self.weight.dtype in FLOATS
 
 
+class BaseLinear(nn.Linear):
+    """torch.nn.Linear that carries nothing, in a model some of whose adapters run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.frozen_linear(x, self.weight, self.bias)
+
+
 class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
     """torch.nn.Embedding [vocabulary, d] with adapters: its matrix [d, vocabulary] on one-hot inputs."""
 
@@ -188,7 +196,7 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     Classes derived from nn.Linear with a forward of their own (quantised ones, say) compute their own base; branches
     are added to its output.
     """
-    known = {nn.Linear: AdaptedLinear, nn.Embedding: AdaptedEmbedding}
+    known = {nn.Linear: AdaptedLinear, BaseLinear: AdaptedLinear, nn.Embedding: AdaptedEmbedding}
     if kind in known:
         return known[kind]
     if kind is NonDynamicallyQuantizableLinear:  # nn.MultiheadAttention reads its weight and never calls it
@@ -291,7 +299,7 @@ def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     own = sorted(each for each in names if hasattr(module, each))
     checks.need(not own, "attach", "module", f"a {type(module).__name__} with {own} of its own", "without")
     if swaps:
-        _set_class(module, carrier_class(type(module)))
+        set_class(module, carrier_class(type(module)))
     if kind not in _parts(module):
         setattr(module, kind, Parts())
     if "active" not in module.__dict__:
@@ -307,13 +315,13 @@ def detach(module: nn.Module, name: str) -> None:
         if not parts:
             delattr(module, kind)
             if kind == "adapters" and isinstance(module, Adapted):
-                _set_class(module, _plain_class(type(module)))
+                set_class(module, _plain_class(type(module)))
     if not _parts(module):
         del module.active
 
 
-def _set_class(module, kind):
-    """Swap the class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
+def set_class(module, kind):
+    """Swap a module's class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
     held = {key: module.__dict__[key] for key in ("_old_forward", "forward") if key in module.__dict__}
     bound = [key for key, value in held.items() if getattr(value, "__func__", None) is type(module).forward]
     given = f"a {type(module).__name__} whose forward is replaced by {held.get('forward')!r}"

@@ -59,7 +59,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     try:
         inject.inject(uncompiled(model), config, name, autocast_adapter_dtype)
     except BaseException:
-        _detach_all(model, name)
+        _detach_all(model, known, name)
         for _, module in carriers(model):
             activate(module, known.active)
         raise
@@ -92,6 +92,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     for name in known.configs:
         for parameter in adapter_parameters(model, name).values():
             parameter.requires_grad_(name in names and not known.configs[name].inference_mode)
+    inject.set_base_layers(model, bool(names))
 
 
 @contextmanager
@@ -103,6 +104,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     unmerge_adapter(model)
     for module, *_ in before:
         activate(module, ())
+    inject.set_base_layers(model, False)
     try:
         yield
     finally:
@@ -110,6 +112,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             activate(module, active)
             if merged:
                 module.merge(merged)
+        inject.set_base_layers(model, any(active for _, active, _ in before))
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -121,7 +124,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     need_adapter(known, "delete_adapter", name)
     _need_unmerged(model, "delete_adapter")
     set_adapter(model, *(other for other in known.active if other != name))
-    _detach_all(model, name)
+    _detach_all(model, known, name)
     del known.configs[name]
     if not known.configs:
         for path, parameter in uncompiled(model).named_parameters():
@@ -300,10 +303,11 @@ def add_weighted_adapter(
     set_adapter(model, *before)
 
 
-def _detach_all(model, name):
+def _detach_all(model, known, name):
     for _, module in carriers(model):
         detach(module, name)
     inject.eject(model)
+    inject.set_base_layers(model, bool(known.active))
 
 
 def adaptation(model: nn.Module, op: str) -> Adaptation:

@@ -7,10 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..layers.adapted import AdaptedMatrix, Parts, Replacement, adapted_class, attach, carriers, uncompiled
+from ..layers.adapted import (
+    AdaptedMatrix,
+    BaseLinear,
+    Parts,
+    Replacement,
+    adapted_class,
+    attach,
+    carriers,
+    set_class,
+    uncompiled,
+)
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
 from ..ops.dispatch import FLOATS
+from ..ops.frozen import prefers_own_linear
 from . import prefix, prompt, targets
 from .configs import (
     AdaLoraConfig,
@@ -64,6 +75,18 @@ def _transformer_layers(model) -> list[nn.Module]:
 def _calls_layers(module, args):
     """A hook that does nothing; nn.TransformerEncoderLayer with a hook calls its layers in evaluation, too, instead of
     handing their weights to one kernel."""
+
+
+def set_base_layers(model: nn.Module, adapted: bool) -> None:
+    """Let the linear layers that carry nothing run our own product where it is faster than torch's, while adapters run;
+    else torch's, so that the model computes bit by bit what it did without them."""
+    for module in own_modules(model).values():
+        if type(module) is BaseLinear and not adapted:
+            set_class(module, nn.Linear)
+        elif type(module) is nn.Linear and adapted and type(module.weight) is nn.Parameter:
+            own = "forward" in module.__dict__ or "_old_forward" in module.__dict__
+            if not own and prefers_own_linear(module.weight):
+                set_class(module, BaseLinear)
 
 
 # --- what a layer is -------------------------------------------------------------------------------------------------
@@ -231,7 +254,8 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, autocast_adapter_
         names = _biases(module)
         if config.train_layer_norm and is_norm(module):
             names += [n for n in ("weight",) if module._parameters.get(n) is not None]
-        if config.add_missing and type(module).__name__ in ("Linear", "AdaptedLinear") and module.bias is None:
+        linear = type(module).__name__ in ("Linear", "AdaptedLinear", "BaseLinear")
+        if config.add_missing and linear and module.bias is None:
             names += ["bias"]
         if names and path not in saved:
             chosen[path] = tuple(names)

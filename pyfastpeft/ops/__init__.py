@@ -5,6 +5,7 @@ from .adalora import adalora_linear
 from .bottleneck import bottleneck
 from .dispatch import use_backend
 from .dora import dora_linear, dora_norm
+from .frozen import frozen_linear
 from .ia3 import ia3_linear
 from .lora import lora_delta_, lora_linear
 from .lora_group import lora_linear_group
@@ -18,6 +19,7 @@ __all__ = [
     "bottleneck",
     "dora_linear",
     "dora_norm",
+    "frozen_linear",
     "ia3_linear",
     "lora_delta_",
     "lora_linear",

@@ -3,7 +3,9 @@
 If something about a call is unusual, the native op declines before it has written anything, and the op in Python takes
 over: its checks and messages, casts, copies and gradients. The result is the same either way, bit by bit.
 
-    lora_call(x, weight, bias, lora_A, lora_B, scaling)     y, or None: declined
+    linear_call(x, weight, bias)                            y, or None: declined, also where torch is faster
+    linear_gradient(dy, weight)                             dx, or None
+    lora_call(x, weight, bias, lora_A, lora_B, scaling)     y, or None
     lora_call_with_s(the same)                              (y, s), or (None, None)
     lora_gradients(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, need_x, need_A, need_B)
                                                             (dx, dlora_A, dlora_B) as wanted, or Nones
@@ -32,6 +34,8 @@ from . import dispatch, native
 _TENSORS = {Tensor, torch.nn.Parameter, type(None)}  # no subclass, which may see to an op itself
 
 if native.AVAILABLE:
+    linear_call = torch.ops.pyfastpeft.linear_call.default
+    linear_gradient = torch.ops.pyfastpeft.linear_gradient.default
     lora_call = torch.ops.pyfastpeft.lora_call.default
     lora_call_with_s = torch.ops.pyfastpeft.lora_call_with_s.default
     lora_gradients = torch.ops.pyfastpeft.lora_gradients.default
@@ -48,6 +52,7 @@ else:
         return lambda *_: result
 
     lora_call, multi_lora_call, lora_call_, multi_lora_call_ = map(_nothing, (None, None, False, False))
+    linear_call = linear_gradient = _nothing(None)
     lora_call_with_s, ia3_call, ia3_gradients, lora_gradients, dora_gradients, dora_call = (
         _nothing((None,) * parts) for parts in (2, 2, 2, 3, 4, 5)
     )

@@ -23,8 +23,8 @@ Tensor view(const Matrix<C>& m) {
 }
 
 // A block of the weight is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS; they stay in
-// the second cache. ROWS are those of a tile; up to FEW rows, or half as many, go without panels.
-constexpr int64_t DEPTH = 512, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS;
+// the second cache, packed by STEP. ROWS are those of a tile; up to FEW rows, or half as many, go without panels.
+constexpr int64_t DEPTH = 512, STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS;
 
 bool has_unit_stride(const Tensor& w) {
   return w.stride(0) == 1 || w.stride(1) == 1 || w.size(0) == 1 || w.size(1) == 1;
@@ -53,23 +53,58 @@ struct Factor {
   }
 };
 
-// out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS.  in, out: float32
+// A block of the weight, whose cache lines are asked for in shares, while the block before it is packed and multiplied.
+class Upcoming {
+ public:
+  Upcoming(const Factor& w, int64_t q0, int64_t n, int64_t p0, int64_t depth, int64_t shares)
+      : row_(w.at(q0, p0)),
+        stride_((w.along_p() ? w.stride_q : w.stride_p) * item_size(w.dtype)),
+        rows_(w.along_p() ? n : depth),
+        lines_(blocks((w.along_p() ? depth : n) * item_size(w.dtype), LINE)),
+        share_(blocks(rows_ * lines_, shares)) {}
+
+  void ask() {
+    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + line_ * LINE, 0, 2);
+      if (++line_ == lines_) line_ = 0, --rows_, row_ += stride_;
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;  // bytes
+  const char* row_;
+  int64_t stride_, rows_, lines_, share_, line_ = 0;
+};
+
+// out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS; the rows of w from next_q on, where there
+// are any, are those of the product after this one.  in, out: float32
 class Product {
  public:
   Product(const Factor& w, bool unpacked)
       : w_(w), unpacked_(unpacked), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]) {}
 
-  void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add) {
+  void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add,
+                  int64_t next_q) {
     if (unpacked_) {
       tile(in, out, 0, m, 0, 0);
       return k_.dot(from_, 0, m, w_.dtype, w_.at(q0, 0), w_.stride_q, n, w_.p, to_);
     }
     for (int64_t p0 = 0; p0 < w_.p; p0 += DEPTH) {
       int64_t depth = std::min(DEPTH, w_.p - p0);
-      for (int64_t j = 0; j < n; j += k_.width) pack(q0 + j, std::min(k_.width, n - j), p0, depth, panel(j, depth));
+      bool last = p0 + depth == w_.p;
+      int64_t next = last ? next_q : q0, next_p = last ? 0 : p0 + depth;
+      Upcoming upcoming(w_, next, std::min(n, w_.q - next), next_p, std::min(DEPTH, w_.p - next_p),
+                        (blocks(depth, STEP) + blocks(m, ROWS)) * blocks(n, k_.width));
+      for (int64_t j = 0; j < n; j += k_.width) {
+        for (int64_t p = 0; p < depth; p += STEP) {
+          pack(q0 + j, std::min(k_.width, n - j), p0 + p, std::min(STEP, depth - p), panel(j, depth) + p * k_.width);
+          upcoming.ask();
+        }
+      }
       for (int64_t t = 0; t < m; t += ROWS) {
         int64_t count = std::min(ROWS, m - t);
         for (int64_t j = 0; j < n; j += k_.width) {
+          upcoming.ask();
           tile(in, out, t, count, p0, j);
           multiply(count, panel(j, depth), depth, std::min(k_.width, n - j), add || p0 > 0);
         }
@@ -91,8 +126,7 @@ class Product {
   void pack(int64_t q0, int64_t n, int64_t p0, int64_t depth, float* panel) {
     int64_t width = k_.width;
     if (w_.along_p()) {
-      int64_t next = p0 + DEPTH < w_.p ? DEPTH : COLUMNS * w_.stride_q - p0;
-      k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width, next);
+      k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width);
     } else {
       for (int64_t i = 0; i < depth; ++i) k_.widen(w_.dtype, w_.at(q0, p0 + i), panel + i * width, n);
     }
@@ -189,7 +223,7 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
       Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
       if (start && start.data != out.data)
         for (int64_t t = 0; t < count; ++t) std::memcpy(to.at(t), start.at(t0 + t, q0), n * sizeof(float));
-      product(from, count, q0, n, to, bool(start));
+      product(from, count, q0, n, to, bool(start), task + 1 < end ? (task + 1) / parts * width : q);
       for (int64_t t = 0; shift && t < count; ++t)
         kernels<float>().add(reinterpret_cast<float*>(to.at(t)), shift + q0, n);
     }
@@ -225,7 +259,7 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
     Buffer<float> sums(m, width);
     for (int64_t block = begin; block < end; ++block) {
       int64_t q0 = block * width, n = std::min(width, weight.q - q0);
-      product(rows, m, q0, n, sums.rows(), false);
+      product(rows, m, q0, n, sums.rows(), false, block + 1 < end ? q0 + width : weight.q);
       done(q0, n, sums.rows());
     }
   });

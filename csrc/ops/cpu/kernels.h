@@ -34,10 +34,8 @@ struct Kernels {
                int64_t columns, bool accumulate, Next);
   // y[n] += sum over r of s[r] b[n * ldb + r] for r < rank, n < columns.
   void (*project)(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns);
-  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype. Where `next`
-  // is not 0, what lies that many elements further on is asked for.
-  void (*transpose)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo,
-                    int64_t next);
+  // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype.
+  void (*transpose)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo);
   // x[i] += b[i] for i < n.
   void (*add)(C* x, const C* b, int64_t n);
   // out[i] = x[i] l[i] for i < n; out may be x.

@@ -421,8 +421,7 @@ inline void transpose_eight(const A* in, int64_t ldi, float scale, float* out, i
 #endif
 
 template <class C>
-void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo,
-               int64_t next) {
+void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo) {
   constexpr int64_t N = BYTES >= 32 && sizeof(C) == 4 ? 8 : 4;
   typed<C>(dtype, in, [&](auto* from) {
     // Cache lines are used whole, since those of rows a power of two apart evict one another.
@@ -431,7 +430,6 @@ void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t c
     for (; j < end; j += LINE) {
       int64_t line = j + LINE < end ? j + LINE : end, i = 0;
       for (; i + N <= rows; i += N) {
-        for (int64_t l = i; next && l < i + N; ++l) __builtin_prefetch(from + l * ldi + j + next, 0, 2);
         for (int64_t l = j; l < line; l += N) {
 #if BYTES >= 32
           if constexpr (N == 8) transpose_eight(from + i * ldi + l, ldi, scale, out + l * ldo + i, ldo);

@@ -344,7 +344,7 @@ void expand(const Branch<C>& branch, const C* s, int64_t s_stride, const Target<
       return;
     }
     auto c = scratch<C>(rank * COLUMN_BLOCK);
-    k.transpose(native<C>, b.data, b.stride, n, rank, adapter.scaling, c.get(), COLUMN_BLOCK, 0);
+    k.transpose(native<C>, b.data, b.stride, n, rank, adapter.scaling, c.get(), COLUMN_BLOCK);
     expand_block<C>(row, rank, c.get(), COLUMN_BLOCK, block, adapter.tokens, n0 + task.begin, n, Dropout{});
   });
 }
@@ -368,7 +368,7 @@ void expand_backward(const Branch<C>& branch, Rows dy, const C* s, int64_t s_str
       auto stage = scratch<C>(adapter.b.dtype == native<C> ? 0 : COLUMN_BLOCK * rank);
       Rows b = dense(adapter.b, task.begin, columns, rank, stage.get());
       kernels<C>().transpose(native<C>, b.data, b.stride, columns, rank, adapter.scaling,
-                             bt[task.index].get() + task.begin, n, 0);
+                             bt[task.index].get() + task.begin, n);
     });
     auto tasks = cut(adapters, TOKEN_BLOCK, [](const Adapter& a) { return a.tokens.count; });
     parallel(tasks, multiply_adds(branch, n), [&](const Task& task) {
