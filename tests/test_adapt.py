@@ -1200,4 +1200,4 @@ def test_training_is_the_same_by_our_product(method, monkeypatch):
     for name, gradient in found[0].items():
         assert (gradient is None) == (found[1][name] is None), name
         if gradient is not None:
-            close(gradient, found[1][name])
+            assert (gradient - found[1][name]).norm() <= 1e-4 * gradient.norm() + 1e-9, name
