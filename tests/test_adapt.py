@@ -33,6 +33,7 @@ from pyfastpeft import (
     unload,
     unmerge_adapter,
 )
+from pyfastpeft.layers import LoRALinear
 from pyfastpeft.layers.adapted import BaseLinear, carriers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -1170,7 +1171,20 @@ def test_layers_that_carry_nothing_run_our_product_while_adapters_run(everywhere
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert base_layers(twin) == linear - targets
         assert torch.equal(output(twin, given), output(model, given))
-    assert_same(snapshot(unload(model)), before)
+    head, layer = model.lm_head, model.model.layers[0].mlp.up_proj
+    assert torch.equal(head(input=torch.ones(2, HIDDEN)), head(torch.ones(2, HIDDEN)))
+    LoRALinear.from_linear(layer, rank=2)
+    was = layer.forward
+    layer.forward = lambda x: was(x)
+    with torch.autocast("cpu", torch.bfloat16), disable_adapter(model):
+        assert not base_layers(model)
+    assert base_layers(model) == linear - targets - {"model.layers.0.mlp.up_proj"}
+    del layer.forward
+    set_adapter(model, "default")
+    assert base_layers(model) == linear - targets
+    with disable_adapter(model):
+        assert_same(snapshot(unload(model)), before)
+    assert_same(snapshot(model), before)
 
 
 def test_layers_with_a_forward_or_a_weight_of_their_own_kind_stay_as_they_are(everywhere):

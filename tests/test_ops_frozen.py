@@ -139,3 +139,12 @@ def test_nothing_and_nonsense_are_torchs(backend):
     ):
         with pytest.raises(RuntimeError):
             ops.frozen_linear(*bad)
+    nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
+    assert torch.equal(ops.frozen_linear(nested, weight, bias)[1], F.linear(nested, weight, bias)[1])
+
+
+def test_gradients_of_wide_heads_are_formed_in_parts(backend):
+    inputs = inputs_of(70, 8, 2**20, torch.bfloat16)  # more than 2**26 elements
+    (dx,) = torch.autograd.grad(ops.frozen_linear(**inputs)[:, :3].sum(), inputs["x"])
+    expected = inputs["weight"][:3].double().sum(0).expand(70, 8)
+    torch.testing.assert_close(dx.double(), expected, rtol=0, atol=expected.norm().item() * 2**-8)

@@ -109,7 +109,6 @@ void refuse_all(torch::stable::detail::StableLibrary& m) {
                                               bool, bool, bool>)));
   m.impl("linear_call", TORCH_BOX((&refuse<O, T, T, O>)));
   m.impl("linear_gradient", TORCH_BOX((&refuse<O, T, T>)));
-  m.impl("prefers_own_linear", TORCH_BOX((&refuse<bool, T>)));
   m.impl("multi_lora_call", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
   m.impl("multi_lora_call_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
 }

@@ -154,10 +154,10 @@ class AdaptedLinear(AdaptedMatrix, nn.Linear):
 
 
 class BaseLinear(nn.Linear):
-    """torch.nn.Linear that carries nothing, in a model some of whose adapters run."""
+    """torch.nn.Linear without a `Part`, in a model some of whose adapters run."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.frozen_linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.frozen_linear(input, self.weight, self.bias)
 
 
 class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
@@ -202,7 +202,7 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     if kind is NonDynamicallyQuantizableLinear:  # nn.MultiheadAttention reads its weight and never calls it
         return None
     if issubclass(kind, nn.Linear) and not issubclass(kind, Adapted):
-        foreign = kind.forward is not nn.Linear.forward
+        foreign = kind.forward not in (nn.Linear.forward, BaseLinear.forward)
         own = {"plain": False if foreign else AdaptedLinear.plain, "foreign": foreign}
         return type(f"Adapted{kind.__name__}", (AdaptedMatrix, kind), own)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
@@ -299,7 +299,7 @@ def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     own = sorted(each for each in names if hasattr(module, each))
     checks.need(not own, "attach", "module", f"a {type(module).__name__} with {own} of its own", "without")
     if swaps:
-        set_class(module, carrier_class(type(module)))
+        _set_class(module, carrier_class(type(module)))
     if kind not in _parts(module):
         setattr(module, kind, Parts())
     if "active" not in module.__dict__:
@@ -315,13 +315,13 @@ def detach(module: nn.Module, name: str) -> None:
         if not parts:
             delattr(module, kind)
             if kind == "adapters" and isinstance(module, Adapted):
-                set_class(module, _plain_class(type(module)))
+                _set_class(module, _plain_class(type(module)))
     if not _parts(module):
         del module.active
 
 
-def set_class(module, kind):
-    """Swap a module's class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
+def _set_class(module, kind):
+    """Swap the class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
     held = {key: module.__dict__[key] for key in ("_old_forward", "forward") if key in module.__dict__}
     bound = [key for key, value in held.items() if getattr(value, "__func__", None) is type(module).forward]
     given = f"a {type(module).__name__} whose forward is replaced by {held.get('forward')!r}"

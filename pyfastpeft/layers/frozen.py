@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ..ops import checks
 from ..ops.reference import accumulation
+from .adapted import BaseLinear
 
 
 class FrozenLinear(nn.Module):
@@ -13,7 +14,7 @@ class FrozenLinear(nn.Module):
         """Initialise with the parameters of `linear`, which are shared, not copied, and frozen."""
         super().__init__()
         name = type(self).__name__
-        if type(linear) is not nn.Linear:  # a subclass may hold or compute something else
+        if type(linear) not in (nn.Linear, BaseLinear):  # a subclass may hold or compute something else
             raise TypeError(f"{name}: linear is a {type(linear).__name__}; it must be exactly a torch.nn.Linear")
         checks.floating(name, "linear.weight", linear.weight)
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -108,11 +108,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        left = {module for _, module in carriers(model)}  # some may have been deleted meanwhile
         for module, active, merged in before:
-            activate(module, active)
+            if module in left:
+                activate(module, active)
+            merged = tuple(name for name in merged if module in left and name in module.adapters)
             if merged:
                 module.merge(merged)
-        inject.set_base_layers(model, any(active for _, active, _ in before))
+        inject.set_base_layers(model, any(module.active for module in left))
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

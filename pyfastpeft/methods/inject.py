@@ -15,7 +15,6 @@ from ..layers.adapted import (
     adapted_class,
     attach,
     carriers,
-    set_class,
     uncompiled,
 )
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
@@ -78,15 +77,17 @@ def _calls_layers(module, args):
 
 
 def set_base_layers(model: nn.Module, adapted: bool) -> None:
-    """Let the linear layers that carry nothing run our own product where it is faster than torch's, while adapters run;
+    """Let the linear layers without parts run our own product where it is faster than torch's, while adapters run;
     else torch's, so that the model computes bit by bit what it did without them."""
     for module in own_modules(model).values():
-        if type(module) is BaseLinear and not adapted:
-            set_class(module, nn.Linear)
-        elif type(module) is nn.Linear and adapted and type(module.weight) is nn.Parameter:
-            own = "forward" in module.__dict__ or "_old_forward" in module.__dict__
-            if not own and prefers_own_linear(module.weight):
-                set_class(module, BaseLinear)
+        kind = type(module)
+        if kind is not nn.Linear and kind is not BaseLinear:
+            continue
+        wanted = adapted and type(module.weight) is nn.Parameter and prefers_own_linear(module.weight)
+        if not wanted:
+            module.__class__ = nn.Linear
+        elif not {"forward", "_old_forward"} & module.__dict__.keys():
+            module.__class__ = BaseLinear
 
 
 # --- what a layer is -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from . import native, native_calls
 from .arguments import without_autocast
+from .dispatch import FLOATS
 
 
 class _Frozen(Function):
@@ -28,29 +29,32 @@ class _Frozen(Function):
         return dy @ weight if dx is None else dx, None, None
 
 
-def _trains(tensor):
-    return tensor is not None and tensor.requires_grad
-
-
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x weight^T + bias, as `torch.nn.functional.linear` takes and returns it.
+    """y = x weight^T + bias, as `torch.nn.functional.linear` takes and returns it: [..., K], [N, K], [N] to [..., N].
 
-    Where that is slow, on a CPU in a dtype for which `prefers_own_linear`, the product that runs under the other ops'
-    adapters serves, forward and backward, unless weight or bias require a gradient; else torch's own. Either way
-    gradients of any order reach x, and errors are torch's.
+    Where that is slow (`prefers_own_linear`) the product that runs under the other ops' adapters serves, forward and
+    backward. torch's own does on other devices and in other dtypes, where gradients of weight or bias are formed, under
+    autocast, transforms, modes and torch.compile, and for x that is empty or has gaps. Either way gradients of any
+    order reach x, and errors are torch's.
     """
-    mode = native_calls.mode(x, weight, bias)
-    if mode == "inference":
-        y = native_calls.linear_call(x, weight, bias)
-        if y is not None:
-            return y
-    elif mode == "training" and not (_trains(weight) or _trains(bias) or torch._C._are_functorch_transforms_active()):
-        with suppress(native_calls.Declined):
-            return _Frozen.apply(x, weight, bias)
+    if prefers_own_linear(weight) and not x.is_nested:
+        mode = native_calls.mode(x, weight, bias)
+        if mode == "inference":
+            y = native_calls.linear_call(x, weight, bias)
+            if y is not None:
+                return y
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if mode == "training" and not trains and not torch._C._are_functorch_transforms_active():
+            with suppress(native_calls.Declined):
+                return _Frozen.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+_EMPTY = [torch.empty(0, dtype=dtype, device="cpu") for dtype in FLOATS] if native.AVAILABLE else []
+_SLOW = {weight.dtype for weight in _EMPTY if torch.ops.pyfastpeft.prefers_own_linear(weight)}
+
+
 def prefers_own_linear(weight: Tensor) -> bool:
-    """Whether this is a matrix on a CPU of whose products torch is slow: of a 16-bit dtype that this CPU has no
-    instructions for, or of float32 where torch's library is not made for it (PYFASTPEFT_CPU_MATMUL decides)."""
-    return native.AVAILABLE and torch.ops.pyfastpeft.prefers_own_linear(weight)
+    """Whether torch is slow at products by this weight: on a CPU, of a 16-bit dtype that the CPU has no instructions
+    for, or of float32 where torch's library is not made for it (PYFASTPEFT_CPU_MATMUL decides)."""
+    return weight.dtype in _SLOW and weight.device.type == "cpu"

@@ -1,7 +1,8 @@
 """One native call on the CPU for a whole op, or for one pass of it in training, that checks its arguments itself.
 
 If something about a call is unusual, the native op declines before it has written anything, and the op in Python takes
-over: its checks and messages, casts, copies and gradients. The result is the same either way, bit by bit.
+over: its checks and messages, casts, copies and gradients. The result is the same either way, bit by bit, but for
+`linear_call` and `linear_gradient`: for them torch's product takes over.
 
     linear_call(x, weight, bias)                            y, or None: declined, also where torch is faster
     linear_gradient(dy, weight)                             dx, or None

@@ -394,47 +394,70 @@ inline void transpose_four(const A* in, int64_t ldi, C scale, C* out, int64_t ld
 }
 
 #if BYTES >= 32
-// The same for i, j < 8.
-template <class A>
-inline void transpose_eight(const A* in, int64_t ldi, float scale, float* out, int64_t ldo) {
-  __m256 a[8], b[8], factor = _mm256_set1_ps(scale);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = (__m256)load_lanes<float, 8>(in + i * ldi);
+// a[j][i] = a[i][j] for i, j < 8.
+inline void transpose_eight(__m256 (&a)[8]) {
+  __m256 b[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
   }
+  __m256 c[8];
 #pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    c[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    c[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    c[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    c[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    _mm256_storeu_ps(out + j * ldo, _mm256_mul_ps(factor, _mm256_permute2f128_ps(a[j], a[j + 4], 0x20)));
-    _mm256_storeu_ps(out + (j + 4) * ldo, _mm256_mul_ps(factor, _mm256_permute2f128_ps(a[j], a[j + 4], 0x31)));
+    a[j] = _mm256_permute2f128_ps(c[j], c[j + 4], 0x20);
+    a[j + 4] = _mm256_permute2f128_ps(c[j], c[j + 4], 0x31);
+  }
+}
+
+// out[j][i] = scale * in[i][j] for i < 8, j < 8; for bfloat16 j < 16, two of a row at a time.
+template <class A>
+inline void transpose_rows(const A* in, int64_t ldi, float scale, float* out, int64_t ldo) {
+  constexpr bool PAIRS = std::is_same_v<A, bf16>;
+  __m256 a[8], factor = _mm256_set1_ps(scale);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    a[i] = PAIRS ? load_bits<__m256>(in + i * ldi) : (__m256)load_lanes<float, 8>(in + i * ldi);
+  transpose_eight(a);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (PAIRS) {
+      __m256i bits = _mm256_castps_si256(a[j]), upper = _mm256_set1_epi32((int)0xffff0000);
+      __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+      __m256 second = _mm256_castsi256_ps(_mm256_and_si256(bits, upper));
+      _mm256_storeu_ps(out + 2 * j * ldo, _mm256_mul_ps(factor, first));
+      _mm256_storeu_ps(out + (2 * j + 1) * ldo, _mm256_mul_ps(factor, second));
+    } else {
+      _mm256_storeu_ps(out + j * ldo, _mm256_mul_ps(factor, a[j]));
+    }
   }
 }
 #endif
 
 template <class C>
 void transpose(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo) {
-  constexpr int64_t N = BYTES >= 32 && sizeof(C) == 4 ? 8 : 4;
   typed<C>(dtype, in, [&](auto* from) {
+    using A = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+    constexpr bool EIGHT = BYTES >= 32 && sizeof(C) == 4;
+    constexpr int64_t R = EIGHT ? 8 : 4, N = EIGHT && std::is_same_v<A, bf16> ? 16 : R;
     // Cache lines are used whole, since those of rows a power of two apart evict one another.
-    constexpr int64_t LINE = 64 / sizeof(*from);
+    constexpr int64_t LINE = 64 / sizeof(A);
     int64_t j = 0, end = columns / N * N;
     for (; j < end; j += LINE) {
       int64_t line = j + LINE < end ? j + LINE : end, i = 0;
-      for (; i + N <= rows; i += N) {
+      for (; i + R <= rows; i += R) {
         for (int64_t l = j; l < line; l += N) {
 #if BYTES >= 32
-          if constexpr (N == 8) transpose_eight(from + i * ldi + l, ldi, scale, out + l * ldo + i, ldo);
+          if constexpr (EIGHT) transpose_rows(from + i * ldi + l, ldi, scale, out + l * ldo + i, ldo);
 #endif
-          if constexpr (N == 4) transpose_four(from + i * ldi + l, ldi, scale, out + l * ldo + i, ldo);
+          if constexpr (!EIGHT) transpose_four(from + i * ldi + l, ldi, scale, out + l * ldo + i, ldo);
         }
       }
       for (; i < rows; ++i)

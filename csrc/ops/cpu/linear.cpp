@@ -1,11 +1,15 @@
 // A frozen layer without adapters, for CPUs and dtypes of which torch's own product is slow.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "ops/cpu/adapted_linear.h"
 
 namespace pyfastpeft {
 
 namespace {
+
+constexpr int64_t WIDENED = 1 << 26;  // elements of dy that are float32 at a time: heads are as wide as a vocabulary
 
 bool prefers_own_linear(const Tensor& weight) {
   auto dtype = float_dtype(weight);
@@ -34,10 +38,15 @@ OptionalTensor linear_gradient(const Tensor& dy, const Tensor& weight) {
   int64_t n = weight.size(0), k = weight.size(1), m = dy.numel() / n;
   Tensor dx = empty_rows(dy, k), out = as_matrix(dx, m, k, k);
   if (upcasts(gradient.dtype)) {
-    Buffer<float> wide(m, n), sum(m, k);
-    convert(gradient, wide.rows(), m, n);
-    input_gradient(wide, m, weight, false, sum);
-    convert(sum.rows(), rows_of(out, m, k, "dx"), m, k);
+    int64_t height = std::max<int64_t>(1, std::min(m, WIDENED / n));
+    Buffer<float> wide(height, n), sum(height, k);
+    Rows to = rows_of(out, m, k, "dx");
+    for (int64_t t = 0; t < m; t += height) {
+      int64_t count = std::min(height, m - t);
+      convert({gradient.dtype, gradient.at(t), gradient.stride}, wide.rows(), count, n);
+      input_gradient(wide, count, weight, false, sum);
+      convert(sum.rows(), {to.dtype, to.at(t), to.stride}, count, k);
+    }
   } else {
     matmul(as_matrix(dy, m, n, gradient.stride), weight, true, std::nullopt, out);
   }
