@@ -76,15 +76,14 @@ class Upcoming {
   int64_t stride_, rows_, lines_, share_, line_ = 0;
 };
 
-// out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS; the rows of w from next_q on, where there
-// are any, are those of the product after this one.  in, out: float32
+// out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS; the rows of w from next_q on, where
+// there are any, are those of the product after this one.  in, out: float32
 class Product {
  public:
   Product(const Factor& w, bool unpacked)
       : w_(w), unpacked_(unpacked), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]) {}
 
-  void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add,
-                  int64_t next_q) {
+  void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add, int64_t next_q) {
     if (unpacked_) {
       tile(in, out, 0, m, 0, 0);
       return k_.dot(from_, 0, m, w_.dtype, w_.at(q0, 0), w_.stride_q, n, w_.p, to_);
