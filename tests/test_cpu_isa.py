@@ -32,8 +32,9 @@ def test_ops_on_an_instruction_set(level):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
-    probe = "import torch, pyfastpeft; o = torch.ops.pyfastpeft; print(o.cpu_capability(), o.cpu_matmul())"
-    assert subprocess.check_output([sys.executable, "-c", probe], env=env, text=True).split() == [level, "own"]
+    own = "pyfastpeft.ops.frozen.prefers_own_linear(torch.ones(1))"
+    probe = f"import torch, pyfastpeft; print(torch.ops.pyfastpeft.cpu_capability(), {own})"
+    assert subprocess.check_output([sys.executable, "-c", probe], env=env, text=True).split() == [level, "True"]
 
 
 @pytest.mark.parametrize("name", ["PYFASTPEFT_CPU_ISA", "PYFASTPEFT_CPU_MATMUL"])

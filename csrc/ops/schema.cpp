@@ -81,7 +81,6 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
   m.def("linear_gradient(Tensor dy, Tensor weight) -> Tensor?");
   m.def("prefers_own_linear(Tensor weight) -> bool");
   m.def("cpu_capability() -> str");
-  m.def("cpu_matmul() -> str");
   m.def("cuda_capability() -> str");
 }
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import pyfastpeft
 from pyfastpeft.ops import dispatch, host, lora_linear, native, use_backend
+from pyfastpeft.ops.frozen import prefers_own_linear
 
 from ..methods.tables import table
 
@@ -68,8 +69,8 @@ def installed(package: str) -> str | None:
 
 
 def _cpu():
-    cpu = torch.ops.pyfastpeft
-    return f"{cpu.cpu_capability()}; {cpu.cpu_matmul()} float32 matmul"
+    whose = "own" if prefers_own_linear(torch.empty(0, dtype=torch.float32)) else "torch"
+    return f"{torch.ops.pyfastpeft.cpu_capability()}; {whose} float32 matmul"
 
 
 def _backend(name, present, packages):

@@ -281,14 +281,10 @@ namespace {
 
 std::string capability() { return cpu_capability(); }
 
-// Whose products by float32 weights are taken.
-std::string whose_matmul() { return fast_matmul(Dtype::f32) ? "torch" : "own"; }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&capability));
-  m.impl("cpu_matmul", TORCH_BOX(&whose_matmul));
 }
 
 }  // namespace pyfastpeft

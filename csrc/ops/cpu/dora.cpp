@@ -1,13 +1,12 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <tuple>
 
-#include "ops/cpu/base.h"
+#include "ops/cpu/adapted_linear.h"
 #include "ops/cpu/by_sums.h"
-#include "ops/cpu/lowrank.h"
 #include "ops/cpu/scale.h"
 
 namespace pyfastpeft {
@@ -133,9 +132,7 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
     if constexpr (sizeof(C) == 4) {
       Buffer<float> du(m, n), whole(m, k);
       scaled(du.rows());
-      matmul_upcast(du.data.get(), m, weight, true, [&](int64_t k0, int64_t columns, Rows block) {
-        for (int64_t t = 0; t < m; ++t) std::memcpy(whole.rows().at(t, k0), block.at(t), columns * sizeof(float));
-      });
+      input_gradient(du, m, weight, false, whole);
       low_rank(whole.rows(), whole.rows());
       convert(whole.rows(), out, m, k);
     }

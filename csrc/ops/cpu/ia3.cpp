@@ -1,10 +1,9 @@
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <memory>
 #include <tuple>
 
-#include "ops/cpu/base.h"
+#include "ops/cpu/adapted_linear.h"
 #include "ops/cpu/by_sums.h"
 #include "ops/cpu/scale.h"
 
@@ -73,10 +72,7 @@ void ia3_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weigh
         scale_and_reduce<float>(gradient, product, l.get(), wide.rows(), dl, m, n);
         if (!dx) return;
       }
-      matmul_upcast(wide.data.get(), m, weight, true, [&](int64_t k0, int64_t columns, Rows block) {
-        for (int64_t t = 0; t < m; ++t)
-          std::copy_n(block.at(t), columns * sizeof(float), inner.rows().at(t, k0));
-      });
+      input_gradient(wide, m, weight, false, inner);
       if (feedforward) {
         scale_and_reduce<float>(inner.rows(), in, l.get(), out, dl, m, k);
       } else {
