@@ -113,6 +113,46 @@ def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
     assert_error_rule(ours, theirs, inputs)
 
 
+@pytest.mark.parametrize("dtype", SHORT)
+def test_ia3_scales_the_sum_with_the_bias_before_it_is_rounded(dtype):
+    """Where the bias nearly cancels the product, one that is rounded on its way would show."""
+    x = (20 * torch.randn(64) + 0.05 * torch.randn(64, 64)).to(dtype).requires_grad_()
+    weight = (torch.randn(48, 64) / 8).to(dtype)
+    inputs = {"x": x, "weight": weight, "bias": -(x.detach() @ weight.T).double().mean(0).to(dtype)}
+    inputs["ia3_l"] = 1 + torch.rand(48)
+    ours, theirs = (functools.partial(f, feedforward=False) for f in (ops.ia3_linear, unfused_ia3))
+    assert_error_rule(ours, theirs, inputs)
+
+
+# --- few tiles ---
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "multi_lora_linear", "ia3_linear"])
+def test_too_few_tiles_for_the_multiprocessors_go_to_torch(monkeypatch, op):
+    """The product of gemm.h rounds once, others twice or more: so their bits differ."""
+    x, weight, bias, lora_A, lora_B, ia3_l = (
+        random(*shape, dtype=torch.bfloat16, grad=False) for shape in [(300, 64), (48, 64), (48,), (8, 64), (48, 8), (48,)]
+    )
+
+    def passes(multiprocessors, capability):
+        monkeypatch.setenv("PYFASTPEFT_EMULATED_SMS", str(multiprocessors))
+        monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", str(capability))
+        leaf = x.clone().requires_grad_()
+        if op == "ia3_linear":
+            y = ops.ia3_linear(leaf, weight, bias, ia3_l, False)
+        elif op == "lora_linear":
+            y = ops.lora_linear(leaf, weight, bias, lora_A, lora_B, 0.7)
+        else:
+            slots = routed(torch.zeros(300, dtype=torch.int64), 1)
+            y = ops.multi_lora_linear(leaf, weight, bias, lora_A[None], lora_B[None], slots, 0.7)
+        return [y, *(torch.autograd.grad(y.float().square().sum(), leaf) if op != "ia3_linear" else ())]
+
+    without = passes(132, 8)
+    for few, many, other in zip(passes(132, 9), passes(3, 9), without):
+        assert torch.equal(few, other)
+        assert not torch.equal(many, other)
+
+
 # --- gradients whose rows are one and the same ---
 
 

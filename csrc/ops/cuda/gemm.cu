@@ -4,12 +4,14 @@ namespace pyfastpeft {
 
 #ifdef PYFASTPEFT_CUTLASS
 
-bool gemm_available() {
-  int device = 0, major = 0;
+bool gemm_pays(int64_t rows, int64_t columns) {
+  int device = 0, major = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) cudaGetLastError();
-  return major == 9;
+  int64_t tiles = (rows + kTailBlock - 1) / kTailBlock * 2 * ((columns + kTileColumns - 1) / kTileColumns);
+  return major == 9 && 4 * tiles >= 3 * multiprocessors;
 }
 
 const char* gemm(const Gemm& it, cudaStream_t stream) {
@@ -19,7 +21,7 @@ const char* gemm(const Gemm& it, cudaStream_t stream) {
 
 #else
 
-bool gemm_available() { return false; }
+bool gemm_pays(int64_t, int64_t) { return false; }
 
 const char* gemm(const Gemm&, cudaStream_t) { return "this library was built without CUTLASS"; }
 

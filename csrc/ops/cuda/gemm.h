@@ -7,10 +7,11 @@
 
 namespace pyfastpeft {
 
-constexpr int kTailBlock = 256;  // rows that have the same tail_right
+constexpr int kTailBlock = 256;    // rows that have the same tail_right
+constexpr int kTileColumns = 256;  // of out that a multiprocessor computes at a time, for half as many rows as that
 
-// out[m, n] = scale[n] * (sum over k of left[m, k] right(k, n) + sum over j of tail_left[m, j] tail_right(a, j, n)) +
-// bias[n], where a is tail_of_block[m / kTailBlock], or 0 without it. Of an a outside [0, tails) tail_right is zeros.
+// out[m, n] = scale[n] * (sum over k of left[m, k] right(k, n) + sum over j of tail_left[m, j] tail_right(a, j, n) +
+// bias[n]), where a is tail_of_block[m / kTailBlock], or 0 without it. Of an a outside [0, tails) tail_right is zeros.
 //
 // All matrices are of one 16-bit dtype, sums are float32 and rounded once. Rows of left, tail_left and out are contiguous
 // at the given strides (in elements); right and tail_right are contiguous along k and j (as weight [N, K] and lora_B
@@ -31,8 +32,9 @@ struct Gemm {
   int64_t out_stride = 0;
 };
 
-// Whether this library holds the product and the current device can run it (sm_90).
-bool gemm_available();
+// Whether this library holds the product and the current device can run it (sm_90), with tiles of an out of this size
+// for at least three quarters of its multiprocessors: with fewer, torch's product, whose tiles adapt, is faster.
+bool gemm_pays(int64_t rows, int64_t columns);
 
 // Null, or what went wrong.
 const char* gemm(const Gemm&, cudaStream_t);

@@ -80,19 +80,21 @@ struct WithTail : Single {
 // The types of one kernel: tiles of 128 x 256 in clusters of two, which share what they read of `right`.
 template <class Element, bool kBackward>
 struct HopperGemm {
-  using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
+  using Tile = cute::Shape<cute::_128, cute::Int<kTileColumns>, cute::_64>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using RowMajor = cutlass::layout::RowMajor;
   using Right = cute::conditional_t<kBackward, RowMajor, cutlass::layout::ColumnMajor>;
 
-  // scale[n] * sum + bias[n], rounded once
+  // scale[n] * (sum + bias[n]), rounded once
   template <class Vector>
   using PerColumn = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, Vector, float>;
-  using ScaleAndShift =
-      cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float,
-                                             cutlass::FloatRoundStyle::round_to_nearest>;
-  using Finish = cutlass::epilogue::fusion::Sm90EVT<ScaleAndShift, PerColumn<float>,
-                                                    cutlass::epilogue::fusion::Sm90AccFetch, PerColumn<Element>>;
+  template <template <class> class Function, class Out>
+  using Compute = cutlass::epilogue::fusion::Sm90Compute<Function, Out, float,
+                                                         cutlass::FloatRoundStyle::round_to_nearest>;
+  using Shifted = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::plus, float>,
+                                                     cutlass::epilogue::fusion::Sm90AccFetch, PerColumn<Element>>;
+  using Finish =
+      cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::multiplies, Element>, PerColumn<float>, Shifted>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -134,7 +136,7 @@ struct HopperGemm {
                    rank,
                    static_cast<int>(gemm.tails),
                    gemm.tail_of_block};
-    it.epilogue.thread = {{gemm.scale, 1.0f}, {}, {static_cast<const Element*>(gemm.bias), Element(0.0f)}, {}};
+    it.epilogue.thread = {{gemm.scale, 1.0f}, {{}, {static_cast<const Element*>(gemm.bias), Element(0.0f)}, {}}, {}};
     it.epilogue.ptr_D = static_cast<Element*>(gemm.out);
     it.epilogue.dD = strides<typename Kernel::StrideD>(gemm.out_stride);
     it.scheduler.max_swizzle_size = 8;  // neighbours in time share rows and columns, which then stay in L2

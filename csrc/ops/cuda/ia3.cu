@@ -154,33 +154,29 @@ void scale_and_sum(const Tensor& like, const Rows& a, const Rows& b, AnyFloats l
   });
 }
 
-// wide = l;  shift = l * bias, unless bias is null.  l, bias, wide, shift: [N]
-template <class T>
-__global__ void __launch_bounds__(kLanes* kGroups)
-    epilogue_kernel(AnyFloats l, const T* bias, float* wide, T* shift, int64_t columns) {
+// wide = l.  l, wide: [N]
+__global__ void __launch_bounds__(kLanes* kGroups) widen_kernel(AnyFloats l, float* wide, int64_t columns) {
   int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (n >= columns) return;
-  float factor = l.at<float>(n);
-  wide[n] = factor;
-  if (bias) shift[n] = static_cast<T>(factor * static_cast<float>(bias[n]));
+  if (n < columns) wide[n] = l.at<float>(n);
 }
 
 // y = (x weight^T + bias) * l in the product's epilogue, y rounded once; false where the product is not to be had.
 bool forward_by_gemm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, AnyFloats l, const Rows& in,
                      const Rows& out, int64_t m, int64_t n, int64_t k, cudaStream_t stream) {
   if (item_size(in.dtype) != 2 || weight.stride(1) != 1 || k % 8 || n % 8) return false;
+  if (bias && dtype_of(*bias, "bias") != in.dtype) return false;
   Rows w = rows_of(weight, n, k, "weight");
   if (in.stride == 0) return false;  // no tensor map describes rows that are one and the same
-  if (!in_runs(in, k) || !in_runs(w, k) || !in_runs(out, n) || !gemm_available()) return false;
-  Tensor wide = scratch(x, {n}, ScalarType::Float), shift = scratch(x, {n}, x.scalar_type());
-  auto prepare = [&]<class T>(T) {
-    auto* from = bias ? reinterpret_cast<const T*>(contiguous(*bias, {n}, "bias")) : nullptr;
-    launch(epilogue_kernel<T>, dim3((n + 255) / 256), dim3(256), 0, stream, l, from,
-           static_cast<float*>(wide.mutable_data_ptr()), static_cast<T*>(shift.mutable_data_ptr()), n);
-  };
-  bool bfloat16 = in.dtype == Dtype::bf16;
-  bfloat16 ? prepare(__nv_bfloat16{}) : prepare(__half{});
-  multiply({.bfloat16 = bfloat16,
+  if (!in_runs(in, k) || !in_runs(w, k) || !in_runs(out, n) || !gemm_pays(m, n)) return false;
+  OptionalTensor wide;
+  auto* scale = static_cast<const float*>(l.data);
+  if (l.dtype != Dtype::f32) {
+    wide = scratch(x, {n}, ScalarType::Float);
+    scale = static_cast<const float*>(wide->const_data_ptr());
+    launch(widen_kernel, dim3((n + 255) / 256), dim3(kLanes * kGroups), 0, stream, l,
+           static_cast<float*>(wide->mutable_data_ptr()), n);
+  }
+  multiply({.bfloat16 = in.dtype == Dtype::bf16,
             .rows = m,
             .columns = n,
             .depth = k,
@@ -188,8 +184,8 @@ bool forward_by_gemm(const Tensor& x, const Tensor& weight, const OptionalTensor
             .right = w.data,
             .left_stride = in.stride,
             .right_stride = w.stride,
-            .scale = static_cast<const float*>(wide.const_data_ptr()),
-            .bias = bias ? shift.const_data_ptr() : nullptr,
+            .scale = scale,
+            .bias = bias ? contiguous(*bias, {n}, "bias") : nullptr,
             .out = out.data,
             .out_stride = out.stride},
            stream);

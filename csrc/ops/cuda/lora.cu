@@ -654,7 +654,7 @@ template <class Type>
 void output(const Place& place, const Tensor& x, const LoraLayer& layer, const Tensor& scaled, Tensor y) {
   int64_t m = x.size(0), k = x.size(1), n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
   Activation16 in = activation(x, m, k, "x"), out = activation(y, m, n, "y");
-  if (!layer.weight || !gemm_available()) {
+  if (!layer.weight || !gemm_pays(m, n)) {
     if (layer.weight) base_forward(x, *layer.weight, layer.bias, y);
     return expand<Type>(place, out, scaled, pointer<typename Type::Factor>(layer.lora_B), 1, rank, rank, {}, true);
   }
@@ -735,10 +735,10 @@ void input_gradient(const Place& place, const Tensor& dy, const OptionalTensor& 
                     const Tensor& ds, const Dropout& dropout, Tensor dx) {
   int64_t m = dy.size(0), n = dy.size(1), k = lora_A.size(1), rank = lora_A.size(0);
   Activation16 in = activation(dy, m, n, "dy"), out = activation(dx, m, k, "dx");
-  bool fused = weight && gemm_available() && !dropout.seed;  // a mask has to meet the branch alone
+  bool own = weight && gemm_pays(m, k), fused = own && !dropout.seed;  // a mask has to meet the branch alone
   Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
   STD_TORCH_CHECK(!weight || w.dtype == dtype_of(dy, "dy"), "weight must be of the activations' dtype");
-  if (weight && gemm_available()) {
+  if (own) {
     Tensor factor = fused ? tail<Type>(place, lora_A, rank, k) : lora_A;
     multiply({.bfloat16 = Type::dtype == ScalarType::BFloat16,
               .backward = true,

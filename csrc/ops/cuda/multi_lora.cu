@@ -647,13 +647,13 @@ class Call {
              size, parts);
   }
 
-  // Whether the product of gemm.h takes the base layer, from rows of x to y or from dy to dx, and the branch of more
-  // tokens than go in one launch.
-  bool fits_product(const Rows& from, const Rows& to, const Tensor& weight) const {
+  // Whether the product of gemm.h takes the base layer, from rows of x to the `columns` of y or from dy to those of dx,
+  // and the branch of more tokens than go in one launch.
+  bool fits_product(const Rows& from, const Rows& to, int64_t columns, const Tensor& weight) const {
     if (tokens <= kDecodeTokens || routing.adapters == 0 || routing.rank == 0 || routing.rank > kTailRank) return false;
     if (from.stride == 0) return false;  // no tensor map describes rows that are one and the same
     return weight.stride(1) == 1 && in_runs(rows_of(weight, out, in, "weight"), in) && in_runs(from, in) &&
-           in_runs(to, out) && gemm_available();
+           in_runs(to, out) && gemm_pays(tokens, columns);
   }
 
   // to = from weight^T + bias, or from weight where `backward`, and the branch of the tokens that the tail serves.
@@ -787,7 +787,7 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
     STD_TORCH_CHECK(!bias || dtype_of(*bias, "bias") == in.dtype, "bias must be of the activations' dtype");
     FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, 1, scaling, ranks, order, segments, y, s};
     if (takes(layer)) return fused_layer(layer, call.stream());
-    if (call.fits_product(in, out, *weight)) {
+    if (call.fits_product(in, out, call.out, *weight)) {
       tail = call.tail(call.scales);
     } else {
       base_forward(x, *weight, bias, y);
@@ -821,7 +821,7 @@ void backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& w
   std::optional<typename Call<T, F>::Tail> tail;
   if (dx && weight) {
     check_weight(*weight, call.out, call.in, gradient.dtype);
-    if (call.fits_product(gradient, out, *weight)) tail = call.tail(nullptr);
+    if (call.fits_product(gradient, out, call.in, *weight)) tail = call.tail(nullptr);
   }
   Tensor ds = call.shrunk(), turned = call.transposed(call.b, call.out, rank);
   auto* shrunk = static_cast<float*>(ds.mutable_data_ptr());
