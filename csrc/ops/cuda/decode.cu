@@ -11,12 +11,22 @@ namespace pyfastpeft {
 
 namespace {
 
-constexpr int kStages = 5;
-constexpr int kColumns = 64;   // of y that an item computes
 constexpr int kDepth = 64;     // features of a step: a row of it is 128 bytes in shared memory
 constexpr int kSlices = 4;     // of 16 ranks, whichever adapters', that a step of the tail has
+constexpr int kPass = kThreads / (kDepth * 2 / 16);  // rows of a step that all threads together load at a time
 constexpr int kWanted = 128;   // items that a launch aims at, whatever the device
 constexpr int kFirstCounter = 3;
+
+// How an item of up to `token_tiles` tiles of tokens is cut. More columns for many tokens: their rows of x are read anew
+// for every item, from L2 and from shared memory.
+template <int token_tiles>
+struct CutFor {
+  static constexpr int kRows = kTile * token_tiles, kColumns = token_tiles == 4 ? 128 : 64;  // of y
+  static constexpr int kStages = token_tiles == 4 ? 4 : 5;
+  static constexpr int kRowWarps = token_tiles == 1 ? 1 : 2, kColumnWarps = kWarps / kRowWarps;
+  static constexpr int kRowTiles = token_tiles / kRowWarps, kEights = kColumns / kColumnWarps / 8;  // of a warp
+  static constexpr size_t kStage = (kRows + kColumns) * kDepth * 2;                                 // bytes
+};
 
 template <class T>
 struct Layer {
@@ -34,25 +44,33 @@ struct Layer {
   float* s;             // [T, R] at
   int64_t s_stride;
   float* shrink_planes; // [shrink parts, T, R]
-  float* base_planes;   // [parts - 1, T rounded up to 16s, N rounded up to kColumns]
+  float* base_planes;   // [parts - 1, kRows, N rounded up to kColumns]
   int parts;            // of the features and of the tail: as many items share kColumns columns
 };
 
-// Shared memory of fused_kernel, in order.
-struct FusedShared {
-  size_t tokens, tiles, slices, ranks, ring, total;
+// What a position of `order` is multiplied by.
+struct Adapted {
+  int rank;  // 0 where it has no adapter
+  float scaling;
+};
 
-  __host__ __device__ FusedShared(int rank, int most_tiles, int token_tiles, int count)
+// Shared memory of fused_kernel, in order.
+template <int token_tiles, int count>
+struct FusedShared {
+  using Cut = CutFor<token_tiles>;
+  size_t tokens, adapted, tiles, slices, ranks, ring, total;
+
+  __host__ __device__ FusedShared(int rank, int most_tiles)
       : tokens(16 * sizeof(int)),
-        tiles(tokens + kFusedTokens * sizeof(int)),
+        adapted(tokens + Cut::kRows * sizeof(int)),
+        tiles(adapted + Cut::kRows * sizeof(Adapted)),
         slices(tiles + most_tiles * sizeof(Tile)),
         ranks(rounded(slices + most_tiles * ((rank + 15) / 16) * sizeof(int))),
-        ring(rounded(ranks + (kTile * token_tiles + 1) * padded(rank) * 2)),
-        total(ring + most(kStages * stage(token_tiles), kWarps * kTile * 8 * count * sizeof(float))) {}
+        ring(rounded(ranks + (Cut::kRows + 1) * padded(rank) * 2)),
+        total(ring + most(Cut::kStages * Cut::kStage, kWarps * kTile * 8 * count * sizeof(float))) {}
 
   // Elements of a row of s: as many 16 bytes that eight rows fall on all banks.
   __host__ __device__ static int padded(int rank) { return (rank + 15) / 16 * 16 + 8; }
-  __host__ __device__ static size_t stage(int token_tiles) { return (kTile * token_tiles + kColumns) * kDepth * 2; }
   __host__ __device__ static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
   __host__ __device__ static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 };
@@ -69,13 +87,13 @@ __device__ __forceinline__ int swizzled(int row, int run) { return row * kDepth 
 // resident for another to end. Positions, not tokens, are rows: those of one adapter lie next to each other.
 template <class T, int token_tiles, int count>
 __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* counters, int most_tiles) {
-  constexpr int rows = kTile * token_tiles;
-  // Of a warp: 16 rows, and 8 * token_tiles columns.
-  constexpr int column_warps = kWarps / token_tiles;
+  using Cut = CutFor<token_tiles>;
+  constexpr int rows = Cut::kRows, kColumns = Cut::kColumns, kStages = Cut::kStages, kEights = Cut::kEights;
   auto* memory = shared_memory<char>();
-  FusedShared shared(a.routing.rank, most_tiles, token_tiles, count);
+  FusedShared<token_tiles, count> shared(a.routing.rank, most_tiles);
   auto* numbers = reinterpret_cast<int*>(memory);
   auto* tokens = reinterpret_cast<int*>(memory + shared.tokens);
+  auto* adapted = reinterpret_cast<Adapted*>(memory + shared.adapted);
   auto* tiles = reinterpret_cast<Tile*>(memory + shared.tiles);
   auto* slices = reinterpret_cast<int*>(memory + shared.slices);  // tile * 256 + number of 16 ranks
   auto* shrunk = reinterpret_cast<T*>(memory + shared.ranks);     // [rows + 1, padded], the last row zero
@@ -84,16 +102,24 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
   int *taken = counters, *done = counters + 1, *left = counters + 2, *columns_done = counters + kFirstCounter;
   int next = threadIdx.x == 0 ? atomicAdd(taken, 1) : 0;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, rank = routing.rank;
-  int row_tile = warp / column_warps * kTile, column_tile = warp % column_warps * 8 * token_tiles;
-  int stride = FusedShared::padded(rank);
+  int first_row = warp / Cut::kColumnWarps * Cut::kRowTiles * kTile;  // and column of this warp
+  int first_column = warp % Cut::kColumnWarps * kEights * 8;
+  int stride = shared.padded(rank);
 
-  for (int i = threadIdx.x; i < rows; i += kThreads)
+  for (int i = threadIdx.x; i < rows; i += kThreads) {
     tokens[i] = i < routing.tokens ? static_cast<int>(routing.token(i)) : -1;
+    adapted[i].rank = 0;
+  }
   int tile_count = for_adapters(routing, kTile, false, numbers, [&](int tile, int adapter, int first, int end) {
     for (; first < end; first += kTile)
       tiles[tile++] = {adapter, first, min(kTile, end - first), routing.rank_of(adapter)};
   });
   __syncthreads();
+  for (int i = threadIdx.x; i < tile_count * kTile; i += kThreads) {
+    Tile tile = tiles[i / kTile];
+    float scaling = a.scaling * (a.scalings ? a.scalings[tile.adapter] : 1.f);
+    if (i % kTile < tile.count) adapted[tile.first + i % kTile] = {tile.rank, scaling};
+  }
   int slice_count = 0;
   for (int begin = 0; begin < tile_count; begin += kThreads) {
     int tile = begin + threadIdx.x, own = tile < tile_count ? (tiles[tile].rank + 15) / 16 : 0;
@@ -105,6 +131,17 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
   int shrink_items = tile_count * shrinks.of_tile();
   int column_items = (a.y.columns + kColumns - 1) / kColumns, steps = (a.x.columns + kDepth - 1) / kDepth;
   bool s_at_hand = false;
+  // Of every row of a step a thread loads the same 16 bytes, and of all tokens the same rows.
+  int run = threadIdx.x % (kDepth / 8), loaded_row = threadIdx.x / (kDepth / 8);
+  constexpr int x_passes = (rows + kPass - 1) / kPass;
+  const T* x_rows[x_passes];
+  bool there[x_passes];
+#pragma unroll
+  for (int pass = 0; pass < x_passes; ++pass) {
+    int row = loaded_row + pass * kPass, token = row < rows ? tokens[row] : -1;
+    there[pass] = token >= 0;
+    x_rows[pass] = a.x.data + max(token, 0) * a.x.stride + 8 * run;
+  }
 
   for (;;) {
     if (threadIdx.x == 0) numbers[kWarps] = next;
@@ -125,55 +162,57 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
     int slice = slice_count * part / a.parts, own_slices = slice_count * (part + 1) / a.parts - slice;
     int all_steps = base_steps + (own_slices + kSlices - 1) / kSlices;
 
-    // Asks for what step i needs: rows of x, and behind them rows of weight or slices of lora_B.
+    // Asks for what step i needs: rows of x, and behind them rows of weight or slices of lora_B. What a copy of no bytes
+    // would read may lie anywhere.
+    const T* weight_rows = a.weight + (column + loaded_row) * a.weight_stride + 8 * run;
+    int columns_left = a.y.columns - column - loaded_row;
     auto load = [&](int i) {
-      T* stage = ring + i % kStages * (FusedShared::stage(token_tiles) / sizeof(T));
+      T* to = ring + i % kStages * (Cut::kStage / sizeof(T)) + swizzled(loaded_row, run);
       if (i < base_steps) {
-        int k = (step + i) * kDepth;
-        for (int piece = threadIdx.x; piece < (rows + kColumns) * 8; piece += kThreads) {
-          int row = piece / 8, run = piece % 8, valid = k + 8 * run < a.x.columns ? 16 : 0;
-          const T* from = a.weight;
-          if (row < rows) {
-            if (tokens[row] < 0) valid = 0;
-            if (valid) from = a.x.data + tokens[row] * a.x.stride + k + 8 * run;
-          } else {
-            int n = column + row - rows;
-            if (n >= a.y.columns) valid = 0;
-            if (valid) from = a.weight + n * a.weight_stride + k + 8 * run;
-          }
-          copy_async(stage + swizzled(row, run), from, valid);
-        }
+        int k = (step + i) * kDepth, size = k + 8 * run < a.x.columns ? 16 : 0;
+#pragma unroll
+        for (int pass = 0; pass < x_passes; ++pass)
+          if (rows >= kPass || loaded_row < rows)
+            copy_async(to + pass * kPass * kDepth, x_rows[pass] + k, there[pass] ? size : 0);
+        const T* from = weight_rows + k;
+#pragma unroll
+        for (int row = 0; row < kColumns; row += kPass, from += kPass * a.weight_stride)
+          copy_async(to + (rows + row) * kDepth, from, row < columns_left ? size : 0);
       } else if (i < all_steps) {
-        int first = (i - base_steps) * kSlices;
-        for (int piece = threadIdx.x; piece < kColumns * 8; piece += kThreads) {
-          int row = piece / 8, run = piece % 8, n = column + row, valid = 0;
-          const T* from = a.weight;
-          if (first + run / 2 < own_slices && n < a.y.columns) {
-            int number = slices[slice + first + run / 2], j = number % 256 * 16 + run % 2 * 8;
-            Tile tile = tiles[number / 256];
-            valid = max(0, min(16, (tile.rank - j) * 2));
-            if (valid) from = a.lora_B + (int64_t(tile.adapter) * a.y.columns + n) * rank + j;
-          }
-          copy_async(stage + swizzled(rows + row, run), from, valid);
+        int number = (i - base_steps) * kSlices + run / 2, size = 0;
+        const T* from = a.lora_B;
+        if (number < own_slices) {
+          int of_tile = slices[slice + number], j = of_tile % 256 * 16 + run % 2 * 8;
+          Tile tile = tiles[of_tile / 256];
+          size = max(0, min(16, (tile.rank - j) * 2));
+          from += (int64_t(tile.adapter) * a.y.columns + column + loaded_row) * rank + j;
         }
+#pragma unroll
+        for (int row = 0; row < kColumns; row += kPass, from += kPass * rank)
+          copy_async(to + (rows + row) * kDepth, from, row < columns_left ? size : 0);
       }
       commit_async();
     };
 
-    float own[token_tiles][4] = {};
-    // sums += 16 terms: rows of the left begin at the addresses that lanes bring, those of the right are in a stage.
-    auto multiply = [&](float (&sums)[token_tiles][4], const T* left, const T* stage, int sixteen) {
+    float own[Cut::kRowTiles][kEights][4] = {};
+    // 16 terms of the warp's columns, from a stage: every two w hold 8 columns.
+    auto load_columns = [&](uint32_t (&w)[(kEights + 1) / 2][4], const T* stage, int sixteen) {
+#pragma unroll
+      for (int pair = 0; pair < (kEights + 1) / 2; ++pair) {
+        // Matrices: rows 0 to 7 of the first 8 terms, of the last 8; rows 8 to 15 of both.
+        int row = min(first_column + 16 * pair + lane / 16 * 8 + lane % 8, kColumns - 1);
+        ldmatrix(w[pair], stage + swizzled(rows + row, 2 * sixteen + lane / 8 % 2));
+      }
+    };
+    // sums += 16 terms: rows of the left begin at the addresses that lanes bring.
+    auto multiply = [&](float (&sums)[kEights][4], const T* left, const uint32_t (&w)[(kEights + 1) / 2][4]) {
       uint32_t x[4];
       ldmatrix(x, left);
 #pragma unroll
-      for (int pair = 0; pair < (token_tiles + 1) / 2; ++pair) {
-        // Matrices: rows 0 to 7 of the first 8 terms, of the last 8; rows 8 to 15 of both.
-        int row = min(column_tile + 16 * pair + lane / 16 * 8 + lane % 8, kColumns - 1);
-        uint32_t w[4];
-        ldmatrix(w, stage + swizzled(rows + row, 2 * sixteen + lane / 8 % 2));
-        uint32_t first[] = {w[0], w[1]}, second[] = {w[2], w[3]};
-        mma<T>(sums[2 * pair], x, first);
-        if constexpr (token_tiles > 1) mma<T>(sums[2 * pair + 1], x, second);
+      for (int eight = 0; eight < kEights; ++eight) {
+        const uint32_t* two = w[eight / 2] + eight % 2 * 2;
+        uint32_t right[] = {two[0], two[1]};
+        mma<T>(sums[eight], x, right);
       }
     };
 
@@ -184,68 +223,80 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
       wait_async<kStages - 2>();
       __syncthreads();
       load(i + kStages - 1);
-      const T* stage = ring + i % kStages * (FusedShared::stage(token_tiles) / sizeof(T));
-      int left_row = row_tile + lane % 16;
+      const T* stage = ring + i % kStages * (Cut::kStage / sizeof(T));
+      uint32_t w[(kEights + 1) / 2][4];
       if (i < base_steps) {
 #pragma unroll
-        for (int sixteen = 0; sixteen < kDepth / 16; ++sixteen)
-          multiply(own, stage + swizzled(left_row, 2 * sixteen + lane / 16), stage, sixteen);
+        for (int sixteen = 0; sixteen < kDepth / 16; ++sixteen) {
+          load_columns(w, stage, sixteen);
+#pragma unroll
+          for (int tile = 0; tile < Cut::kRowTiles; ++tile)
+            multiply(own[tile], stage + swizzled(first_row + kTile * tile + lane % 16, 2 * sixteen + lane / 16), w);
+        }
         continue;
       }
-      if (!s_at_hand) {
+      bool stores_s = column == 0 && part == a.parts - 1 && i == base_steps;
+      if (!s_at_hand || stores_s) {
         s_at_hand = true;
         if (threadIdx.x == 0)
           while (load_acquire(done) < shrink_items) continue;
         __syncthreads();
-        for (int j = threadIdx.x; j < (rows + 1) * stride; j += kThreads) shrunk[j] = T(0.f);
-        __syncthreads();
-        // A warp has a tile.
-        for (int tile = warp; tile < tile_count; tile += kWarps) {
-          Tile of = tiles[tile];
-          float scaling = a.scaling * (a.scalings ? a.scalings[of.adapter] : 1.f);
-          for (int j = lane; j < of.count * of.rank; j += 32) {
-            int position = of.first + j / of.rank;
-            int64_t at = int64_t(tokens[position]) * rank + j % of.rank;
-            float sum = 0;
-            for (int h = 0; h < shrinks.parts; ++h)
-              sum += __ldcg(a.shrink_planes + int64_t(h) * routing.tokens * rank + at);
-            shrunk[position * stride + j % of.rank] = T(scaling * sum);
+        for (int at = threadIdx.x; at < (rows + 1) * stride; at += kThreads) {
+          int position = at / stride, j = at % stride;
+          float sum = 0;
+          if (position < rows && j < adapted[position].rank) {
+            int64_t token = tokens[position];
+            const float* plane = a.shrink_planes + token * rank + j;
+#pragma unroll 8
+            for (int h = 0; h < shrinks.parts; ++h) sum += __ldcg(plane + int64_t(h) * routing.tokens * rank);
+            if (stores_s) a.s[token * a.s_stride + j] = sum;
+            sum *= adapted[position].scaling;
           }
+          shrunk[at] = T(sum);
         }
         __syncthreads();
       }
       int first = (i - base_steps) * kSlices;
       for (int sixteen = 0; sixteen < kSlices && first + sixteen < own_slices; ++sixteen) {
         int number = slices[slice + first + sixteen];
-        Tile tile = tiles[number / 256];
-        if (tile.first >= row_tile + kTile || tile.first + tile.count <= row_tile) continue;
-        auto of_tile = [&](int row) { return row >= tile.first && row < tile.first + tile.count; };
-        // Rows of other adapters are zero, and zero times what is not finite is to reach nobody.
-        float sums[token_tiles][4] = {};
-        int row = of_tile(left_row) ? left_row : rows;
-        multiply(sums, shrunk + row * stride + number % 256 * 16 + lane / 16 * 8, stage, sixteen);
+        Tile of = tiles[number / 256];
+        auto has = [&](int row) { return row >= of.first && row < of.first + of.count; };
+        load_columns(w, stage, sixteen);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (!of_tile(row_tile + g + i / 2 * 8)) continue;
+        for (int tile = 0; tile < Cut::kRowTiles; ++tile) {
+          int top = first_row + kTile * tile, row = top + lane % 16;
+          if (of.first >= top + kTile || of.first + of.count <= top) continue;
+          // Rows of other adapters are zero, and zero times what is not finite is to reach nobody.
+          float sums[kEights][4] = {};
+          multiply(sums, shrunk + (has(row) ? row : rows) * stride + number % 256 * 16 + lane / 16 * 8, w);
 #pragma unroll
-          for (int q = 0; q < token_tiles; ++q) own[q][i] += sums[q][i];
+          for (int i = 0; i < 4; ++i) {
+            if (!has(top + g + i / 2 * 8)) continue;
+#pragma unroll
+            for (int q = 0; q < kEights; ++q) own[tile][q][i] += sums[q][i];
+          }
         }
       }
     }
     wait_async<0>();
 
-    // What a lane has: rows g and g + 8 of its tile, columns 2t and the next of every eight.
+    // What a lane has: rows g and g + 8 of every tile, columns 2t and the next of every eight.
     int64_t plane_stride = int64_t(column_items) * kColumns;
-    auto plane = [&](int h, int q, int half) {
-      return a.base_planes + (int64_t(h) * rows + row_tile + g + 8 * half) * plane_stride + column + column_tile +
-             8 * q + 2 * t;
-    };
-    if (part < a.parts - 1) {
+    auto for_pairs = [&](auto visit) {
 #pragma unroll
-      for (int q = 0; q < token_tiles; ++q)
+      for (int tile = 0; tile < Cut::kRowTiles; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(plane(part, q, half)) = make_float2(own[q][2 * half], own[q][2 * half + 1]);
+#pragma unroll
+          for (int q = 0; q < kEights; ++q)
+            visit(first_row + kTile * tile + g + 8 * half, column + first_column + 8 * q + 2 * t,
+                  own[tile][q][2 * half], own[tile][q][2 * half + 1]);
+    };
+    if (part < a.parts - 1) {
+      float* plane = a.base_planes + int64_t(part) * rows * plane_stride;
+      for_pairs([&](int row, int n, float& x, float& y) {
+        *reinterpret_cast<float2*>(plane + row * plane_stride + n) = make_float2(x, y);
+      });
       __syncthreads();
       if (threadIdx.x == 0) add_release(columns_done + item % column_items, 1);
       continue;
@@ -254,43 +305,22 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
       if (threadIdx.x == 0)
         while (load_acquire(columns_done + item % column_items) < a.parts - 1) continue;
       __syncthreads();
-      for (int h = 0; h < a.parts - 1; ++h)
-#pragma unroll
-        for (int q = 0; q < token_tiles; ++q)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float2 other = __ldcg(reinterpret_cast<const float2*>(plane(h, q, half)));
-            own[q][2 * half] += other.x;
-            own[q][2 * half + 1] += other.y;
-          }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int position = row_tile + g + 8 * half;
-      if (position >= routing.tokens) continue;
-      T* row = a.y.data + tokens[position] * a.y.stride;
-#pragma unroll
-      for (int q = 0; q < token_tiles; ++q) {
-        int n = column + column_tile + 8 * q + 2 * t;
-        if (n >= a.y.columns) continue;
-        float2 scale = a.scale ? *reinterpret_cast<const float2*>(a.scale + n) : make_float2(1.f, 1.f);
-        float2 bias = a.bias ? unpack<T>(*reinterpret_cast<const uint32_t*>(a.bias + n)) : make_float2(0.f, 0.f);
-        *reinterpret_cast<uint32_t*>(row + n) =
-            pack<T>(scale.x * own[q][2 * half] + bias.x, scale.y * own[q][2 * half + 1] + bias.y);
+      for (int h = 0; h < a.parts - 1; ++h) {
+        const float* plane = a.base_planes + int64_t(h) * rows * plane_stride;
+        for_pairs([&](int row, int n, float& x, float& y) {
+          float2 other = __ldcg(reinterpret_cast<const float2*>(plane + row * plane_stride + n));
+          x += other.x;
+          y += other.y;
+        });
       }
     }
-    if (column == 0 && s_at_hand) {
-      for (int tile = warp; tile < tile_count; tile += kWarps) {
-        Tile of = tiles[tile];
-        for (int j = lane; j < of.count * of.rank; j += 32) {
-          int64_t token = tokens[of.first + j / of.rank], at = token * rank + j % of.rank;
-          float sum = 0;
-          for (int h = 0; h < shrinks.parts; ++h)
-            sum += __ldcg(a.shrink_planes + int64_t(h) * routing.tokens * rank + at);
-          a.s[token * a.s_stride + j % of.rank] = sum;
-        }
-      }
-    }
+    for_pairs([&](int row, int n, float x, float y) {
+      if (row >= routing.tokens || n >= a.y.columns) return;
+      float2 scale = a.scale ? *reinterpret_cast<const float2*>(a.scale + n) : make_float2(1.f, 1.f);
+      float2 bias = a.bias ? unpack<T>(*reinterpret_cast<const uint32_t*>(a.bias + n)) : make_float2(0.f, 0.f);
+      *reinterpret_cast<uint32_t*>(a.y.data + tokens[row] * a.y.stride + n) =
+          pack<T>(scale.x * x + bias.x, scale.y * y + bias.y);
+    });
   }
   // The last to leave clears the counters for the next launch.
   if (threadIdx.x == 0 && add_release(left, 1) == static_cast<int>(gridDim.x) - 1) {
@@ -320,11 +350,11 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                   static_cast<int>(adapters),
                   static_cast<int>(rank),
                   static_cast<int>(tokens)};
-  int64_t column_items = (n + kColumns - 1) / kColumns, steps = (k + kDepth - 1) / kDepth;
-  int64_t parts = std::clamp<int64_t>(kWanted / column_items, 1, std::min<int64_t>(8, std::max<int64_t>(steps / 8, 1)));
   int tiles = static_cast<int>(tokens / kTile + std::min(adapters, tokens));
   auto launched = [&]<int token_tiles, int count>() {
-    constexpr int rows = kTile * token_tiles;
+    constexpr int rows = CutFor<token_tiles>::kRows, kColumns = CutFor<token_tiles>::kColumns;
+    int64_t column_items = (n + kColumns - 1) / kColumns, steps = (k + kDepth - 1) / kDepth;
+    int64_t parts = std::clamp<int64_t>(kWanted / column_items, 1, std::clamp<int64_t>(steps / 8, 1, 8));
     ShrinkItems shrinks(routing.rank, k, count);
     Tensor shrink_planes = scratch(a.x, {shrinks.parts, tokens, rank}, ScalarType::Float);
     Tensor base_planes = scratch(a.x, {parts - 1, rows, column_items * kColumns}, ScalarType::Float);
@@ -344,7 +374,7 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                    static_cast<float*>(shrink_planes.mutable_data_ptr()),
                    static_cast<float*>(base_planes.mutable_data_ptr()),
                    static_cast<int>(parts)};
-    size_t shared = FusedShared(routing.rank, tiles, token_tiles, count).total;
+    size_t shared = FusedShared<token_tiles, count>(routing.rank, tiles).total;
     auto kernel = fused_kernel<T, token_tiles, count>;
     int64_t blocks =
         std::min(tiles * shrinks.of_tile() + column_items * parts, resident_blocks(kernel, kThreads, shared));

@@ -34,27 +34,39 @@ struct Activation16 {
 
 // --- tiles in shared memory ---
 
-// Eight 16-bit or four 32-bit elements at a time, by asynchronous copies: tile[i, c] = matrix[row + i, column + c], 0
-// outside of it.  tile: [tile_rows, C + kPad];  matrix: [rows, columns]
-template <int C, class T>
-__device__ void load_tile(T* tile, int tile_rows, const T* matrix, int64_t stride, int64_t row, int64_t rows, int column,
-                          int columns) {
-  constexpr int kChunk = 16 / sizeof(T), kChunks = C / kChunk;
-  for (int i = threadIdx.x; i < tile_rows * kChunks; i += kThreads) {
-    int r = i / kChunks, c = i % kChunks * kChunk;
-    bool inside = row + r < rows && column + c < columns;
-    copy_async(tile + r * (C + kPad) + c, inside ? matrix + (row + r) * stride + column + c : matrix, inside ? 16 : 0);
-  }
+// How threads share the chunks of 16 bytes of a tile [kTileRows, C + kPad]: each has the same columns in some rows.
+template <int kTileRows, int C, int kThreads, class T>
+struct Chunks {
+  static constexpr int kChunk = 16 / sizeof(T), kStep = kThreads / (C / kChunk);  // elements; rows to the next
+  static constexpr int kCount = kTileRows / kStep;                                // of a thread
+  static_assert(kThreads % (C / kChunk) == 0 && kTileRows % kStep == 0);
+
+  int row = threadIdx.x / (C / kChunk), column = threadIdx.x % (C / kChunk) * kChunk;  // of the first
+
+  __device__ T* at(T* tile, int i) const { return tile + (row + i * kStep) * (C + kPad) + column; }
+};
+
+// By asynchronous copies: tile[i, c] = matrix[row + i, column + c], 0 outside of it.  matrix: [rows, columns]
+template <int kTileRows, int C, int kThreads, class T>
+__device__ __forceinline__ void load_tile(T* tile, const T* matrix, int64_t stride, int64_t row, int64_t rows,
+                                          int column, int columns) {
+  Chunks<kTileRows, C, kThreads, T> chunks;
+  int size = column + chunks.column < columns ? 16 : 0;
+  const T* from = matrix + (row + chunks.row) * stride + column + chunks.column;  // not read where size is 0
+  int left = static_cast<int>(min(int64_t(kTileRows), rows - row)) - chunks.row;
+#pragma unroll
+  for (int i = 0; i < chunks.kCount; ++i, from += chunks.kStep * stride)
+    copy_async(chunks.at(tile, i), from, i * chunks.kStep < left ? size : 0);
 }
 
 // Zeroes what dropout drops of the eights that this thread itself has loaded with load_tile.
-template <int C, class T>
-__device__ void drop_tile(T* tile, const Dropout& dropout, uint64_t seed, int64_t row, int column) {
-  constexpr int kChunks = C / 8;
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-    int r = i / kChunks, c = i % kChunks * 8;
-    auto* at = reinterpret_cast<uint4*>(tile + r * (C + kPad) + c);
-    uint32_t kept = kept_of_eight(dropout, seed, row + r, column + c);
+template <int kTileRows, int C, int kThreads, class T>
+__device__ __forceinline__ void drop_tile(T* tile, const Dropout& dropout, uint64_t seed, int64_t row, int column) {
+  Chunks<kTileRows, C, kThreads, T> chunks;
+#pragma unroll 2
+  for (int i = 0; i < chunks.kCount; ++i) {
+    auto* at = reinterpret_cast<uint4*>(chunks.at(tile, i));
+    uint32_t kept = kept_of_eight(dropout, seed, row + chunks.row + i * chunks.kStep, column + chunks.column);
     uint4 it = *at;
     *at = make_uint4(keep_of_two(it.x, kept), keep_of_two(it.y, kept >> 2), keep_of_two(it.z, kept >> 4),
                      keep_of_two(it.w, kept >> 6));
@@ -64,17 +76,17 @@ __device__ void drop_tile(T* tile, const Dropout& dropout, uint64_t seed, int64_
 // --- products of tiles. The order of the terms of a sum is free: a thread takes four neighbours where the tensor cores
 // --- want two and two.
 
-// s[n] += activation[row, :] . factor[8 n + .., :] over the C columns of the two tiles, for the warp's 16 rows: lane
-// 4 g + t holds rows g (s[n][0], s[n][1]) and g + 8, ranks 8 n + 2 t and the next.
-template <int R, int C, class T, class Factor>
+// s[n] += activation[row, :] . factor[8 n + .., :] over kColumns columns from where the two pointers into tiles C wide
+// point, for the warp's 16 rows: lane 4 g + t holds rows g (s[n][0], s[n][1]) and g + 8, ranks 8 n + 2 t and the next.
+template <int R, int kColumns, int C, class T, class Factor>
 __device__ __forceinline__ void shrink_tile(float (&s)[R / 8][4], const T* activation, const Factor* factor) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const T* top = activation + (threadIdx.x / 32 * 16 + g) * (C + kPad) + 4 * t;
+  const T* top = activation + g * (C + kPad) + 4 * t;
   const T* bottom = top + 8 * (C + kPad);
   factor += g * (C + kPad) + 4 * t;
   if constexpr (std::is_same_v<T, Factor>) {
 #pragma unroll
-    for (int k = 0; k < C; k += 16) {
+    for (int k = 0; k < kColumns; k += 16) {
       uint2 upper = *reinterpret_cast<const uint2*>(top + k), lower = *reinterpret_cast<const uint2*>(bottom + k);
       uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
 #pragma unroll
@@ -85,7 +97,7 @@ __device__ __forceinline__ void shrink_tile(float (&s)[R / 8][4], const T* activ
       }
     }
   } else {
-    for (int k64 = 0; k64 < C; k64 += 64) {
+    for (int k64 = 0; k64 < kColumns; k64 += 64) {
       float sum[R / 8][4] = {};
 #pragma unroll
       for (int k = k64; k < k64 + 64; k += 16) {
@@ -201,19 +213,20 @@ __device__ __forceinline__ void store_shrunk(const float (&s)[R / 8][4], const S
 
 // --- kernels over an activation ---
 
+// Eight warps, two for the same rows, with half of a tile's columns each: four alone would not hide what they wait for.
 template <int R, class T, class Factor>
 struct ShrinkShape {
-  static constexpr int kColumns = 128, kStage = (kRows * sizeof(T) + R * sizeof(Factor)) * (kColumns + kPad);
+  static constexpr int kThreads = 256, kColumns = 128, kStage = (kRows * sizeof(T) + R * sizeof(Factor)) * (kColumns + kPad);
   static constexpr int kStages = std::min<int>(4, 112 * 1024 / kStage), kShared = kStages * kStage;
 };
 
 // s[part, m, j] = sum over the columns k of a part of drop(x)[m, k] factor[j, k].
 // Grid: tiles of 64 rows, parts of the columns, chunks of R ranks.  factor: [rank, columns] without gaps
 template <int R, class T, class Factor>
-__global__ void __launch_bounds__(kThreads) shrink_kernel(Activation16 x, const Factor* factor, Dropout dropout,
-                                                          Shrunk out, int tiles_per_part) {
+__global__ void __launch_bounds__(ShrinkShape<R, T, Factor>::kThreads)
+    shrink_kernel(Activation16 x, const Factor* factor, Dropout dropout, Shrunk out, int tiles_per_part) {
   using Shape = ShrinkShape<R, T, Factor>;
-  constexpr int C = Shape::kColumns;
+  constexpr int C = Shape::kColumns, kThreads = Shape::kThreads;
   auto* memory = shared_memory<unsigned char>();
   auto* data = static_cast<const T*>(x.data);
   int64_t row = int64_t(blockIdx.x) * kRows;
@@ -226,22 +239,33 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(Activation16 x, const 
     if (tile < tiles) {
       int column = (begin + tile) * C;
       T* at = activation(tile);
-      load_tile<C>(at, kRows, data, x.stride, row, x.rows, column, x.columns);
-      load_tile<C>(reinterpret_cast<Factor*>(at + kRows * (C + kPad)), R, factor + int64_t(first_rank) * x.columns,
-                   x.columns, 0, ranks, column, x.columns);
+      load_tile<kRows, C, kThreads>(at, data, x.stride, row, x.rows, column, x.columns);
+      load_tile<R, C, kThreads>(reinterpret_cast<Factor*>(at + kRows * (C + kPad)),
+                                factor + int64_t(first_rank) * x.columns, x.columns, 0, ranks, column, x.columns);
     }
     commit_async();
   };
   for (int tile = 0; tile < Shape::kStages - 1; ++tile) load(tile);
   float s[R / 8][4] = {};
+  int half = threadIdx.x / (kThreads / 2), own_row = threadIdx.x / 32 % 4 * 16, own_column = half * (C / 2);
   for (int tile = 0; tile < tiles; ++tile) {
     T* at = activation(tile);
     wait_async<Shape::kStages - 2>();
-    if (dropout.seed) drop_tile<C>(at, dropout, seed, row, (begin + tile) * C);
+    if (dropout.seed) drop_tile<kRows, C, kThreads>(at, dropout, seed, row, (begin + tile) * C);
     __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next takes
     load(tile + Shape::kStages - 1);
-    shrink_tile<R, C>(s, at, reinterpret_cast<const Factor*>(at + kRows * (C + kPad)));
+    shrink_tile<R, C / 2, C>(s, at + own_row * (C + kPad) + own_column,
+                             reinterpret_cast<const Factor*>(at + kRows * (C + kPad)) + own_column);
   }
+  wait_async<0>();
+  __syncthreads();
+  auto* others = reinterpret_cast<float*>(memory) + threadIdx.x % (kThreads / 2);
+#pragma unroll
+  for (int i = 0; half && i < R / 2; ++i) others[i * (kThreads / 2)] = s[i / 4][i % 4];
+  __syncthreads();
+  if (half) return;
+#pragma unroll
+  for (int i = 0; i < R / 2; ++i) s[i / 4][i % 4] += others[i * (kThreads / 2)];
   store_shrunk<R, T>(s, out, blockIdx.y, row, x.rows, first_rank);
 }
 
@@ -252,6 +276,27 @@ struct GradientShape {
   static constexpr int kStages = 2, kFactor = R * (kColumns + kPad) * sizeof(Factor);
   static constexpr int kShared = kStages * kStage + kFactor;
 };
+
+// By asynchronous copies: to[i, j] = left[row + i, first_rank + j] for j < ranks, 0 outside of left.
+// to: [kRows, R + 8];  left: [rows, ..] at a stride
+template <int R>
+__device__ __forceinline__ void load_left(float* to, const float* left, int64_t stride, int64_t row, int64_t rows,
+                                          int first_rank, int ranks) {
+  if ((reinterpret_cast<uintptr_t>(left) | stride * sizeof(float)) % 16) {
+    for (int i = threadIdx.x; i < kRows * R; i += kThreads) {
+      int m = i / R, j = i % R;
+      bool inside = row + m < rows && j < ranks;
+      copy_async_word(to + m * (R + 8) + j, inside ? left + (row + m) * stride + first_rank + j : left, inside);
+    }
+    return;
+  }
+  constexpr int kStep = kThreads / (R / 4);
+  int first = threadIdx.x / (R / 4), j = threadIdx.x % (R / 4) * 4, size = max(0, min(16, (ranks - j) * 4));
+  const float* from = left + (row + first) * stride + first_rank + j;  // not read where size is 0
+#pragma unroll
+  for (int m = 0; m < kRows; m += kStep, from += kStep * stride)
+    copy_async(to + (first + m) * (R + 8) + j, from, row + first + m < rows ? size : 0);
+}
 
 // gradient[part, j, c] = sum over the rows m of a part of left[m, j] drop(x)[m, c]; and, where factor is given,
 // s[block, m, j] = sum over the columns c of a block of drop(x)[m, c] factor[c, j].
@@ -274,13 +319,8 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, cons
     if (tile < tiles) {
       int64_t row = (begin + tile) * kRows;
       T* at = activation(tile);
-      load_tile<C>(at, kRows, data, x.stride, row, x.rows, column, x.columns);
-      auto* to = reinterpret_cast<float*>(at + kRows * (C + kPad));
-      for (int i = threadIdx.x; i < kRows * R; i += kThreads) {
-        int m = i / R, j = i % R;
-        bool inside = row + m < x.rows && j < ranks;
-        copy_async_word(to + m * (R + 8) + j, inside ? left + (row + m) * left_stride + first_rank + j : left, inside);
-      }
+      load_tile<kRows, C, kThreads>(at, data, x.stride, row, x.rows, column, x.columns);
+      load_left<R>(reinterpret_cast<float*>(at + kRows * (C + kPad)), left, left_stride, row, x.rows, first_rank, ranks);
     }
     commit_async();
   };
@@ -299,7 +339,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, cons
     int64_t row = (begin + tile) * kRows;
     T* at = activation(tile);
     wait_async<Shape::kStages - 2>();
-    if (dropout.seed) drop_tile<C>(at, dropout, seed, row, column);
+    if (dropout.seed) drop_tile<kRows, C, kThreads>(at, dropout, seed, row, column);
     __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next takes
     load(tile + Shape::kStages - 1);
 #pragma unroll
@@ -309,7 +349,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, cons
     }
     if (factor) {
       float s[R / 8][4] = {};
-      shrink_tile<R, C>(s, at, factor_tile);
+      shrink_tile<R, C, C>(s, at + threadIdx.x / 32 * 16 * (C + kPad), factor_tile);
       store_shrunk<R, T>(s, out, blockIdx.x, row, x.rows, first_rank);
     }
   }
@@ -358,37 +398,45 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(T* y, int64_t y_stride
   const T* right = tile + ((g / 2) * 8 + g % 2) * pitch + 2 * t;
   for (int64_t first = int64_t(blockIdx.y) * kRows; first < rows; first += int64_t(gridDim.y) * kRows) {
     int64_t row = first + threadIdx.x / 32 * 16 + g;
+    auto at = [&](int half, int group) {
+      return reinterpret_cast<uint4*>(y + (row + 8 * half) * y_stride + column + 32 * group + 8 * t);
+    };
+    auto inside = [&](int half, int group) { return row + 8 * half < rows && column + 32 * group + 8 * t < columns; };
+    uint4 before[2][C / 32] = {};  // all asked for at once
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int group = 0; group < C / 32; ++group)
+        if (add && inside(half, group)) before[half][group] = *at(half, group);
     float sums[C / 32][4][4] = {};
     for (int j = 0; j < depth; j += 16) {
       uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         int64_t m = row + i % 2 * 8;
-        int at = j + i / 2 * 8;
-        bool inside = m < rows && at < left_stride;
-        a[i] = inside ? *reinterpret_cast<const uint32_t*>(left + m * left_stride + at + 2 * t) : 0;
+        int rank8 = j + i / 2 * 8;
+        bool there = m < rows && rank8 < left_stride;
+        a[i] = there ? *reinterpret_cast<const uint32_t*>(left + m * left_stride + rank8 + 2 * t) : 0;
       }
 #pragma unroll
       for (int group = 0; group < C / 32; ++group) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const T* at = right + (32 * group + 2 * i) * pitch + j;
-          uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + 8)};
+          const T* two = right + (32 * group + 2 * i) * pitch + j;
+          uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(two), *reinterpret_cast<const uint32_t*>(two + 8)};
           mma<T>(sums[group][i], a, b);
         }
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int64_t m = row + 8 * half;
 #pragma unroll
       for (int group = 0; group < C / 32; ++group) {
+        if (!inside(half, group)) continue;
         int c = column + 32 * group + 8 * t;
-        if (m >= rows || c >= columns) continue;
-        uint32_t kept = dropout.seed ? kept_of_eight(dropout, seed, m, c) : 0xffu;
-        auto* at = reinterpret_cast<uint4*>(y + m * y_stride + c);
-        uint4 before = add ? *at : make_uint4(0, 0, 0, 0);
-        uint32_t words[4] = {before.x, before.y, before.z, before.w};
+        uint32_t kept = dropout.seed ? kept_of_eight(dropout, seed, row + 8 * half, c) : 0xffu;
+        uint4 old16 = before[half][group];
+        uint32_t words[4] = {old16.x, old16.y, old16.z, old16.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float2 old = unpack<T>(words[i]);
@@ -396,7 +444,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(T* y, int64_t y_stride
           float x1 = kept >> (2 * i + 1) & 1 ? sums[group][i][2 * half + 1] * dropout.keep : 0.0f;
           words[i] = pack<T>(old.x + x0, old.y + x1);
         }
-        *at = make_uint4(words[0], words[1], words[2], words[3]);
+        *at(half, group) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
   }
@@ -568,8 +616,8 @@ void shrink(const Place& place, const Activation16& x, const typename Type::Fact
     Tensor sums = scratch(place.beside, {parts > 1 ? parts : 0, x.rows, out.rank}, ScalarType::Float);
     Shrunk part = out;
     if (parts > 1) part = {.s = pointer<float>(sums), .rank = out.rank, .stride = out.rank};
-    launch(shrink_kernel<ranks, T, typename Type::Factor>, dim3(blocks, parts, chunks), dim3(kThreads), Shape::kShared,
-           place.stream, x, factor, dropout, part, tiles_per_part);
+    launch(shrink_kernel<ranks, T, typename Type::Factor>, dim3(blocks, parts, chunks), dim3(Shape::kThreads),
+           Shape::kShared, place.stream, x, factor, dropout, part, tiles_per_part);
     if (parts > 1) sum_shrunk<T>(place, sums, out);
   });
 }
