@@ -12,7 +12,8 @@
 namespace pyfastpeft {
 
 // A collective whose sum runs over the depth of a first product, then over the rank of a second one of the same shape:
-// the producer turns to the second one's operands when the first one's tiles are loaded, and the consumers do not notice.
+// the producer turns to the second one's operands when the first one's tiles are loaded. Of the last of these tiles the
+// consumers multiply no more than the rank fills.
 template <class Single>
 struct WithTail : Single {
   struct Arguments {
@@ -23,7 +24,7 @@ struct WithTail : Single {
 
   struct Params : Single::Params {
     typename Single::Params tail;
-    int base_tiles, blocks;
+    int base_tiles, rank, blocks;
     const int* tail_of_block;
   };
 
@@ -41,7 +42,7 @@ struct WithTail : Single {
       return Single::to_underlying_arguments(cute::make_shape(rows, columns, depth, batches), operands, workspace);
     };
     typename Single::Params base = described(it.depth, batch, it.base);
-    return {base, it.rank ? described(it.rank, it.tails, it.tail) : base, tiles(it.depth),
+    return {base, it.rank ? described(it.rank, it.tails, it.tail) : base, tiles(it.depth), it.rank,
             (rows + kTailBlock - 1) / kTailBlock, it.tail_of_block};
   }
 
@@ -74,6 +75,49 @@ struct WithTail : Single {
     state.advance(params.base_tiles);
     Single::load(params.tail, pipeline, state, tail, block, tile, tiles - params.base_tiles, thread, rank_in_cluster,
                  shared);
+  }
+
+  // As the base's mma, this leaves one product in flight and its tile to mma_tail.
+  template <class Sums>
+  CUTLASS_DEVICE void mma(typename Single::MainloopPipeline pipeline, typename Single::PipelineState state, Sums& sums,
+                          int tiles, int thread, typename Single::TensorStorage& shared, const Params& params) {
+    Single::mma(pipeline, state, sums, params.base_tiles, thread, shared, params);
+    auto in_flight = state;
+    in_flight.advance(params.base_tiles - 1);
+    state.advance(params.base_tiles);
+    auto of_stages = [](auto& elements, auto layout) {
+      return cute::make_tensor(cute::make_smem_ptr(elements.data()), layout);
+    };
+    typename Single::TiledMma product;
+    auto of_group = product.get_slice(__shfl_sync(~0u, thread / 128, 0) * 128);
+    auto left = of_group.make_fragment_A(
+        of_group.partition_A(of_stages(shared.smem_A, typename Single::SmemLayoutA{})));
+    auto right = of_group.make_fragment_B(
+        of_group.partition_B(of_stages(shared.smem_B, typename Single::SmemLayoutB{})));
+    product.accumulate_ = cute::GMMA::ScaleOut::One;
+    // By straight code for each number of steps: a branch within one product would end it.
+    auto multiply = [&](auto steps) {
+      cute::warpgroup_arrive();
+      CUTLASS_PRAGMA_UNROLL
+      for (int step = 0; step < steps; ++step)
+        cute::gemm(product, left(cute::_, cute::_, step, state.index()), right(cute::_, cute::_, step, state.index()),
+                   sums);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<1>();
+    };
+    constexpr int kSteps = cute::size<2>(left), kStep = kDepth / kSteps;
+    static_assert(kSteps == 4);
+    for (int rank = params.rank; tiles > params.base_tiles; --tiles, rank -= kDepth) {
+      pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      cute::warpgroup_fence_operand(sums);
+      rank <= kStep       ? multiply(cute::_1{})
+      : rank <= 2 * kStep ? multiply(cute::_2{})
+                          : multiply(cute::_4{});
+      cute::warpgroup_fence_operand(sums);
+      pipeline.consumer_release(in_flight);
+      ++state;
+      ++in_flight;
+    }
   }
 };
 

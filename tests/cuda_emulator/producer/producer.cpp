@@ -1,6 +1,7 @@
-// The half of the product in csrc/ops/cuda/gemm_sm90.h that loads operands, with all of CUTLASS below it, on the CPU.
+// The product in csrc/ops/cuda/gemm_sm90.h, with all of CUTLASS below it, on the CPU, as far as it goes there.
 // Copies by TMA are made here, as their descriptors tell, into what would be the shared memory of a cluster. In every
-// tile, the product of what lies there in the end has to be the formula in gemm.h; else the program ends with 1.
+// tile, the product of what lies there in the end has to be the formula in gemm.h. Of the consumers it is noted which
+// parts of the tiles they multiply, between which orders. The program ends with 1 where anything is not as it should.
 #include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -9,6 +10,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <string>
 #include <vector>
 
 // CUTLASS describes operands for TMA where nvcc compiles it.
@@ -20,6 +22,9 @@
 static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
 inline void __syncthreads() {}
+inline int __shfl_sync(unsigned, int value, int) { return value; }
+inline size_t __cvta_generic_to_shared(const void*);
+#define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
 
 // On a CPU, CUTLASS's functions for instructions end in this macro: here it makes the copy that TMA would make. The
 // parameters have these names; where a function has none of such a name, it is not a copy of three dimensions.
@@ -35,6 +40,17 @@ void copy_tile(const void* const& descriptor, const uint16_t& blocks, void* cons
 #undef CUTE_INVALID_CONTROL_PATH
 #define CUTE_INVALID_CONTROL_PATH(_) copy_tile(desc_ptr, multicast_mask, smem_ptr, crd0, crd1, crd2)
 #include <cute/arch/copy_sm90_tma.hpp>
+
+// What the consumers order: "fma" of two operands by their descriptors, or a function without operands.
+struct Order {
+  const char* name;
+  uint64_t left, right;
+};
+static std::vector<Order> orders;
+static uint64_t desc_a, desc_b;
+#undef CUTE_INVALID_CONTROL_PATH
+#define CUTE_INVALID_CONTROL_PATH(_) orders.push_back({__func__, desc_a, desc_b})
+#include <cute/arch/mma_sm90_gmma.hpp>
 #undef CUTE_INVALID_CONTROL_PATH
 #define CUTE_INVALID_CONTROL_PATH(_) std::abort()
 
@@ -56,6 +72,10 @@ size_t shared_size;
 int running;  // the block that asks for copies
 
 }  // namespace
+
+inline size_t __cvta_generic_to_shared(const void* shared) {
+  return static_cast<const char*>(shared) - shared_memory[running];
+}
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
@@ -109,20 +129,42 @@ struct Matrix {
   double at(int64_t row, int64_t column) const { return float(elements[row * stride + column]); }
 };
 
-// How many elements of a product are wrong, with an adapter for every block of rows or, without them, one for all.
+// How many orders are not those of the mainloop: every tile is multiplied in four steps, but the last one only as far as
+// the rank goes (or in one step more, of zeros); a step of the tail lies in its stage where one of the base lies in its.
+long wrong_orders(int base_tiles, int tiles, int rank) {
+  std::vector<Order> steps;
+  std::string told, expected;
+  for (const Order& order : orders) {
+    told += order.name[0] == 'f' ? 'f' : order.name[std::strlen("warpgroup_")];  // fma, arrive, commit_batch, wait
+    if (order.name[0] == 'f') steps.push_back(order);
+  }
+  for (int tile = 0; tile < tiles; ++tile) {
+    int left = tile < base_tiles ? 64 : rank - 64 * (tile - base_tiles), count = left <= 16 ? 1 : left <= 32 ? 2 : 4;
+    expected += "a" + std::string(count, 'f') + (tile ? "cw" : "c");
+  }
+  long wrong = told != expected;
+  auto begin = [](uint64_t descriptor) { return long(descriptor & 0x3fff) * 16; };
+  auto distance = [&](int from, int to, uint64_t Order::*side) { return begin(steps[to].*side) - begin(steps[from].*side); };
+  for (size_t i = 4 * base_tiles; i < steps.size(); ++i)
+    for (auto side : {&Order::left, &Order::right})
+      wrong += distance(0, i, side) != distance(0, 4, side) * long(i / 4) + distance(0, i % 4, side);
+  return wrong;
+}
+
+// How much of a product is wrong, with an adapter for every block of rows or, without them, one for all.
 template <bool kBackward>
-long wrong(const int* tail_of_block) {
+long wrong(const int* tail_of_block, int64_t r) {
   using Types = pyfastpeft::HopperGemm<Element, kBackward>;
   using Mainloop = pyfastpeft::WithTail<typename Types::Single>;
   using Pipeline = typename Mainloop::MainloopPipeline;
-  constexpr int64_t m = 600, n = 264, k = 72, r = 100, adapters = 4;
+  constexpr int64_t m = 600, n = 264, k = 72, adapters = 4;
   auto right_of = [](int64_t depth, int64_t stride) {
     return kBackward ? Matrix(depth, n, stride) : Matrix(n, depth, stride);
   };
   auto at = [](const Matrix& right, int64_t j, int64_t column) {
     return kBackward ? right.at(j, column) : right.at(column, j);
   };
-  Matrix left(m, k, k + 16), right = right_of(k, 280), tail_left(m, r, 112);
+  Matrix left(m, k, k + 16), right = right_of(k, 280), tail_left(m, r, (r + 7) / 8 * 8 + 8);
   std::vector<Matrix> tails;
   std::vector<Element> tail_elements;
   for (int a = 0; a < adapters; ++a) {
@@ -161,6 +203,13 @@ long wrong(const int* tail_of_block) {
         mainloop.load(params, pipeline, typename Mainloop::PipelineState{}, inputs,
                       cute::make_coord(int(kBlocks * cluster + running), int(column), cute::_, 0),
                       cute::make_coord_iterator(tiles), tiles, 0, running, shared[running].tensors);
+        typename Mainloop::TiledMma product;
+        auto sums = cute::partition_fragment_C(product, cute::take<0, 2>(typename Types::Tile{}));
+        for (int thread : {0, 128}) {
+          orders.clear();
+          mainloop.mma(pipeline, typename Mainloop::PipelineState{}, sums, tiles, thread, shared[running].tensors, params);
+          count += wrong_orders(params.base_tiles, tiles, r);
+        }
       }
       for (int block = 0; block < kBlocks; ++block) {
         auto& tensors = shared[block].tensors;
@@ -194,9 +243,12 @@ long wrong(const int* tail_of_block) {
 
 int main() {
   int tail_of_block[] = {3, -1, 1};
-  long forward = wrong<false>(nullptr), forward_by_block = wrong<false>(tail_of_block);
-  long backward = wrong<true>(nullptr), backward_by_block = wrong<true>(tail_of_block);
-  std::printf("wrong: forward %ld, by block %ld; backward %ld, by block %ld\n", forward, forward_by_block, backward,
-              backward_by_block);
-  return forward || forward_by_block || backward || backward_by_block;
+  long all = 0;
+  for (int rank : {100, 90, 72, 8})
+    for (const int* tails : {static_cast<const int*>(nullptr), static_cast<const int*>(tail_of_block)}) {
+      long forward = wrong<false>(tails, rank), backward = wrong<true>(tails, rank);
+      std::printf("rank %d%s, wrong: forward %ld, backward %ld\n", rank, tails ? " by block" : "", forward, backward);
+      all += forward + backward;
+    }
+  return all > 0;
 }
