@@ -95,12 +95,14 @@ def test_ia3_one_gradient_alone_from_strided_rows(feedforward, trains, dtype):
     assert_error_rule(ours, theirs, inputs)
 
 
+# Few tokens go through the fused layer, more through the product for Hopper.
+@pytest.mark.parametrize("rows", [12, 70])
 @pytest.mark.parametrize("l_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
-def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
+def test_ia3_scales_in_the_epilogue_of_the_product(rows, l_dtype, biased):
     """Where the unscaled output is not kept, no pass of its own scales it."""
     inputs = {
-        "x": random(12, 40, dtype=torch.float16),
+        "x": random(rows, 40, dtype=torch.float16),
         "weight": random(24, 40, dtype=torch.float16, grad=False),
         "ia3_l": random(24, dtype=l_dtype, grad=False),
     }
@@ -113,10 +115,11 @@ def test_ia3_scales_in_the_epilogue_of_the_product(l_dtype, biased):
     assert_error_rule(ours, theirs, inputs)
 
 
+@pytest.mark.parametrize("rows", [64, 70])
 @pytest.mark.parametrize("dtype", SHORT)
-def test_ia3_scales_the_sum_with_the_bias_before_it_is_rounded(dtype):
+def test_ia3_scales_the_sum_with_the_bias_before_it_is_rounded(rows, dtype):
     """Where the bias nearly cancels the product, one that is rounded on its way would show."""
-    x = (20 * torch.randn(64) + 0.05 * torch.randn(64, 64)).to(dtype).requires_grad_()
+    x = (20 * torch.randn(64) + 0.05 * torch.randn(rows, 64)).to(dtype).requires_grad_()
     weight = (torch.randn(48, 64) / 8).to(dtype)
     inputs = {"x": x, "weight": weight, "bias": -(x.detach() @ weight.T).double().mean(0).to(dtype)}
     inputs["ia3_l"] = 1 + torch.rand(48)
@@ -408,8 +411,8 @@ def fused_layer(inputs, scaling=1.0, slots=None, ranks=None, scalings=None):
         s = x.new_empty(len(x), lora_A.shape[-2], dtype=torch.float32)
         order, segments = (None, None) if slots is None else routed(slots, len(lora_A))
         took = torch.ops.pyfastpeft_emulated.fused_layer(
-            x, inputs["weight"], inputs["bias"], inputs["scale"], lora_A, inputs["lora_B"], scaling, scalings, ranks,
-            order, segments, y, s,
+            x, inputs["weight"], inputs["bias"], inputs["scale"], False, lora_A, inputs["lora_B"], scaling, scalings,
+            ranks, order, segments, y, s,
         )  # fmt: skip
     return (y, s) if took else None
 

@@ -30,6 +30,20 @@ def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, s
     return _group(dys[0], lora_A, lora_Bs) or _rows(dx=dx, **read)
 
 
+def dora_norm(weight, lora_A, lora_B, *rest) -> str:
+    return _low_rank(weight, lora_A, lora_B) or _rows(weight=weight)
+
+
+def dora_forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, y, s, unscaled) -> str:
+    return _low_rank(x, lora_A, lora_B) or _rows(x=x, y=y, weight=weight, unscaled=unscaled)
+
+
+def dora_backward(
+    dy, x, weight, lora_A, lora_B, scale, scaling, dropout_p, seed, s, unscaled, dx, dlora_A, dlora_B, dscale
+) -> str:
+    return lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B)
+
+
 def ia3_forward(*args) -> str:
     return ""
 

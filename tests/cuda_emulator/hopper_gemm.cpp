@@ -30,8 +30,9 @@ void product(const Gemm& g) {
     bool there = tail >= 0 && tail < g.tails;
     add(sums, g.tail_left, g.tail_left_stride, there ? tail_right : nullptr, g.tail_right_stride, g.rank, m);
     for (int64_t n = 0; n < g.columns; ++n) {
-      float shifted = sums[n] + (g.bias ? float(static_cast<const T*>(g.bias)[n]) : 0.f);
-      static_cast<T*>(g.out)[m * g.out_stride + n] = T((g.scale ? g.scale[n] : 1.f) * shifted);
+      auto at = [&](const void* vector) { return vector ? float(static_cast<const T*>(vector)[n]) : 0.f; };
+      float scaled = (g.scale ? g.scale[n] : 1.f) * (sums[n] + at(g.scaled_bias));
+      static_cast<T*>(g.out)[m * g.out_stride + n] = T(scaled + at(g.bias));
     }
   }
 }

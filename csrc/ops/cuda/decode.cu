@@ -35,6 +35,7 @@ struct Layer {
   int64_t weight_stride;
   const T* bias;       // [N] or null
   const float* scale;  // [N] or null
+  bool scales_bias;
   const T* lora_A;     // [L, R, K]
   const T* lora_B;     // [L, N, R]
   float scaling;
@@ -78,7 +79,7 @@ struct FusedShared {
 // Where 16 bytes, number `run` of a row, lie in a stage: eight neighbouring rows are on different banks.
 __device__ __forceinline__ int swizzled(int row, int run) { return row * kDepth + (run ^ row % 8) * 8; }
 
-// y = scale * (x weight^T + scaling * s lora_B^T) + bias, s = x lora_A^T, by adapters.
+// y = scale * (x weight^T + scaling * s lora_B^T) + bias, s = x lora_A^T, by adapters; or scale * (.. + bias).
 //
 // Blocks take items from a counter: first those of the shrink, then kColumns columns of y by one part of the features.
 // An item of y streams its part of weight through a ring of shared memory, and behind it, in the same ring, slices of
@@ -318,6 +319,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
       if (row >= routing.tokens || n >= a.y.columns) return;
       float2 scale = a.scale ? *reinterpret_cast<const float2*>(a.scale + n) : make_float2(1.f, 1.f);
       float2 bias = a.bias ? unpack<T>(*reinterpret_cast<const uint32_t*>(a.bias + n)) : make_float2(0.f, 0.f);
+      if (a.scales_bias) bias = make_float2(scale.x * bias.x, scale.y * bias.y);
       *reinterpret_cast<uint32_t*>(a.y.data + tokens[row] * a.y.stride + n) =
           pack<T>(scale.x * x + bias.x, scale.y * y + bias.y);
     });
@@ -338,10 +340,10 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 template <class T>
 void run(const FusedLayer& a, cudaStream_t stream) {
-  int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.lora_A.size(-2);
-  int64_t adapters = a.lora_A.dim() == 3 ? a.lora_A.size(0) : 1;
+  int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.rank();
+  int64_t adapters = !a.lora_A ? 0 : a.lora_A->dim() == 3 ? a.lora_A->size(0) : 1;
   Rows s = rows_of(a.s, tokens, rank, "s");
-  STD_TORCH_CHECK(s.dtype == Dtype::f32, "s must be of the dtype of sums");
+  STD_TORCH_CHECK(!a.lora_A || (s && s.dtype == Dtype::f32), "s must be of the dtype of sums");
   OptionalTensor own;
   int* zeros = counters(a.x, stream, own);
   Routing routing{a.order ? integers(*a.order, tokens, "order") : nullptr,
@@ -363,8 +365,9 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                    a.weight.stride(0),
                    a.bias ? static_cast<const T*>(a.bias->const_data_ptr()) : nullptr,
                    a.scale ? sums<float>(*a.scale, {n}, "scale") : nullptr,
-                   static_cast<const T*>(a.lora_A.const_data_ptr()),
-                   static_cast<const T*>(a.lora_B.const_data_ptr()),
+                   a.scales_bias,
+                   a.lora_A ? static_cast<const T*>(a.lora_A->const_data_ptr()) : nullptr,
+                   a.lora_B ? static_cast<const T*>(a.lora_B->const_data_ptr()) : nullptr,
                    static_cast<float>(a.scaling),
                    a.scalings ? sums<float>(*a.scalings, {adapters}, "scaling") : nullptr,
                    routing,
@@ -391,15 +394,14 @@ void run(const FusedLayer& a, cudaStream_t stream) {
 }  // namespace
 
 bool takes(const FusedLayer& a) {
-  int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.lora_A.size(-2);
+  int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.rank();
   Dtype dtype = dtype_of(a.x, "x");
-  auto same = [&](const Tensor& t) { return dtype_of(t, "tensor") == dtype; };
-  return item_size(dtype) == 2 && same(a.weight) && same(a.lora_A) && same(a.lora_B) && same(a.y) &&
-         (!a.bias || same(*a.bias)) && tokens > 0 && tokens <= kFusedTokens && k % 8 == 0 && n % 8 == 0 &&
-         rank % 8 == 0 && rank > 0 && rank <= 256 && in_runs(a.x, k) && in_runs(a.weight, k) && in_runs(a.y, n) &&
-         a.lora_A.is_contiguous() && a.lora_B.is_contiguous() && aligned(a.lora_A.const_data_ptr()) &&
-         aligned(a.lora_B.const_data_ptr()) && (!a.bias || aligned(a.bias->const_data_ptr())) &&
-         (!a.scale || aligned(a.scale->const_data_ptr()));
+  auto same = [&](const OptionalTensor& t) { return !t || dtype_of(*t, "tensor") == dtype; };
+  auto whole = [](const OptionalTensor& t) { return !t || (t->is_contiguous() && aligned(t->const_data_ptr())); };
+  return item_size(dtype) == 2 && same(a.weight) && same(a.lora_A) && same(a.lora_B) && same(a.y) && same(a.bias) &&
+         tokens > 0 && tokens <= kFusedTokens && k % 8 == 0 && n % 8 == 0 && rank % 8 == 0 && rank <= 256 &&
+         bool(a.lora_A) == (rank > 0) && in_runs(a.x, k) && in_runs(a.weight, k) && in_runs(a.y, n) &&
+         whole(a.lora_A) && whole(a.lora_B) && whole(a.bias) && whole(a.scale);
 }
 
 void fused_layer(const FusedLayer& a, cudaStream_t stream) {

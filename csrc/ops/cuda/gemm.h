@@ -11,7 +11,7 @@ constexpr int kTailBlock = 256;    // rows that have the same tail_right
 constexpr int kTileColumns = 256;  // of out that a multiprocessor computes at a time, for half as many rows as that
 
 // out[m, n] = scale[n] * (sum over k of left[m, k] right(k, n) + sum over j of tail_left[m, j] tail_right(a, j, n) +
-// bias[n]), where a is tail_of_block[m / kTailBlock], or 0 without it. Of an a outside [0, tails) tail_right is zeros.
+// scaled_bias[n]) + bias[n], where a is tail_of_block[m / kTailBlock], or 0 without it. Of an a outside [0, tails) tail_right is zeros.
 //
 // All matrices are of one 16-bit dtype, sums are float32 and rounded once. Rows of left, tail_left and out are contiguous
 // at the given strides (in elements); right and tail_right are contiguous along k and j (as weight [N, K] and lora_B
@@ -26,8 +26,8 @@ struct Gemm {
   int64_t left_stride = 0, right_stride = 0, tail_left_stride = 0, tail_right_stride = 0;
   const int* tail_of_block = nullptr;  // [rows / kTailBlock, rounded up] or null, on the device
   int64_t tails = 1, tail_right_distance = 0;  // how many tail_right there are, and elements from one to the next
-  const float* scale = nullptr;  // [N] or null: 1
-  const void* bias = nullptr;    // [N], of the matrices' dtype, or null: 0
+  const float* scale = nullptr;                          // [N] or null: 1
+  const void *scaled_bias = nullptr, *bias = nullptr;    // [N], of the matrices' dtype, or null: 0
   void* out = nullptr;
   int64_t out_stride = 0;
 };

@@ -129,7 +129,7 @@ struct HopperGemm {
   using RowMajor = cutlass::layout::RowMajor;
   using Right = cute::conditional_t<kBackward, RowMajor, cutlass::layout::ColumnMajor>;
 
-  // scale[n] * (sum + bias[n]), rounded once
+  // scale[n] * (sum + scaled_bias[n]) + bias[n], rounded once
   template <class Vector>
   using PerColumn = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, Vector, float>;
   template <template <class> class Function, class Out>
@@ -137,8 +137,8 @@ struct HopperGemm {
                                                          cutlass::FloatRoundStyle::round_to_nearest>;
   using Shifted = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::plus, float>,
                                                      cutlass::epilogue::fusion::Sm90AccFetch, PerColumn<Element>>;
-  using Finish =
-      cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::multiplies, Element>, PerColumn<float>, Shifted>;
+  using Finish = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, Element>,
+                                                    PerColumn<float>, Shifted, PerColumn<Element>>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -180,7 +180,10 @@ struct HopperGemm {
                    rank,
                    static_cast<int>(gemm.tails),
                    gemm.tail_of_block};
-    it.epilogue.thread = {{gemm.scale, 1.0f}, {{}, {static_cast<const Element*>(gemm.bias), Element(0.0f)}, {}}, {}};
+    auto per_column = [](const void* vector) {
+      return typename PerColumn<Element>::Arguments{static_cast<const Element*>(vector), Element(0.0f)};
+    };
+    it.epilogue.thread = {{gemm.scale, 1.0f}, {{}, per_column(gemm.scaled_bias), {}}, per_column(gemm.bias), {}};
     it.epilogue.ptr_D = static_cast<Element*>(gemm.out);
     it.epilogue.dD = strides<typename Kernel::StrideD>(gemm.out_stride);
     it.scheduler.max_swizzle_size = 8;  // neighbours in time share rows and columns, which then stay in L2

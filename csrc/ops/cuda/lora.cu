@@ -11,6 +11,7 @@
 #include "ops/cuda/decode.h"
 #include "ops/cuda/dropout.h"
 #include "ops/cuda/exact.h"
+#include "ops/cuda/lora.h"
 #include "ops/cuda/runtime.h"
 #include "ops/lora_layers.h"
 
@@ -478,11 +479,12 @@ struct FactorGradient {
   const float* sums = nullptr;  // [parts, rank, columns]
   int parts = 0, rank = 0, columns = 0;
   float scale = 1.0f;
+  const float* column_scale = nullptr;  // [columns], or null: 1
   void* out = nullptr;  // [rank, columns], or [columns, rank] if transposed, without gaps
   bool transposed = false;
 };
 
-// out[j, c] = scale * sum over parts of sums[part, j, c], for one factor in every blockIdx.y. A thread takes four columns.
+// out[j, c] = scale * column_scale[c] * sum over parts of sums[part, j, c], for one factor in every blockIdx.y. A thread takes four columns.
 template <class Factor>
 __global__ void __launch_bounds__(kFinishThreads) sum_gradient_kernel(FactorGradient first, FactorGradient second) {
   FactorGradient it = first;
@@ -495,6 +497,10 @@ __global__ void __launch_bounds__(kFinishThreads) sum_gradient_kernel(FactorGrad
     float4 some = *reinterpret_cast<const float4*>(it.sums + part * size + i);
     sum = make_float4(sum.x + some.x, sum.y + some.y, sum.z + some.z, sum.w + some.w);
   }
+  if (it.column_scale) {
+    float4 by = *reinterpret_cast<const float4*>(it.column_scale + i % it.columns);
+    sum = make_float4(sum.x * by.x, sum.y * by.y, sum.z * by.z, sum.w * by.w);
+  }
   auto* out = static_cast<Factor*>(it.out) + (it.transposed ? i % it.columns * it.rank + i / it.columns : i);
   int64_t step = it.transposed ? it.rank : 1;
   out[0] = Factor(sum.x * it.scale);
@@ -503,15 +509,17 @@ __global__ void __launch_bounds__(kFinishThreads) sum_gradient_kernel(FactorGrad
   out[3 * step] = Factor(sum.w * it.scale);
 }
 
-// out[i, j] = scale * in(i, j), element (i, j) at i * by_row + j * by_column.  One thread an element of
-// out [rows, out_stride], which holds zeros from `columns` on.
+// out[i, j] = scale * row_scale[i] * in(i, j), element (i, j) at i * by_row + j * by_column; row_scale may be null: 1.
+// One thread an element of out [rows, out_stride], which holds zeros from `columns` on.
 template <class Out, class In>
-__global__ void __launch_bounds__(kFinishThreads) copy_kernel(const In* in, int64_t by_row, int64_t by_column,
-                                                              int64_t rows, int columns, Out* out, int out_stride,
-                                                              float scale) {
+__global__ void __launch_bounds__(kFinishThreads)
+    copy_kernel(const In* in, int64_t by_row, int64_t by_column, int64_t rows, int columns, Out* out, int out_stride,
+                float scale, const float* row_scale) {
   int64_t at = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x, i = at / out_stride;
   int j = static_cast<int>(at % out_stride);
-  if (i < rows) out[at] = j < columns ? Out(scale * float(in[i * by_row + j * by_column])) : Out(0.0f);
+  if (i >= rows) return;
+  if (row_scale) scale *= row_scale[i];
+  out[at] = j < columns ? Out(scale * float(in[i * by_row + j * by_column])) : Out(0.0f);
 }
 
 // --- on the host ---
@@ -581,9 +589,9 @@ struct Place {
 
 template <class Out, class In>
 void copy(const Place& place, const In* in, int64_t by_row, int64_t by_column, int64_t rows, int columns, Out* out,
-          int out_stride, double scale = 1) {
+          int out_stride, double scale = 1, const float* row_scale = nullptr) {
   launch(copy_kernel<Out, In>, dim3(div_up(rows * out_stride, kFinishThreads)), dim3(kFinishThreads), 0, place.stream,
-         in, by_row, by_column, rows, columns, out, out_stride, scale);
+         in, by_row, by_column, rows, columns, out, out_stride, scale, row_scale);
 }
 
 // t [rows, columns], float32 at a stride, in T, times scale, with zeros behind up to a multiple of 8.
@@ -697,9 +705,11 @@ void check_layer(const LoraLayer& layer, int64_t k) {
   }
 }
 
-// y = x weight^T + bias + scaled lora_B^T, without weight y += the last term.  scaled: scaling * s, as `rounded` makes it
+// y = scale * (x weight^T + scaled lora_B^T) + bias, without weight y += the last term.
+// scaled: scaling * s, as `rounded` makes it;  scale: [N], only where the product takes it, or null: 1
 template <class Type>
-void output(const Place& place, const Tensor& x, const LoraLayer& layer, const Tensor& scaled, Tensor y) {
+void output(const Place& place, const Tensor& x, const LoraLayer& layer, const Tensor& scaled, const float* scale,
+            Tensor y) {
   int64_t m = x.size(0), k = x.size(1), n = layer.lora_B.size(0), rank = layer.lora_B.size(1);
   Activation16 in = activation(x, m, k, "x"), out = activation(y, m, n, "y");
   if (!layer.weight || !gemm_pays(m, n)) {
@@ -720,17 +730,19 @@ void output(const Place& place, const Tensor& x, const LoraLayer& layer, const T
             .right_stride = layer.weight->stride(0),
             .tail_left_stride = scaled.size(1),
             .tail_right_stride = factor.size(1),
+            .scale = scale,
             .bias = layer.bias ? layer.bias->const_data_ptr() : nullptr,
             .out = const_cast<void*>(out.data),
             .out_stride = out.stride},
            place.stream);
 }
 
-// s = drop(x) lora_A^T;  y = x weight^T + bias + scaling * s lora_B^T for every layer and its columns of s.
-// lora_A: [R, K], R the sum of all ranks;  s: [M, R], out;  ys: of every layer [M, N], out
+// s = drop(x) lora_A^T;  y = scale * (x weight^T + scaling * s lora_B^T) + bias for every layer and its columns of s.
+// False, and nothing done, where there is a scale, which goes with one layer only, and no epilogue that takes it.
+// lora_A: [R, K], R the sum of all ranks;  s: [M, R], out;  ys: of every layer [M, N], out;  scale: [N] float32
 template <class Type>
-void forward(const Tensor& x, const std::vector<LoraLayer>& layers, Tensor lora_A, const Dropout& dropout,
-             const std::vector<Tensor>& ys, Tensor& s) {
+bool forward(const Tensor& x, const std::vector<LoraLayer>& layers, Tensor lora_A, const Dropout& dropout,
+             const std::vector<Tensor>& ys, Tensor& s, const OptionalTensor& scale = {}) {
   using Factor = typename Type::Factor;
   int64_t m = x.size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
   OnDevice device(x);
@@ -749,7 +761,8 @@ void forward(const Tensor& x, const std::vector<LoraLayer>& layers, Tensor lora_
     STD_TORCH_CHECK(first + rank <= ranks, "the rows of lora_A must be as many as the columns of every lora_B");
     if (few && layer.weight) {
       Tensor own_A = torch::stable::narrow(lora_A, 0, first, rank), own_s = torch::stable::narrow(s, 1, first, rank);
-      FusedLayer it{x, *layer.weight, layer.bias, {}, own_A, layer.lora_B, layer.scaling, {}, {}, {}, {}, ys[i], own_s};
+      FusedLayer it{.x = x, .weight = *layer.weight, .bias = layer.bias, .scale = scale, .lora_A = own_A,
+                    .lora_B = layer.lora_B, .scaling = layer.scaling, .y = ys[i], .s = own_s};
       if (takes(it)) fused.push_back(it);
     }
     first += rank;
@@ -757,8 +770,10 @@ void forward(const Tensor& x, const std::vector<LoraLayer>& layers, Tensor lora_
   STD_TORCH_CHECK(first == ranks, "the rows of lora_A must be as many as the columns of every lora_B");
   if (fused.size() == layers.size()) {
     for (const FusedLayer& layer : fused) fused_layer(layer, place.stream);
-    return;
+    return true;
   }
+  if (scale && !(layers.size() == 1 && layers[0].weight && gemm_pays(m, layers[0].features()))) return false;
+  const float* columns_by = scale ? sums<float>(*scale, {layers[0].features()}, "scale") : nullptr;
   Shrunk out{.s = shrunk, .rank = int(ranks), .stride = int(ranks), .scale = dropout.keep};
   OptionalTensor scaled;
   if (layers.size() == 1) {
@@ -772,9 +787,10 @@ void forward(const Tensor& x, const std::vector<LoraLayer>& layers, Tensor lora_
   for (size_t i = 0; i < layers.size(); ++i) {
     int64_t rank = layers[i].lora_B.size(1);
     if (layers.size() > 1) scaled = rounded<Type>(place, shrunk + first, ranks, m, rank, layers[i].scaling);
-    output<Type>(place, x, layers[i], *scaled, ys[i]);
+    output<Type>(place, x, layers[i], *scaled, columns_by, ys[i]);
     first += rank;
   }
+  return true;
 }
 
 // dx = dy weight + drop'(ds lora_A), without weight the second term alone.  ds: [M, round_up(rank)] of T
@@ -846,10 +862,14 @@ void sum_gradients(const Place& place, const std::vector<FactorGradient>& jobs) 
 // ds = scaling * dy lora_B;  dlora_B = scaling * dy^T s for every layer and its columns of ds and s;
 // dlora_A = ds^T drop(x);  dx = the sum of dy weight + drop'(ds lora_A), without weight the second term alone.
 // dys: of every layer [M, N];  out: dx [M, K], dlora_A [R, K], dlora_Bs of every layer or none
+//
+// With a scale [N] float32, of one layer, it multiplies dy, which before weight is scaled_dy: that is rounded; in the
+// branch, lora_B and dlora_B are multiplied by it instead.
 template <class Type>
-void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<LoraLayer>& layers,
+void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, std::vector<LoraLayer> layers,
               const Tensor& lora_A, const Dropout& dropout, const OptionalTensor& s, OptionalTensor& dx,
-              const OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs) {
+              const OptionalTensor& dlora_A, const std::vector<Tensor>& dlora_Bs, const OptionalTensor& scale = {},
+              const OptionalTensor& scaled_dy = {}) {
   using Factor = typename Type::Factor;
   int64_t m = dys[0].size(0), k = lora_A.size(1), ranks = lora_A.size(0), first = 0;
   STD_TORCH_CHECK(!dlora_A || x, "dlora_A needs x");
@@ -862,6 +882,17 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   Tensor ds = scratch(place.beside, {wants_ds ? m : 0, ranks}, ScalarType::Float);
   OptionalTensor ds_rounded;
   if (alone && wants_ds) ds_rounded = scratch(place.beside, {m, round_up(ranks)}, Type::dtype);
+  const float* columns_by = nullptr;
+  if (scale) {
+    Tensor& lora_B = layers[0].lora_B;
+    int64_t n = layers[0].features(), rank = layers[0].rank();
+    STD_TORCH_CHECK(alone, "a scale is that of one layer");
+    check_layer<Type>(layers[0], k);
+    columns_by = sums<float>(*scale, {n}, "scale");
+    Tensor by_rows = scratch(place.beside, {n, rank}, Type::factor_dtype);
+    copy(place, pointer<Factor>(lora_B), rank, 1, n, rank, pointer<Factor>(by_rows), rank, 1, columns_by);
+    lora_B = by_rows;
+  }
   std::vector<Tensor> parts;  // of every factor's gradient
   std::vector<FactorGradient> jobs;
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -879,14 +910,14 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
     parts.push_back(expand_backward<Type>(place, activation(dys[i], m, n, "dy"), own_s, ranks, layer.lora_B, own));
     if (own_s)
       jobs.push_back({.sums = pointer<float>(parts.back()), .parts = int(parts.back().size(0)), .rank = int(rank),
-                      .columns = int(n), .scale = own.scale, .out = contiguous(dlora_Bs[i], {n, rank}, "dlora_B"),
-                      .transposed = true});
+                      .columns = int(n), .scale = own.scale, .column_scale = columns_by,
+                      .out = contiguous(dlora_Bs[i], {n, rank}, "dlora_B"), .transposed = true});
     first += rank;
   }
   STD_TORCH_CHECK(first == ranks, "the rows of lora_A must be as many as the columns of every lora_B");
   if (dx) {
     if (!alone) ds_rounded = rounded<Type>(place, pointer<float>(ds), ranks, m, ranks, 1);
-    input_gradient<Type>(place, dys[0], layers[0].weight, lora_A, *ds_rounded, dropout, *dx);
+    input_gradient<Type>(place, scaled_dy ? *scaled_dy : dys[0], layers[0].weight, lora_A, *ds_rounded, dropout, *dx);
     for (size_t i = 1; i < layers.size(); ++i) base_backward(dys[i], *layers[i].weight, *dx, true);
   }
   if (dlora_A) {
@@ -898,23 +929,57 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std
   sum_gradients<Factor>(place, jobs);
 }
 
-void lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                  const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
-                  Tensor& s) {
+}  // namespace
+
+bool lora_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                  const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor y, Tensor s,
+                  const OptionalTensor& scale) {
+  bool done = false;
   with_types(x, lora_A, lora_B, [&](auto types) {
-    forward<decltype(types)>(x, {{weight, bias, lora_B, scaling}}, lora_A, dropout_of(seed, dropout_p), {y}, s);
+    LoraLayer layer{weight, bias, lora_B, scaling};
+    done = forward<decltype(types)>(x, {layer}, lora_A, dropout_of(seed, dropout_p), {y}, s, scale);
   });
+  return done;
 }
 
 void lora_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
                    const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed,
-                   const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B) {
+                   const OptionalTensor& s, OptionalTensor dx, const OptionalTensor& dlora_A,
+                   const OptionalTensor& dlora_B, const OptionalTensor& scale, const OptionalTensor& scaled_dy) {
   std::vector<Tensor> dlora_Bs;
   if (dlora_B) dlora_Bs.push_back(*dlora_B);
   with_types(dy, lora_A, lora_B, [&](auto types) {
-    backward<decltype(types)>({dy}, x, {{weight, {}, lora_B, scaling}}, lora_A, dropout_of(seed, dropout_p), s, dx,
-                              dlora_A, dlora_Bs);
+    LoraLayer layer{weight, {}, lora_B, scaling};
+    backward<decltype(types)>({dy}, x, {layer}, lora_A, dropout_of(seed, dropout_p), s, dx, dlora_A, dlora_Bs, scale,
+                              scaled_dy);
   });
+}
+
+void lora_shrink(const Tensor& x, const Tensor& factor, Tensor& s) {
+  int64_t m = x.size(0), k = x.size(1), rank = factor.size(0);
+  OnDevice device(x);
+  Place place{x, device.stream()};
+  Shrunk out{.s = sums<float>(s, {m, rank}, "s"), .rank = int(rank), .stride = int(rank)};
+  with_types(x, factor, factor, [&](auto types) {
+    using Factor = typename decltype(types)::Factor;
+    auto* rows = reinterpret_cast<const Factor*>(contiguous(factor, {rank, k}, "factor"));
+    STD_TORCH_CHECK(aligned(rows), "factor must begin at a multiple of 16 bytes");
+    shrink<decltype(types)>(place, activation(x, m, k, "x"), rows, {}, out);
+  });
+}
+
+namespace {
+
+void lora_layer_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                        const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed, Tensor& y,
+                        Tensor& s) {
+  lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s);
+}
+
+void lora_layer_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+                         const Tensor& lora_B, double scaling, double dropout_p, const OptionalTensor& seed,
+                         const OptionalTensor& s, OptionalTensor dx, OptionalTensor dlora_A, OptionalTensor dlora_B) {
+  lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B);
 }
 
 void lora_group_forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
@@ -942,8 +1007,8 @@ void lora_group_backward(const std::vector<Tensor>& dys, const OptionalTensor& x
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CUDA, m) {
-  m.impl("lora_forward", TORCH_BOX(&lora_forward));
-  m.impl("lora_backward", TORCH_BOX(&lora_backward));
+  m.impl("lora_forward", TORCH_BOX(&lora_layer_forward));
+  m.impl("lora_backward", TORCH_BOX(&lora_layer_backward));
   m.impl("lora_group_forward", TORCH_BOX(&lora_group_forward));
   m.impl("lora_group_backward", TORCH_BOX(&lora_group_backward));
 }

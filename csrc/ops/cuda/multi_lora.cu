@@ -785,7 +785,8 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
     check_weight(*weight, call.out, call.in, in.dtype);
     if (bias) contiguous(*bias, {call.out}, "bias");
     STD_TORCH_CHECK(!bias || dtype_of(*bias, "bias") == in.dtype, "bias must be of the activations' dtype");
-    FusedLayer layer{x, *weight, bias, {}, lora_A, lora_B, 1, scaling, ranks, order, segments, y, s};
+    FusedLayer layer{.x = x, .weight = *weight, .bias = bias, .lora_A = lora_A, .lora_B = lora_B, .scalings = scaling,
+                     .ranks = ranks, .order = order, .segments = segments, .y = y, .s = s};
     if (takes(layer)) return fused_layer(layer, call.stream());
     if (call.fits_product(in, out, call.out, *weight)) {
       tail = call.tail(call.scales);
