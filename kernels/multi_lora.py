@@ -15,6 +15,15 @@ MOST_PARTS = 8  # of a sum that one launch adds up itself, in registers
 
 
 @triton.jit
+def rank_of(ranks, adapter, found, R):
+    """ranks[adapter], held within [0, R], since nobody has looked at values on a device; R without ranks."""
+    rank = R
+    if ranks is not None:
+        rank = tl.maximum(0, tl.minimum(tl.load(ranks + adapter, mask=found, other=0), R)).to(tl.int32)
+    return rank
+
+
+@triton.jit
 def find_tile(segments, ranks, tile, L, R, BLOCK_M: tl.constexpr):
     """(adapter, its rank, first position, end) of tile number `tile`, counting BLOCK_M positions of one adapter a tile,
     adapters in their order; adapter L where there are fewer tiles."""
@@ -33,10 +42,7 @@ def find_tile(segments, ranks, tile, L, R, BLOCK_M: tl.constexpr):
     found = adapter < L
     position = tl.load(segments + adapter, mask=found, other=0) + (tile - before) * BLOCK_M
     end = tl.load(segments + adapter + 1, mask=found, other=0)
-    rank = R
-    if ranks is not None:
-        rank = tl.load(ranks + adapter, mask=found, other=0).to(tl.int32)
-    return adapter, rank, position, end
+    return adapter, rank_of(ranks, adapter, found, R), position, end
 
 
 @triton.jit
@@ -160,9 +166,7 @@ def multi_linear_kernel(
         found = adapter < L
         start = tl.load(segments + adapter, mask=found, other=end)
         position = tl.load(segments + adapter + 1, mask=found, other=end)
-        rank = R
-        if ranks is not None:
-            rank = tl.load(ranks + adapter, mask=found, other=0).to(tl.int32)
+        rank = rank_of(ranks, adapter, found, R)
         own = row_inside & (positions >= start) & (positions < position)
         branch = product(
             tl.zeros((BLOCK_N, BLOCK_M), s.dtype.element_ty),
@@ -261,10 +265,7 @@ def multi_factor_gradient_kernel(
     adapter = tl.program_id(0)
     columns = tl.program_id(1) // rank_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks_at = tl.program_id(1) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    rank = R
-    if ranks is not None:
-        rank = tl.load(ranks + adapter)
-    column_inside, rank_inside = columns < F, ranks_at < rank
+    column_inside, rank_inside = columns < F, ranks_at < rank_of(ranks, adapter, True, R)
     WIDE: tl.constexpr = s.dtype.element_ty
     acc = tl.zeros((BLOCK_R, BLOCK_N), WIDE)
     end = tl.load(segments + adapter + 1)

@@ -115,6 +115,25 @@ def test_tokens_of_no_segment_are_left_alone():
     torch.testing.assert_close(*results)
 
 
+def test_ranks_out_of_range_are_held_within_it(small_tiles):
+    """On a device nobody looks at their values. Nothing is written beside s, which lies between other rows."""
+    x, weight, dy = (random(*shape, grad=False) for shape in ((20, 24), (10, 24), (20, 10)))
+    lora_A, lora_B = random(3, 8, 24, grad=False), random(3, 10, 8, grad=False)
+    routing = ops.route(torch.arange(20) % 4 - 1, 3)
+
+    def run(weight, *ranks):
+        around, y = torch.full((22, 8), -7.0), torch.zeros(20, 10)
+        s, gradients = around[1:-1], [torch.empty_like(tensor) for tensor in (x, lora_A, lora_B)]
+        branch = lora_A, lora_B, torch.tensor([0.5, 2.0, -1.0]), torch.tensor(ranks), *routing
+        triton_ops.multi_lora_forward(x, weight, None, *branch, y, s)
+        triton_ops.multi_lora_backward(dy, x, weight, *branch, s, *gradients)
+        assert (around[[0, -1]] == -7).all()
+        return y, s, *gradients
+
+    for base in (None, weight):
+        assert all(map(torch.equal, run(base, -5, 2**40, 9), run(base, 0, 8, 8)))
+
+
 def test_unused_ranks_get_zero_gradients_from_nan_too():
     inputs = multi_lora_inputs(4, 8, 5, 3, 1, torch.float32)
     with torch.no_grad():

@@ -329,6 +329,28 @@ def test_multi_lora_true_ranks_and_idle_adapters(shape, adapter_dtype):
     assert_multi_lora(inputs, slots, torch.randn(num_adapters), ranks, hidden)
 
 
+@pytest.mark.parametrize("included", [False, True])
+@pytest.mark.parametrize("tokens", [20, 300])
+def test_ranks_out_of_range_are_held_within_it(tokens, included):
+    """On a device nobody looks at their values. Nothing is written beside s, which lies between other rows."""
+    inputs = multi_layer_inputs(tokens, 64, 40, 8, 3, torch.bfloat16)
+    x, weight, lora_A, lora_B, _ = (tensor.detach() for tensor in inputs.values())
+    weight, dy = weight if included else None, random(tokens, 40, dtype=torch.bfloat16, grad=False)
+    slots = torch.arange(tokens) % 4 - 1
+    slots[: (tokens // 256) * 256] = 2  # a block of one adapter
+
+    def run(*ranks):
+        around, y = torch.full((tokens + 2, 8), -7.0), torch.zeros_like(dy)
+        s, gradients = around[1:-1], [torch.empty_like(tensor) for tensor in (x, lora_A, lora_B)]
+        branch = lora_A, lora_B, torch.tensor([0.5, 2.0, -1.0]), torch.tensor(ranks), *routed(slots, 3)
+        dispatch.run("multi_lora_forward", x, weight, None, *branch, y, s)
+        dispatch.run("multi_lora_backward", dy, x, weight, *branch, s, *gradients)
+        assert (around[[0, -1]] == -7).all()
+        return y, s, *gradients
+
+    assert all(map(torch.equal, run(-5, 2**40, 9), run(0, 8, 8)))
+
+
 def test_decode_among_many_idle_adapters():
     inputs = {n: t.detach() for n, t in multi_lora_inputs(20, 24, 40, 4, 600, torch.bfloat16).items()}
     slots = torch.tensor([0, 599, 300, 255, 256])[torch.randint(0, 5, (20,))]

@@ -198,7 +198,7 @@ def multi_lora(
     Returns y. Gradients reach y, x, lora_A and lora_B; base-only tokens and idle adapters get zero. Raises ValueError
     or TypeError naming the argument that does not fit. Values of `slots` and `ranks` that are not on the CPU are
     looked at only under PYFASTPEFT_CHECK=1, since that synchronises the device; without it a slot out of range
-    counts as base only.
+    counts as base only, a rank out of range as the nearest one in it.
     """
     order, segments = slots if type(slots) is Routing else (slots, None)
     scalings, number = (None, scaling) if type(scaling) is float else (scaling, 0.0)

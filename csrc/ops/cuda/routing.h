@@ -18,7 +18,10 @@ struct Routing {
   int adapters, rank;       // L, R
   int tokens;               // T
 
-  __device__ int rank_of(int adapter) const { return ranks ? static_cast<int>(ranks[adapter]) : rank; }
+  // Held within 0 .. R, since nobody has looked at values on a device.
+  __device__ int rank_of(int adapter) const {
+    return ranks ? static_cast<int>(max(int64_t(0), min(ranks[adapter], int64_t(rank)))) : rank;
+  }
   __device__ int begin(int adapter) const { return segments ? static_cast<int>(segments[adapter]) : 0; }
   __device__ int end(int adapter) const { return segments ? static_cast<int>(segments[adapter + 1]) : tokens; }
   __device__ int64_t token(int position) const { return order ? order[position] : position; }
