@@ -60,6 +60,19 @@ def test_the_emulator_tells_faults(tmp_path):
     assert said[5:] == ["ended"]
 
 
+@pytest.mark.parametrize("given", [None, 101_376])
+def test_a_block_may_have_so_much_shared_memory(monkeypatch, given):
+    emulated, like, limit = torch.ops.pyfastpeft_emulated, torch.empty(0), given or 232_448
+    if given:
+        monkeypatch.setenv("PYFASTPEFT_EMULATED_SHARED", str(given))
+    assert emulated.shared_limit(like) == limit
+    emulated.launch_with(like, limit, limit)
+    with pytest.raises(RuntimeError, match="shared memory: invalid argument"):
+        emulated.launch_with(like, limit + 1, 0)
+    with pytest.raises(RuntimeError, match="launch: invalid argument"):  # nobody asked for it
+        emulated.launch_with(like, 48 * 1024, 48 * 1024 + 1)
+
+
 # --- IA3 ---
 
 

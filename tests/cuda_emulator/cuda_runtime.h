@@ -4,8 +4,8 @@
 // What it emulates: launches by cudaLaunchKernelEx, with as many blocks at once as PYFASTPEFT_EMULATED_SMS tells, so
 // that blocks may wait for blocks that are resident; __syncthreads; warps whose lanes run apart until a warp operation
 // brings them together (__syncwarp, shuffles, votes, our mma and ldmatrix); integer atomics; asynchronous copies, made
-// as late as a wait allows; dynamic shared memory, which holds NaN at first. Blocks, and threads in them, take turns in
-// another order every round. intrinsics.h and device.h in ops/cuda stand for ours of these names. Threads that wait for
+// as late as a wait allows; dynamic shared memory, which holds NaN at first, as much as the kernel was allowed and a block
+// of the device may have. Blocks, and threads in them, take turns in another order every round. intrinsics.h and device.h in ops/cuda stand for ours of these names. Threads that wait for
 // each other, a lane that is not in its own mask, and asynchronous copies and matrices at addresses that are not aligned
 // raise RuntimeError. Built with -fsanitize=thread it finds races (emulated_cuda.py tells how).
 //
@@ -22,6 +22,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <tuple>
 
 #include "fibers.h"
@@ -72,12 +73,13 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 // --- the runtime ---
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNoDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrL2CacheSize
 };
 struct cudaDeviceProp {
@@ -89,19 +91,34 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no device"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : "no device";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorNoDevice; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? emulator::multiprocessors()
-           : attribute == cudaDevAttrComputeCapabilityMajor ? emulator::capability()
-           : attribute == cudaDevAttrL2CacheSize            ? 1 << 25
-                                                            : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? emulator::multiprocessors()
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? emulator::capability()
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::shared_limit()
+           : attribute == cudaDevAttrL2CacheSize                  ? 1 << 25
+                                                                  : 0;
   return cudaSuccess;
 }
+namespace emulator {
+
+// Bytes of dynamic shared memory that a kernel may have.
+inline int& allowed_shared(const void* kernel) {
+  static std::map<const void*, int> bytes;
+  return bytes.try_emplace(kernel, 48 * 1024).first->second;
+}
+
+}  // namespace emulator
+
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulator::shared_limit()) return cudaErrorInvalidValue;
+  emulator::allowed_shared(reinterpret_cast<const void*>(kernel)) = bytes;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -121,6 +138,8 @@ cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
 }
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+  if (config->dynamicSmemBytes > size_t(emulator::allowed_shared(reinterpret_cast<const void*>(kernel))))
+    return cudaErrorInvalidValue;
   std::pair<void (*)(P...), std::tuple<P...>> call{kernel, {std::forward<A>(arguments)...}};
   auto body = [](void* given) {
     auto [function, parameters] = *static_cast<decltype(call)*>(given);

@@ -56,7 +56,6 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kSharedLimit = 227 * 1024;
 constexpr int kIdleRounds = 2000;
 
 struct Copy {
@@ -190,7 +189,8 @@ void* shared() { return running->block->shared.get(); }
 
 void launch(Triple grid, Triple size, size_t shared_bytes, void (*body)(void*), void* argument) {
   size_t per_block = size_t(size.x) * size.y * size.z, total = size_t(grid.x) * grid.y * grid.z;
-  if (!per_block || per_block > 1024 || !total || grid.y > 65535 || grid.z > 65535 || shared_bytes > kSharedLimit)
+  if (!per_block || per_block > 1024 || !total || grid.y > 65535 || grid.z > 65535 ||
+      shared_bytes > size_t(shared_limit()))
     throw std::runtime_error("a launch that no GPU takes: " + std::to_string(total) + " blocks of " +
                              std::to_string(per_block) + " threads, " + std::to_string(shared_bytes) + " bytes shared");
   blockDim = size;
@@ -337,5 +337,6 @@ int setting(const char* name, int otherwise) {
 
 int multiprocessors() { return setting("PYFASTPEFT_EMULATED_SMS", 3); }
 int capability() { return setting("PYFASTPEFT_EMULATED_CAPABILITY", 9); }
+int shared_limit() { return setting("PYFASTPEFT_EMULATED_SHARED", 227 * 1024); }
 
 }  // namespace emulator

@@ -38,6 +38,8 @@ void make_copies(size_t but_latest);
 int multiprocessors();
 // The device's major compute capability: PYFASTPEFT_EMULATED_CAPABILITY (9).
 int capability();
+// Bytes of dynamic shared memory that a block may have: PYFASTPEFT_EMULATED_SHARED (those of sm_90).
+int shared_limit();
 constexpr int kBlocksPerMultiprocessor = 2;
 
 constexpr size_t kValueBytes = 64;
