@@ -73,6 +73,37 @@ def test_a_block_may_have_so_much_shared_memory(monkeypatch, given):
         emulated.launch_with(like, 48 * 1024, 48 * 1024 + 1)
 
 
+# --- counters ---
+
+
+def counters_at(stream, capture=0):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYFASTPEFT_EMULATED_CAPTURE", str(capture))
+        return torch.ops.pyfastpeft_emulated.counters_at(torch.empty(0), stream)
+
+
+def test_launches_of_a_stream_share_counters_and_those_of_a_capture_have_others(monkeypatch):
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_DEVICE", "1")
+    captures = [{counters_at(7, capture) for _ in range(224)} for capture in (5, 6)]
+    others = [{counters_at(stream, capture) for _ in range(3)} for stream, capture in ((7, 0), (8, 0), (8, 5))]
+    assert [len(found) for found in (*captures, *others)] == [1] * 5
+    assert len(set().union(*captures, *others)) == 5
+    assert 0 not in set().union(*captures, *others)
+
+
+def test_where_no_counters_are_left_launches_bring_their_own(monkeypatch):
+    inputs = {n: t.detach() for n, t in multi_lora_inputs(20, 40, 48, 8, 2, torch.bfloat16).items()}
+    y, slots = inputs.pop("y"), torch.arange(20) % 3 - 1
+    before = ops.multi_lora(y.clone(), **inputs, slots=slots, scaling=0.5)
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_DEVICE", "2")
+    sets = [counters_at(7, capture) for capture in range(1, 20_000)]
+    assert len(set(sets)) == sets.index(0) + 1 > 16_000  # each its own, until there are none
+    assert counters_at(7, 1) == sets[0]
+    assert counters_at(9) == 0
+    for _ in range(3):
+        assert torch.equal(ops.multi_lora(y.clone(), **inputs, slots=slots, scaling=0.5), before)
+
+
 # --- IA3 ---
 
 

@@ -40,6 +40,10 @@ int multiprocessors();
 int capability();
 // Bytes of dynamic shared memory that a block may have: PYFASTPEFT_EMULATED_SHARED (those of sm_90).
 int shared_limit();
+// The current device: PYFASTPEFT_EMULATED_DEVICE (0). All have the same memory.
+int device();
+// The capture that all streams take part in, which runs what it captures: PYFASTPEFT_EMULATED_CAPTURE (0: none).
+int capture();
 constexpr int kBlocksPerMultiprocessor = 2;
 
 constexpr size_t kValueBytes = 64;

@@ -1,5 +1,7 @@
-// What the emulator says to csrc/ops/cuda/runtime.h, as ops, for tests.
+// csrc/ops/cuda/counters.h, and what the emulator says to runtime.h, as ops, for tests.
 #include "ops/cuda/runtime.h"
+
+#include "ops/cuda/counters.h"
 
 namespace pyfastpeft {
 
@@ -19,13 +21,22 @@ void launch_with(const Tensor&, int64_t allowed, int64_t shared) {
   check(cudaLaunchKernelEx(&config, empty_kernel), "launch");
 }
 
+// Where the counters are for a launch on stream number `stream`; 0: in a tensor of their own.
+int64_t counters_at(const Tensor& like, int64_t stream) {
+  OptionalTensor own;
+  int* zeros = counters(like, reinterpret_cast<cudaStream_t>(stream), own);
+  return own ? 0 : reinterpret_cast<int64_t>(zeros);
+}
+
 }  // namespace pyfastpeft
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("shared_limit(Tensor like) -> int");
   m.def("launch_with(Tensor like, int allowed, int shared) -> ()");
+  m.def("counters_at(Tensor like, int stream) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CUDA, m) {
   m.impl("shared_limit", TORCH_BOX(&pyfastpeft::shared_limit));
   m.impl("launch_with", TORCH_BOX(&pyfastpeft::launch_with));
+  m.impl("counters_at", TORCH_BOX(&pyfastpeft::counters_at));
 }

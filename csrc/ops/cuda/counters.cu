@@ -2,7 +2,7 @@
 
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 
 #include "ops/cuda/runtime.h"
 
@@ -10,7 +10,7 @@ namespace pyfastpeft {
 
 namespace {
 
-constexpr int kSets = 4096;  // in 2 MiB of every device
+constexpr int kSets = 16384;  // in 8.25 MiB of every device
 
 __device__ int pool[kSets * kCounters];
 
@@ -18,26 +18,23 @@ __device__ int pool[kSets * kCounters];
 
 int* counters(const Tensor& t, cudaStream_t stream, OptionalTensor& own) {
   static std::mutex mutex;
-  static std::map<std::pair<int, cudaStream_t>, int> of_stream;
+  static std::map<std::tuple<int, cudaStream_t, cudaStreamCaptureStatus, unsigned long long>, int> sets;
   static std::map<int, int> taken;  // of a device
   int device = 0;
   void* first = nullptr;
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;  // no other one of the process has its number
   check(cudaGetDevice(&device), "device");
   check(cudaGetSymbolAddress(&first, pool), "counters");
-  check(cudaStreamIsCapturing(stream, &capture), "stream");
-  std::lock_guard lock(mutex);
-  auto fresh = [&] { return taken[device] < kSets ? taken[device]++ : -1; };
-  int set;
-  if (capture != cudaStreamCaptureStatusNone) {
-    set = fresh();
-  } else if (auto found = of_stream.find({device, stream}); found != of_stream.end()) {
-    set = found->second;
-  } else {
-    set = fresh();
-    if (set >= 0) of_stream[{device, stream}] = set;
+  check(cudaStreamGetCaptureInfo(stream, &capturing, &capture), "stream");
+  if (capturing != cudaStreamCaptureStatusActive) capture = 0;  // it may hold anything
+  {
+    std::lock_guard lock(mutex);
+    std::tuple key(device, stream, capturing, capture);
+    auto set = sets.find(key);
+    if (set == sets.end() && taken[device] < kSets) set = sets.emplace(key, taken[device]++).first;
+    if (set != sets.end()) return static_cast<int*>(first) + set->second * kCounters;
   }
-  if (set >= 0) return static_cast<int*>(first) + set * kCounters;
   own = scratch(t, {kCounters}, ScalarType::Int);
   check(cudaMemsetAsync(own->mutable_data_ptr(), 0, kCounters * sizeof(int), stream), "counters");
   return static_cast<int*>(own->mutable_data_ptr());
