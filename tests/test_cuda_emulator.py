@@ -29,6 +29,7 @@ if platform.machine() != "x86_64" or not shutil.which("g++") or not native.AVAIL
     pytest.skip("the emulator is for x86-64 and built with g++", allow_module_level=True)
 
 import emulated_cuda
+import gpu_cases
 
 SHORT = [torch.bfloat16, torch.float16]
 ADAPTERS = [
@@ -102,6 +103,21 @@ def test_where_no_counters_are_left_launches_bring_their_own(monkeypatch):
     assert counters_at(9) == 0
     for _ in range(3):
         assert torch.equal(ops.multi_lora(y.clone(), **inputs, slots=slots, scaling=0.5), before)
+
+
+# --- what test_gpu.py asks of a GPU ---
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", gpu_cases.REPEATABLE)
+def test_runs_are_bit_identical(name, adapter_dtype):
+    gpu_cases.assert_repeatable(name, 72, 40, adapter_dtype, "cpu", runs=1)
+
+
+@pytest.mark.parametrize(("tokens", "included"), [(64, False), (9, True), (64, True), (1064, True)])
+def test_slots_may_change_between_replays(monkeypatch, tokens, included):
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPTURE", "1")
+    gpu_cases.assert_serves_slots_that_change(tokens, included, "cpu", captured=lambda run: run)
 
 
 # --- IA3 ---

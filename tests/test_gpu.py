@@ -3,6 +3,7 @@
 import functools
 
 import error_rule
+import gpu_cases
 import pytest
 import torch
 from error_rule import (
@@ -24,6 +25,7 @@ from error_rule import (
     unfused_multi_lora,
     unfused_multi_lora_linear,
 )
+from gpu_cases import REPEATABLE, assert_serves_slots_that_change, in_blocks, lora
 
 from pyfastpeft import ops
 from pyfastpeft.ops import addmm, dispatch, reference
@@ -49,14 +51,23 @@ def backend(request):
         yield request.param
 
 
-def assert_error_rule(*arguments, **options):
+def skips_what_is_not_served(check):
     """Skips what the forced backend does not take; test_aligned_operands_are_served holds it to what it has to."""
-    try:
-        error_rule.assert_error_rule(*arguments, **options)
-    except RuntimeError as error:
-        if "is forced but does not serve" not in str(error):
-            raise
-        pytest.skip(str(error))
+
+    @functools.wraps(check)
+    def run(*arguments, **options):
+        try:
+            check(*arguments, **options)
+        except RuntimeError as error:
+            if "is forced but does not serve" not in str(error):
+                raise
+            pytest.skip(str(error))
+
+    return run
+
+
+assert_error_rule = skips_what_is_not_served(error_rule.assert_error_rule)
+assert_repeatable = skips_what_is_not_served(gpu_cases.assert_repeatable)
 
 
 def test_compiles_as_one_graph_with_the_same_results():
@@ -86,10 +97,6 @@ def test_aligned_operands_are_served(backend, dtype):
     if backend != "addmm":
         x, weight, ia3_l = (gpu_random(*shape, dtype=dtype) for shape in ((m, k), (n, k), (n,)))
         ops.ia3_linear(x, weight.detach(), None, ia3_l, False).sum().backward()
-
-
-def lora(x, weight, bias, lora_A, lora_B):
-    return ops.lora_linear(x, weight, bias, lora_A, lora_B, 0.7)
 
 
 def plain_lora(x, weight, bias, lora_A, lora_B):
@@ -224,14 +231,6 @@ def test_multi_lora_linear(dtype, adapter_dtype, shape, ranked):
     assert_error_rule(ours, theirs, multi_layer_inputs(*shape, dtype, adapter_dtype, device="cuda"))
 
 
-def in_blocks(num_adapters):
-    """Slots of 1064 tokens: blocks of 256 of one adapter, of all, of one but for two tokens, of none; a smaller one."""
-    slots = torch.randint(-1, num_adapters, (5, 256), device="cuda")
-    slots[0], slots[2], slots[3], slots[4] = 1, 1, -1, 0
-    slots[2, 100:102] = torch.tensor([-1, 0])
-    return slots.flatten()[:1064]
-
-
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(torch.bfloat16, None), (torch.float16, torch.float32)])
 @pytest.mark.parametrize("ranked", [False, True])
 def test_multi_lora_linear_in_blocks_of_one_adapter(dtype, adapter_dtype, ranked):
@@ -333,62 +332,26 @@ def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypat
         run(slots=bad)
 
 
-def gradients(run, inputs):
-    out = run(**inputs)
-    return out, *torch.autograd.grad(out.float().square().sum(), [t for t in inputs.values() if t.requires_grad])
-
-
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
-def test_a_hundred_runs_are_bit_identical(adapter_dtype):
-    slots = torch.randint(-1, 7, (300,), device="cuda")
-    many = gpu_multi_lora_inputs(300, 512, 264, 16, 7, torch.bfloat16, adapter_dtype)
-    routing = ops.route(in_blocks(7), 7)
-    layer = multi_layer_inputs(1064, 512, 264, 16, 7, torch.bfloat16, adapter_dtype, device="cuda")
-    cases = [
-        (lora, gpu_lora_inputs(300, 512, 264, 16, torch.bfloat16, adapter_dtype)),
-        (lambda y, **rest: ops.multi_lora(y.clone(), **rest, slots=slots, scaling=0.5), many),
-        (functools.partial(ops.multi_lora_linear, slots=routing, scaling=0.5), layer),
-    ]
-    for run, inputs in cases:
-        first = gradients(run, inputs)
-        for _ in range(100):
-            assert all(torch.equal(a, b) for a, b in zip(gradients(run, inputs), first))
+@pytest.mark.parametrize("name", REPEATABLE)
+def test_a_hundred_runs_are_bit_identical(name, adapter_dtype):
+    assert_repeatable(name, 512, 264, adapter_dtype, "cuda", runs=100)
 
 
-@pytest.mark.parametrize(("tokens", "included"), [(64, False), (500, False), (1064, True)])
+def captured(run):
+    """What replays a graph of what `run` does."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles and allocates what lasts
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@pytest.mark.parametrize(("tokens", "included"), [(64, False), (500, False), (9, True), (64, True), (1064, True)])
 def test_a_captured_graph_serves_slots_that_change(backend, tokens, included):
-    """`included`: the base layer, too, which may go with blocks of tokens of one adapter."""
-    inputs = multi_layer_inputs(tokens, 256, 136, 8, 5, torch.bfloat16, device="cuda")
-    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
-    if not included:
-        del inputs["weight"], inputs["bias"]
-        inputs["y"] = gpu_random(tokens, 136, dtype=torch.bfloat16, grad=False)
     if backend == "addmm" and tokens * 8 * (256 + 136) > addmm.GATHERED:
         pytest.skip("adapters that come one after the other are looked up on the host")
-    slots = torch.full((tokens,), -1, device="cuda")
-    out = torch.empty(tokens, 136, dtype=torch.bfloat16, device="cuda")
-
-    def run(x, lora_A, lora_B, y=None, **layer):
-        if included:
-            return ops.multi_lora_linear(x, **layer, lora_A=lora_A, lora_B=lora_B, slots=slots, scaling=0.5)
-        return ops.multi_lora(y.clone(), x, lora_A, lora_B, slots, 0.5)
-
-    with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            out.copy_(run(**inputs))  # compiles and allocates what lasts
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out.copy_(run(**inputs))
-        routings = [torch.randint(-1, 5, (tokens,)), torch.full((tokens,), 4), torch.full((tokens,), -1)]
-        for routing in routings + [in_blocks(5)] * included + routings[:1]:
-            slots.copy_(routing)
-            for _ in range(3):
-                graph.replay()
-            with ops.use_backend("reference"):
-                expected = run(**{name: tensor.float() for name, tensor in inputs.items()})
-            torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
-            if not included:
-                assert torch.equal(out[slots == -1], inputs["y"][slots == -1])
+    assert_serves_slots_that_change(tokens, included, "cuda", captured)
