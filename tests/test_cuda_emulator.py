@@ -13,6 +13,8 @@ import torch
 from error_rule import (
     TOLERANCE,
     assert_error_rule,
+    group_inputs,
+    lora_inputs,
     multi_layer_inputs,
     multi_lora_inputs,
     poisoned_memory,
@@ -23,7 +25,7 @@ from error_rule import (
 )
 
 from pyfastpeft import ops
-from pyfastpeft.ops import dispatch, native, reference
+from pyfastpeft.ops import cuda, dispatch, native, reference
 
 if platform.machine() != "x86_64" or not shutil.which("g++") or not native.AVAILABLE:
     pytest.skip("the emulator is for x86-64 and built with g++", allow_module_level=True)
@@ -72,6 +74,21 @@ def test_a_block_may_have_so_much_shared_memory(monkeypatch, given):
         emulated.launch_with(like, limit + 1, 0)
     with pytest.raises(RuntimeError, match="launch: invalid argument"):  # nobody asked for it
         emulated.launch_with(like, 48 * 1024, 48 * 1024 + 1)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_the_largest_operands_fit_into_shared_memory(monkeypatch, adapter_dtype):
+    """That of sm_80, which has less than sm_90. What a launch asks for follows from ranks and numbers of adapters."""
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_SHARED", "166912")
+    dtypes, most = (torch.bfloat16, adapter_dtype), cuda.MAX_RANK
+    for tokens in (64, 70):
+        gpu_cases.lora(**lora_inputs(tokens, 8, 8, most, *dtypes)).sum().backward()
+        layers = group_inputs(tokens, 8, [(8, most), (8, cuda.MAX_RANKS - most)], *dtypes)
+        gpu_cases.group(**layers).sum().backward()
+    for tokens, num_adapters in ((64, 64), (128, 128), (300, 2)):
+        inputs = multi_layer_inputs(tokens, 8, 8, most, num_adapters, *dtypes)
+        out = ops.multi_lora_linear(**inputs, slots=torch.arange(tokens) % num_adapters, scaling=0.5)
+    out.sum().backward()
 
 
 # --- counters ---
@@ -194,7 +211,8 @@ def test_ia3_scales_the_sum_with_the_bias_before_it_is_rounded(rows, dtype):
 def test_too_few_tiles_for_the_multiprocessors_go_to_torch(monkeypatch, op):
     """The product of gemm.h rounds once, others twice or more: so their bits differ."""
     x, weight, bias, lora_A, lora_B, ia3_l = (
-        random(*shape, dtype=torch.bfloat16, grad=False) for shape in [(300, 64), (48, 64), (48,), (8, 64), (48, 8), (48,)]
+        random(*shape, dtype=torch.bfloat16, grad=False)
+        for shape in [(300, 64), (48, 64), (48,), (8, 64), (48, 8), (48,)]
     )
 
     def passes(multiprocessors, capability):

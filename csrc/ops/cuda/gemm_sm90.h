@@ -151,6 +151,7 @@ struct HopperGemm {
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, WithTail<Single>, Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(Kernel::SharedStorageSize <= 227 * 1024);  // what a block of sm_90 may have
 
   // Of matrices whose unit stride is where its type says, `apart` from one to the next.
   template <class Stride>
