@@ -11,6 +11,8 @@ from op_cases import lora
 from pyfastpeft import ops
 from pyfastpeft.ops import choice, dispatch, native
 
+HALVES = torch.bfloat16, torch.float16
+
 pytestmark = pytest.mark.usefixtures("two_threads", "on_backend")
 
 
@@ -113,6 +115,12 @@ def test_the_nearest_measured_shape_decides(measured):
     assert measured(lora_arguments(m=2048, n=14336)) == ("cuda", "addmm", "triton", "reference")
 
 
+def test_float16_goes_where_bfloat16_goes(measured):
+    assert measured(lora_arguments(torch.float16, m=64)) == measured(lora_arguments(m=64))
+    kinds = {choice.described("lora_forward", lora_arguments(d, adapters=torch.float32))[0] for d in HALVES}
+    assert kinds == {"bfloat16, adapters float32"}
+
+
 def test_a_group_goes_where_one_of_its_layers_goes(measured):
     x, _, _, lora_A, lora_B, *_ = lora_arguments(m=20)
     weights = [torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")] * 3
@@ -128,8 +136,9 @@ def test_a_group_goes_where_one_of_its_layers_goes(measured):
     assert dispatch.preferred("lora_group_forward", (torch.empty(2, 3),))
 
 
-def test_a_compiled_graph_chooses_too(measured):
-    args = lora_arguments(m=16)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_compiled_graph_chooses_too(measured, dtype):
+    args = lora_arguments(dtype, m=16)
 
     def function(x):
         return x * ["triton", "cuda"].index(measured((args[0], *args[1:]))[0])

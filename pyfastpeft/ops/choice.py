@@ -2,8 +2,9 @@
 
 choices.json holds the measurements, made by `python -m benchmarks.choose` from what `make gpu` wrote: for every
 architecture a list of {"op", "kind", "sizes", "backends"}, its backends being those that gave right results, the
-fastest first. The nearest entry has the same op and kind and the smallest sum of |log(size / size)|. Without one, no
-GPU of this architecture has run our kernels on such operands, and RULE applies: torch's own products.
+fastest first. The nearest entry has the same op and kind and the smallest sum of |log(size / size)|. Tensor cores
+multiply float16 and bfloat16 alike, so one kind, named after bfloat16, stands for both. Without an entry, no GPU of
+this architecture has run our kernels on such operands, and RULE applies: torch's own products.
 """
 
 import functools
@@ -52,20 +53,24 @@ def described(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
         named |= {"weight": named["weights"][0], "lora_B": named["lora_Bs"][0]}
     first, weight = leading(args), named.get("weight")
     down, up = (named.get(a, named.get(b)) for a, b in (("lora_A", "down"), ("lora_B", "up")))
-    kind = [str(first.dtype)[6:]]
+    kind = [_named(first.dtype)]
     sizes = {"M": MANY if torch.compiler.is_compiling() else math.prod(first.shape[:-1] or first.shape)}
     if isinstance(weight, Tensor):
         sizes |= {"N": weight.shape[0], "K": weight.shape[1]}
     elif "weight" in named:
         kind.append("no weight")
     if isinstance(down, Tensor) and isinstance(up, Tensor):
-        kind.append(f"adapters {str(down.dtype)[6:]}")
+        kind.append(f"adapters {_named(down.dtype)}")
         sizes |= {"N": up.shape[-2], "K": down.shape[-1], "r": down.shape[-2]}
         sizes |= {"L": len(down)} if down.dim() == 3 else {}
     kind += [
         word for word, there in (("dropout", named.get("seed") is not None), ("ff", named.get("feedforward"))) if there
     ]
     return ", ".join(kind), tuple(int(sizes.get(name, 1)) for name in "MKNrL")
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(torch.bfloat16 if dtype == torch.float16 else dtype)[6:]
 
 
 @functools.lru_cache(4096)
