@@ -8,53 +8,54 @@ gradients are off) is not in its results and so never chosen; nor is what only r
 
 import argparse
 import json
+from functools import cache
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from benchmarks.providers import OUR_ADDMM
-from benchmarks.shapes import DTYPES, IA3, Case, MultiLora, MultiLoraLinear
-from pyfastpeft.ops import choice
+from benchmarks.measure import step
+from benchmarks.providers import OUR_ADDMM, build_ours, problem
+from benchmarks.shapes import Case
+from pyfastpeft.ops import choice, dispatch, use_backend
 
 
-def operands(case: Case, adapters: str) -> dict:
-    """What `choice` knows a case by: {"op", "kind", "sizes"}. A training case decides the backward pass."""
-    dtype = DTYPES[case.dtype]
-    adapter_dtype = torch.float32 if adapters == "fp32" else dtype
+@cache
+def operands(case: Case, adapters: str) -> list[dict]:
+    """What `choice` knows the raw ops of a case by, in the order in which they run: {"op", "kind", "sizes"} of each."""
+    found = []
 
-    def empty(*shape, dtype=adapter_dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def run(op, *args, **options):
+        kind, sizes = choice.described(op, args)
+        found.append({"op": op, "kind": kind, "sizes": list(sizes)})
 
-    M, K, N, way = case.M, case.K, case.N, "backward" if case.backward else "forward"
-    first, weight = empty(M, N if case.backward else K, dtype=dtype), empty(N, K, dtype=dtype)
-    if isinstance(case, IA3):
-        op, ia3_l = f"ia3_{way}", empty(K if case.feedforward else N)
-        second = first if case.backward else weight
-        args = (first, second, weight if case.backward else None, ia3_l, case.feedforward)
-    elif isinstance(case, MultiLora):
-        op, adapters = f"multi_lora_{way}", len(case.ranks)
-        factors = empty(adapters, max(case.ranks), K), empty(adapters, N, max(case.ranks))
-        weight = weight if isinstance(case, MultiLoraLinear) else None
-        args = (first, None, weight, *factors) if case.backward else (first, weight, None, *factors)
-    else:
-        op, factors = f"lora_{way}", (empty(case.rank, K), empty(N, case.rank))
-        seed = empty(1) if case.dropout else None
-        middle = (None, weight) if case.backward else (weight, None)
-        args = (first, *middle, *factors, 1.0, case.dropout, seed)
-    kind, sizes = choice.described(op, args)
-    return {"op": op, "kind": kind, "sizes": list(sizes)}
+    given = problem(case, "meta")
+    call = build_ours(given, adapters)
+    # A backend is forced as where it is measured: then the ops draw dropout's mask themselves.
+    with mock.patch.object(dispatch, "run", run), use_backend("reference"), torch.set_grad_enabled(case.backward):
+        step(given, call)()
+    return found
 
 
-def entries(results: dict) -> list[dict]:
-    """The backends of every op, kind and sizes in these results, the fastest first."""
-    found = {}
-    for benchmark in results["benchmarks"]:
-        entry = benchmark["extra_info"]
-        if "operands" in entry and entry["mode"] == "graph":
-            key = json.dumps(entry["operands"])
-            name = entry["provider"].rpartition("-")[0]
-            found.setdefault(key, {})["addmm" if name == OUR_ADDMM else name] = entry["seconds"]["median"]
-    return [json.loads(key) | {"backends": sorted(times, key=times.get)} for key, times in found.items()]
+def entries(*results: dict) -> list[dict]:
+    """The backends of every op, kind and sizes in these results, the fastest first. All ops of a case were timed under
+    one backend, and it decides them all. Where several cases have the same op, kind and sizes, the first one decides,
+    those of a forward pass before those of both passes."""
+    found: dict[str, dict[tuple, dict[str, float]]] = {}
+    for trains, number in product((False, True), range(len(results))):
+        for benchmark in results[number]["benchmarks"]:
+            entry = benchmark["extra_info"]
+            ran = entry.get("operands", []) if entry["mode"] == "graph" else []
+            if trains != any(each["op"].endswith("backward") for each in ran):
+                continue
+            name, _, adapters = entry["provider"].rpartition("-")
+            case = number, benchmark["group"], adapters
+            for each in ran:
+                times = found.setdefault(json.dumps(each), {}).setdefault(case, {})
+                times["addmm" if name == OUR_ADDMM else name] = entry["seconds"]["median"]
+    firsts = {key: next(iter(cases.values())) for key, cases in found.items()}
+    return [json.loads(key) | {"backends": sorted(times, key=times.get)} for key, times in firsts.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,12 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=choice.FILE, help="the table to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     table = json.loads(options.into.read_text()) if options.into.exists() else {}
-    made: dict[str, list[dict]] = {}
+    measured: dict[str, list[dict]] = {}
     for path in options.results:
         results = json.loads(path.read_text())
         if not (architecture := results["machine_info"].get("architecture")):
             parser.error(f"{path} does not come from a GPU")
-        made.setdefault(architecture, []).extend(entries(results))
+        measured.setdefault(architecture, []).append(results)
+    made = {architecture: entries(*results) for architecture, results in measured.items()}
     for architecture, rows in made.items():
         if not rows:
             parser.error(f"the results of {architecture} hold no entry of ours that was timed as a graph")

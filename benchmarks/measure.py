@@ -235,7 +235,7 @@ def check(problem: Problem, provider: Provider, call: Call) -> dict[str, float]:
         return {}
     factor = dropout_factor(problem, call) if getattr(problem.case, "dropout", 0.0) else None
     with poisoned() if provider.backend else nullcontext():
-        if hasattr(problem, "y"):
+        if problem.case.alone:
             problem.y.copy_(problem.y0)
         torch.manual_seed(SEED)
         got = _with_gradients(problem, call)
@@ -272,7 +272,7 @@ def _plain(problem, weight, factor, leaves, dtype):
 def dropout_factor(problem: Problem, call: Call) -> Tensor:
     """[M, K]: what a provider multiplies x by after manual_seed(SEED), seen from outside: with constant adapters, large
     against weight, and dy = 1, the gradient of x is large exactly where an element is kept."""
-    p, (x, lora_A, lora_B) = problem.case.dropout, call.leaves
+    p, (x, lora_A, lora_B, *_) = problem.case.dropout, call.leaves
     values = lora_A.detach().clone(), lora_B.detach().clone()
     with torch.no_grad():
         lora_A.fill_(64)

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.shapes import DTYPES, IA3, Case, Lora, MultiLora, MultiLoraLinear
-from pyfastpeft.ops import addmm, dispatch, ia3_linear, lora_linear, multi_lora, multi_lora_linear, route
+from benchmarks.shapes import DTYPES, IA3, Bottleneck, Case, Dora, Lora, LoraDelta, MultiLora, MultiLoraLinear
+from pyfastpeft import ops
+from pyfastpeft.ops import addmm, dispatch
 
 SCALING = 2.0
 OUR_ADDMM = "our-addmm"  # the name of our backend addmm, beside the peer of that name
@@ -39,14 +40,19 @@ class Provider(NamedTuple):
 
 
 class Problem:
-    """Random x [M, K], weight [N, K] and dy [M, N], scaled so that the output and its low-rank part are of order 1."""
+    """Random x [M, K], weight [N, K] and dy [M, N], scaled so that the output and its low-rank part are of order 1.
+    Where the adapter part is alone, it is added to y [M, N]: in place, but by `formula` to y0 in a copy. On the meta
+    device there are shapes alone."""
 
     def __init__(self, case: Case, device: str, seed: int = 0):
         self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
         self.x = self.random(case.M, case.K).requires_grad_(case.backward)
         self.weight = self.random(case.N, case.K) / case.K**0.5
         self.dy = self.random(case.M, case.N)
+        if case.alone:
+            self.y0 = self.random(case.M, case.N)
+            self.y = self.y0.clone()
         values = [tensor.to(self.dtype) for tensor in self.make_adapters()]
         kinds = {"fp32": torch.float32} if case.dtype == "fp32" else {"fp32": torch.float32, "16bit": self.dtype}
         self.adapters = {
@@ -67,6 +73,10 @@ class Problem:
         """The op in plain PyTorch, in the dtypes of its arguments; `factor` [M, K] is dropout's."""
         raise NotImplementedError
 
+    def base_output(self, weight: Tensor, x: Tensor) -> Tensor:
+        """What `formula` adds to."""
+        return self.y0.to(x.dtype, copy=True) if self.case.alone else F.linear(x, weight)
+
     def base(self) -> nn.Linear:
         linear = nn.Linear(self.case.K, self.case.N, bias=False, device="meta")
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
@@ -80,7 +90,32 @@ class LoraProblem(Problem):
 
     def formula(self, weight, factor, x, lora_A, lora_B):
         inner = x.to(lora_A.dtype) if factor is None else x.to(lora_A.dtype) * factor
-        return (F.linear(x, weight) + SCALING * F.linear(F.linear(inner, lora_A), lora_B)).to(x.dtype)
+        return (self.base_output(weight, x) + SCALING * F.linear(F.linear(inner, lora_A), lora_B)).to(x.dtype)
+
+
+class DoraProblem(LoraProblem):
+    """The magnitudes are about the norms of weight's rows. `formula` rounds what they scale to x's dtype, in which it
+    is kept for their gradient."""
+
+    def make_adapters(self):
+        return *super().make_adapters(), (1 + 0.25 * self.random(self.case.N)).abs()
+
+    def formula(self, weight, factor, x, lora_A, lora_B, magnitude):
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(weight + SCALING * (lora_B @ lora_A), dim=1)
+        return (magnitude / norm * super().formula(weight, factor, x, lora_A, lora_B)).to(x.dtype)
+
+
+class BottleneckProblem(Problem):
+    def make_adapters(self):
+        r, K, N = self.case.rank, self.case.K, self.case.N
+        factors = self.random(r, K) / K**0.5, self.random(N, r) / r**0.5
+        return factors[0], 0.5 * self.random(r), factors[1], 0.5 * self.random(N)
+
+    def formula(self, weight, factor, x, down, down_bias, up, up_bias):
+        residual = x if self.case.serial else self.base_output(weight, x)
+        hidden = F.gelu(F.linear(x.to(down.dtype), down, down_bias))
+        return (residual + F.linear(hidden, up, up_bias)).to(x.dtype)
 
 
 class IA3Problem(Problem):
@@ -94,9 +129,6 @@ class IA3Problem(Problem):
 
 
 class MultiLoraProblem(Problem):
-    """`y` is updated in place, by `formula` in a copy. Where the base layer is included, its output takes the place of
-    y."""
-
     def __init__(self, case, device, seed=0):
         super().__init__(case, device, seed)
         counts = torch.tensor(case.counts)
@@ -105,8 +137,6 @@ class MultiLoraProblem(Problem):
         self.slots = sequences[order].flatten().to(device)
         self.ranks = torch.tensor(case.ranks, device=device)
         self.scaling = 1 + torch.arange(len(counts), device=device) % 4 / 2
-        self.y0 = self.random(case.M, case.N)
-        self.y = self.y0.clone()
 
     def make_adapters(self):
         """lora_A [L, r, K] and lora_B [L, N, r], zero beyond every adapter's rank."""
@@ -116,15 +146,22 @@ class MultiLoraProblem(Problem):
         return lora_A, self.random(len(ranks), N, used.shape[1]) / max(self.case.ranks) ** 0.5 * used[:, None, :]
 
     def formula(self, weight, factor, x, lora_A, lora_B):
-        included = isinstance(self.case, MultiLoraLinear)
-        y = F.linear(x, weight) if included else self.y0.to(x.dtype, copy=True)
+        y = self.base_output(weight, x)
         for a, scale in enumerate(self.scaling.tolist()):
             tokens = self.slots == a
             y[tokens] += (scale * F.linear(F.linear(x[tokens].to(lora_A.dtype), lora_A[a]), lora_B[a])).to(y.dtype)
         return y
 
 
-PROBLEMS = {Lora: LoraProblem, IA3: IA3Problem, MultiLora: MultiLoraProblem, MultiLoraLinear: MultiLoraProblem}
+PROBLEMS = {
+    Lora: LoraProblem,
+    LoraDelta: LoraProblem,
+    Dora: DoraProblem,
+    IA3: IA3Problem,
+    Bottleneck: BottleneckProblem,
+    MultiLora: MultiLoraProblem,
+    MultiLoraLinear: MultiLoraProblem,
+}
 
 
 def problem(case: Case, device: str, seed: int = 0) -> Problem:
@@ -138,21 +175,21 @@ def build_base(problem: Problem, _) -> Call:
     return Call(lambda: F.linear(problem.x, problem.weight), (problem.x,))
 
 
-def build_addmm(problem: Problem, adapters: str) -> Call:
-    """Base product, then the low-rank one added in place."""
+def base_output(problem: Problem) -> Tensor:
+    """What adapters are added to in place; autograd sees no earlier call in y."""
+    return problem.y.detach() if problem.case.alone else F.linear(problem.x, problem.weight)
+
+
+def build_addmm(problem: LoraProblem, adapters: str) -> Call:
+    """The low-rank product added in place."""
     x, lora_A, lora_B = leaves = problem.leaves(adapters)
     dropout = problem.case.dropout
 
     def forward():
         inner = F.dropout(x, dropout) if dropout else x
-        return F.linear(x, problem.weight).addmm_(F.linear(inner, lora_A), lora_B.T, alpha=SCALING)
+        return base_output(problem).addmm_(F.linear(inner, lora_A), lora_B.T, alpha=SCALING)
 
     return Call(forward, leaves)
-
-
-def base_output(problem: MultiLoraProblem) -> Tensor:
-    """What adapters are added to."""
-    return F.linear(problem.x, problem.weight) if isinstance(problem.case, MultiLoraLinear) else problem.y
 
 
 def build_one_adapter_addmm(problem: MultiLoraProblem, adapters: str) -> Call:
@@ -199,15 +236,36 @@ def peft_layer(base: nn.Linear, config, adapters: str, *others) -> nn.Module:
     return holder.linear
 
 
-def build_peft(problem: Problem, adapters: str) -> Call:
-    layer, leaves = make_peft(problem, adapters)
+def build_layer(problem: Problem, adapters: str) -> Call:
+    layer, leaves = make_layer(problem, adapters)
     return Call(lambda: layer(problem.x), leaves)
 
 
 def build_compile(problem: Problem, adapters: str) -> Call:
-    layer, leaves = make_peft(problem, adapters)
+    layer, leaves = make_layer(problem, adapters)
     compiled = torch.compile(layer, dynamic=False)
     return Call(lambda: compiled(problem.x), leaves)
+
+
+class UnfusedBottleneck(nn.Module):
+    """A bottleneck adapter out of torch's modules, which PEFT has none of; `residual` is x if it is None."""
+
+    def __init__(self, residual: Tensor | None, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor):
+        super().__init__()
+        self.residual = residual
+        self.down, self.up = (nn.Linear(*factor.T.shape, device="meta") for factor in (down, up))
+        self.down.weight, self.down.bias, self.up.weight, self.up.bias = down, down_bias, up, up_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.residual is None else self.residual
+        return (residual + self.up(F.gelu(self.down(x.to(self.down.weight.dtype))))).to(x.dtype)
+
+
+def make_layer(problem: Problem, adapters: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    if not isinstance(problem.case, Bottleneck):
+        return make_peft(problem, adapters)
+    residual = None if problem.case.serial else problem.y
+    return UnfusedBottleneck(residual, *problem.adapters[adapters]), problem.leaves(adapters)
 
 
 def make_peft(problem: Problem, adapters: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -220,10 +278,13 @@ def make_peft(problem: Problem, adapters: str) -> tuple[nn.Module, tuple[Tensor,
         vector = layer.ia3_l["0"]
         vector.data = leaves[1].detach().view(vector.shape)
         return layer, (problem.x, vector)
-    alpha = SCALING * case.rank
-    config = LoraConfig(r=case.rank, lora_alpha=alpha, lora_dropout=case.dropout, target_modules=["linear"])
-    layer = peft_layer(problem.base(), config, adapters)
-    layer.lora_A["0"].weight, layer.lora_B["0"].weight = leaves[1:]
+    options = dict(lora_alpha=SCALING * case.rank, lora_dropout=case.dropout, use_dora=isinstance(case, Dora))
+    layer = peft_layer(problem.base(), LoraConfig(r=case.rank, target_modules=["linear"], **options), adapters)
+    layer.lora_A["0"].weight, layer.lora_B["0"].weight, *magnitude = leaves[1:]
+    if magnitude:
+        (layer.lora_magnitude_vector["0"].weight,) = magnitude
+    if case.alone:
+        layer.base_layer = Given(problem.y)
     return layer, leaves
 
 
@@ -251,7 +312,7 @@ def build_peft_mixed(problem: MultiLoraProblem, adapters: str) -> Call:
     for a, rank in enumerate(ranks):
         layer.lora_A[str(a)].weight = nn.Parameter(lora_A[a, :rank], requires_grad=False)
         layer.lora_B[str(a)].weight = nn.Parameter(lora_B[a, :, :rank].contiguous(), requires_grad=False)
-    if not isinstance(problem.case, MultiLoraLinear):
+    if problem.case.alone:
         layer.base_layer = Given(problem.y)
     layer.eval()
     names = [str(slot) for slot in problem.slots.tolist()]
@@ -265,25 +326,35 @@ def build_ours(problem: Problem, adapters: str) -> Call:
     case, weight = problem.case, problem.weight
     x, *tensors = leaves = problem.leaves(adapters)
     if isinstance(case, IA3):
-        return Call(lambda: ia3_linear(x, weight, None, *tensors, case.feedforward), leaves)
+        return Call(lambda: ops.ia3_linear(x, weight, None, *tensors, case.feedforward), leaves)
+    if isinstance(case, Bottleneck):
+        residual = x if case.serial else problem.y
+        return Call(lambda: ops.bottleneck(x, residual, *tensors, 1.0, "gelu"), leaves)
+    if isinstance(case, LoraDelta):
+        return Call(lambda: ops.lora_delta_(base_output(problem), x, *tensors, SCALING, case.dropout), leaves)
     if isinstance(case, Lora):
-        return Call(lambda: lora_linear(x, weight, None, *tensors, SCALING, case.dropout), leaves)
-    ranks = problem.ranks if len(set(case.ranks)) > 1 else None
+        op = ops.dora_linear if isinstance(case, Dora) else ops.lora_linear
+        return Call(lambda: op(x, weight, None, *tensors, SCALING, case.dropout), leaves)
+    scales = problem.scaling, problem.ranks if len(set(case.ranks)) > 1 else None
     if isinstance(case, MultiLoraLinear):
-        routing = route(problem.slots, len(case.counts))
-        return Call(lambda: multi_lora_linear(x, weight, None, *tensors, routing, problem.scaling, ranks), leaves)
-    return Call(lambda: multi_lora(problem.y, x, *tensors, problem.slots, problem.scaling, ranks), leaves)
+        routing = ops.route(problem.slots, len(case.counts))
+        return Call(lambda: ops.multi_lora_linear(x, weight, None, *tensors, routing, *scales), leaves)
+    return Call(lambda: ops.multi_lora(base_output(problem), x, *tensors, problem.slots, *scales), leaves)
 
 
 def build_one_launch(problem: MultiLoraProblem, adapters: str) -> Call:
     """The same by the Triton kernel that shrinks and expands in one launch; the op takes it only where measured."""
     from pyfastpeft.kernels import blocks
 
-    call = build_ours(problem, adapters)
     one_launch = {"half": [(blocks.ANY, blocks.entry(16, 64, 128, 4, 4))]}
+    return under(mock.patch.dict(blocks.BLOCKS, multi_lora=one_launch), build_ours(problem, adapters))
+
+
+def under(patch, call: Call) -> Call:
+    """The call, whose forward pass runs in a context."""
 
     def forward():
-        with mock.patch.dict(blocks.BLOCKS, multi_lora=one_launch):
+        with patch:
             return call.forward()
 
     return Call(forward, call.leaves)
@@ -292,7 +363,7 @@ def build_one_launch(problem: MultiLoraProblem, adapters: str) -> Call:
 def backends(op: str, device: str) -> list[str]:
     """Our backends that serve an op on a device and are worth timing: on CPUs Triton is its interpreter, and addmm is
     among the peers."""
-    rows = dispatch.TABLE[f"{op.removesuffix('_linear')}_forward"]
+    rows = dispatch.TABLE[f"{op.removesuffix('_linear').removesuffix('_delta_')}_forward"]
     usable = [row.backend for row in rows if device in (row.devices or (device,))]
     return [name for name in usable if device == "cuda" or name not in ("triton", "addmm")]
 
@@ -303,15 +374,16 @@ def providers(case: Case, device: str) -> list[Provider]:
     found = [Provider("base", build_base)]
     for adapters in ("fp32",) if case.dtype == "fp32" else ("fp32", "16bit"):
         peers = {}
-        if find_spec("peft"):
-            if not isinstance(case, MultiLora):
-                peers["peft"] = build_peft
-                if compiler:
-                    peers["compile"] = build_compile
-            elif case.mode != "graph" and not case.backward:  # it copies lists of token numbers to the device
+        if isinstance(case, MultiLora):
+            # PEFT's copies lists of token numbers to the device.
+            if find_spec("peft") and case.mode != "graph" and not case.backward:
                 peers["peft"] = build_peft_mixed
+        elif name := layer_name(case):
+            peers[name] = build_layer
+            if compiler and case.compiled:
+                peers["compile"] = build_compile
         if adapters == "16bit" or case.dtype == "fp32":  # torch's products take one dtype
-            if isinstance(case, Lora):
+            if isinstance(case, Lora) and not isinstance(case, Dora):
                 peers["addmm"] = build_addmm
             if isinstance(case, MultiLora):
                 peers["gather-bmm"] = build_gather_bmm
@@ -320,6 +392,14 @@ def providers(case: Case, device: str) -> list[Provider]:
         found += [Provider(f"{name}-{adapters}", build, adapters) for name, build in peers.items()]
         found += ours(case, device, adapters)
     return found
+
+
+def layer_name(case: Case) -> str:
+    """Whose layer computes what a case does; "" for nobody's."""
+    if isinstance(case, Bottleneck):
+        return "unfused"
+    # With dropout, PEFT's DoRA drops the base layer's input, too.
+    return "peft" if find_spec("peft") and not (isinstance(case, Dora) and case.dropout) else ""
 
 
 def ours(case: Case, device: str, adapters: str) -> list[Provider]:

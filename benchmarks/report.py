@@ -20,6 +20,9 @@ MEANING = {
     "ia3_linear": "IA3 on a linear layer, base included",
     "multi_lora": "Batched multi-LoRA, the adapter part alone (base + adapters over base is 1 + the ratio)",
     "multi_lora_linear": "Batched multi-LoRA on a linear layer, base included",
+    "lora_delta_": "LoRA on a given output, the adapter part alone (base + adapter over base is 1 + the ratio)",
+    "dora_linear": "DoRA on a linear layer, base included",
+    "bottleneck": "Bottleneck adapters, the adapter part alone (base + adapter over base is 1 + the ratio)",
 }
 
 
@@ -125,6 +128,7 @@ def insert(text: str, tables: str) -> str:
 
 COLOURS = {
     "peft": "#8c8c8c",
+    "unfused": "#8c8c8c",
     "compile": "#c7a76c",
     "addmm": "#7f9fbf",
     "gather-bmm": "#b58bb0",

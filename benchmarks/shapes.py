@@ -25,9 +25,11 @@ class Case:
     dtype: str = "fp32"
     backward: bool = False  # gradients of x and of the adapter; weight is frozen
     mode: str = ""  # on CUDA "eager", or "graph": timed as a captured graph
+    compiled: bool = True  # whether torch.compile of a peer is timed, too, which takes seconds to compile
 
     op = ""
     detail = ""
+    alone = False  # whether the adapter part alone is computed, beside an output y [M, N] of the base layer
 
     @property
     def name(self) -> str:
@@ -50,6 +52,11 @@ class Case:
         traffic = self.M * self.K + self.N * self.K + self.M * self.N
         return passes * 2 * self.M * self.N * self.K, passes * self.itemsize * traffic
 
+    def alone_traffic(self) -> int:
+        """Bytes of activations of an adapter part alone: x, y and the new y; backward: dy, x and dx."""
+        elements = self.K + 2 * self.N + self.backward * (self.N + 2 * self.K)
+        return self.M * elements * self.itemsize
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Case):
@@ -69,6 +76,56 @@ class Lora(Case):
         flop += (6 if self.backward else 2) * self.M * parameters
         traffic += (3 if self.backward else 1) * parameters * adapter_itemsize
         return flop, traffic + self.backward * self.M * self.K * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraDelta(Lora):
+    """The low-rank branch alone: y += scaling x A^T B^T in place. `base` is the layer that it is added to."""
+
+    op = "lora_delta_"
+    alone = True
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """s = x A^T and s B^T; backward: ds, dB, dA and ds A."""
+        passes, parameters = 3 if self.backward else 1, self.rank * (self.K + self.N)
+        return passes * 2 * self.M * parameters, self.alone_traffic() + passes * parameters * adapter_itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dora(Lora):
+    op = "dora_linear"
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """LoRA's; the squares of weight and weight A^T, which the norm needs; the product by the scale. Backward: the
+        products by the scale and by the unscaled output, which forward writes, and a sum."""
+        flop, traffic = super().work(adapter_itemsize)
+        flop += 2 * self.N * self.K * (1 + self.rank) + (4 if self.backward else 1) * self.M * self.N
+        traffic += (3 if self.backward else 1) * self.N * adapter_itemsize
+        return flop, traffic + self.backward * 2 * self.M * self.N * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(Case):
+    """residual + gelu(x down^T + down_bias) up^T + up_bias, with down [r, K] and up [N, r]. `base` is the layer that
+    it comes after (serial: the residual is x) or stands beside (parallel: that layer's output)."""
+
+    rank: int = 64
+    serial: bool = True
+
+    op = "bottleneck"
+    alone = True
+
+    @property
+    def detail(self) -> str:
+        return f"r{self.rank} {'serial' if self.serial else 'parallel'}"
+
+    def work(self, adapter_itemsize: int) -> tuple[int, int]:
+        """s = x down^T and the product by up; backward: those of ds, dup, ddown and dx. A residual that is x is read
+        with it."""
+        passes, factors = 3 if self.backward else 1, self.rank * (self.K + self.N)
+        traffic = self.alone_traffic() - self.serial * self.M * self.N * self.itemsize
+        parameters = factors + self.rank + self.N
+        return passes * 2 * self.M * factors, traffic + passes * parameters * adapter_itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +159,7 @@ class MultiLora(Case):
     sequence: int = 1  # tokens of an adapter that stand together; such sequences stand in a random order
 
     op = "multi_lora"
+    alone = True
 
     @property
     def detail(self) -> str:
@@ -110,11 +168,16 @@ class MultiLora(Case):
         return " ".join(filter(None, (f"r{','.join(map(str, ranks))} L{len(self.counts)}", self.mix, together)))
 
     def work(self, adapter_itemsize: int) -> tuple[int, int]:
-        """s = x A^T and y += s B^T at every token's own rank; every adapter is read once, y read and written."""
-        features = self.K + self.N
-        flop = sum(2 * count * rank * features for count, rank in zip(self.counts, self.ranks))
-        traffic = self.M * (self.K + 2 * self.N) * self.itemsize
-        return flop, traffic + sum(self.ranks) * features * adapter_itemsize
+        """s = x A^T and y += s B^T at every token's own rank; backward: ds, dB, dA and ds A. A pass reads every adapter
+        once."""
+        flop, parameters = self.branch_work()
+        return flop, self.alone_traffic() + parameters * adapter_itemsize
+
+    def branch_work(self) -> tuple[int, int]:
+        """FLOP, and how many elements of adapters and their gradients are read or written."""
+        features, passes = self.K + self.N, 3 if self.backward else 1
+        flop = passes * sum(2 * count * rank * features for count, rank in zip(self.counts, self.ranks))
+        return flop, passes * sum(self.ranks) * features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +185,13 @@ class MultiLoraLinear(MultiLora):
     """The base layer included; tokens are routed beforehand, as a model routes once for all its layers."""
 
     op = "multi_lora_linear"
+    alone = False
 
     def work(self, adapter_itemsize: int) -> tuple[int, int]:
         """Base, s = x A^T and s B^T; backward: ds, dB, dA (which reads x once more) and ds A."""
-        flop, traffic = self.base_work()
-        features = self.K + self.N
-        passes = 3 if self.backward else 1
-        flop += passes * sum(2 * count * rank * features for count, rank in zip(self.counts, self.ranks))
-        traffic += passes * sum(self.ranks) * features * adapter_itemsize
-        return flop, traffic + self.backward * self.M * self.K * self.itemsize
+        (flop, traffic), (branch, parameters) = self.base_work(), self.branch_work()
+        traffic += parameters * adapter_itemsize + self.backward * self.M * self.K * self.itemsize
+        return flop + branch, traffic
 
 
 def popularity(mix: str, tokens: int) -> tuple[int, ...]:
@@ -166,7 +227,8 @@ def lora_cases(size: str, device: str) -> list[Lora]:
         return [Lora(K=64, N=48, rank=4, **shape) for shape in shapes]
     if device == "cuda":
         sides = [(4096, 4096)] if size == "quick" else [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192)]
-        forward = [*product(sides, (1, 32, 2048) if size == "quick" else (1, 32, 2048, 8192), ("bf16",))]
+        tokens = (1, 32, 128, 512, 2048) if size == "quick" else (1, 32, 128, 512, 2048, 8192)
+        forward = [*product(sides, tokens, ("bf16",))]
         training = [*product(sides, (2048,) if size == "quick" else (2048, 8192), ("bf16",))]
     elif size == "quick":
         forward = [*product([(1024, 1024), (4096, 4096)], (16, 128), ("fp32", "bf16"))]
@@ -187,25 +249,61 @@ def lora_cases(size: str, device: str) -> list[Lora]:
 def ia3_cases(size: str, device: str) -> list[IA3]:
     if size == "tiny":
         return [IA3(M=3, K=64, N=48, feedforward=True, backward=True)]
-    if device == "cuda":
-        sides, tokens, dtypes = [(4096, 4096)], (2048,) if size == "quick" else (32, 2048, 8192), ("bf16",)
-    else:
-        sides, tokens, dtypes = [(1024, 1024)], (128,) if size == "quick" else (16, 128, 512), ("fp32", "bf16")
     return [
-        IA3(M=M, K=K, N=N, dtype=dtype, feedforward=feedforward, backward=backward)
-        for (K, N), M, dtype, feedforward, backward in product(sides, tokens, dtypes, (True, False), (False, True))
+        IA3(feedforward=feedforward, **shape)
+        for shape, feedforward in product(linear_shapes(size, device, ("fp32", "bf16")), (True, False))
     ]
+
+
+def lora_delta_cases(size: str, device: str) -> list[LoraDelta]:
+    if size == "tiny":
+        shapes = [dict(M=3), dict(M=5, dtype="bf16", backward=True, dropout=0.1)]
+        return [LoraDelta(K=64, N=48, rank=4, **shape) for shape in shapes]
+    return with_dropout([LoraDelta(**shape) for shape in linear_shapes(size, device)], device)
+
+
+def dora_cases(size: str, device: str) -> list[Dora]:
+    if size == "tiny":
+        return [Dora(M=3, K=64, N=48, rank=4), Dora(M=5, K=64, N=48, rank=4, dtype="bf16", backward=True)]
+    return with_dropout([Dora(**shape) for shape in linear_shapes(size, device)], device)
+
+
+def bottleneck_cases(size: str, device: str) -> list[Bottleneck]:
+    if size == "tiny":
+        training = Bottleneck(M=5, K=48, N=48, rank=4, dtype="bf16", backward=True)
+        return [Bottleneck(M=3, K=64, N=48, rank=4, serial=False), training]
+    shapes = product(linear_shapes(size, device), (True,) if size == "quick" else (True, False))
+    return [Bottleneck(serial=serial, **shape) for shape, serial in shapes]
+
+
+def linear_shapes(size: str, device: str, quick_dtypes: tuple[str, ...] = ("fp32",)) -> list[dict]:
+    """M, K, N, dtype and backward of ops that go with any linear layer."""
+    if device == "cuda":
+        quick = (32, False), (2048, False), (2048, True)
+        runs = quick if size == "quick" else product((32, 2048, 8192), (False, True))
+        side, dtypes = 4096, ("bf16",)
+    else:
+        runs = product((128,) if size == "quick" else (16, 128, 512), (False, True))
+        side, dtypes = 1024, quick_dtypes if size == "quick" else ("fp32", "bf16")
+    return [dict(M=M, K=side, N=side, dtype=dtype, backward=b) for (M, b), dtype in product(runs, dtypes)]
+
+
+def with_dropout(cases: list[Lora], device: str) -> list[Lora]:
+    """On CUDA, training with dropout, too: what draws the mask there is chosen by its time."""
+    return cases + [replace(case, dropout=0.1) for case in cases if case.backward and device == "cuda"]
 
 
 def multi_lora_cases(size: str, device: str) -> list[MultiLora]:
     if size == "tiny":
-        return mixes(5, 64, 48)
+        return [*mixes(5, 64, 48), decode(6, 64, 48, 3, 4, backward=True, sequence=2)]
     dtypes = ("bf16",) if device == "cuda" else ("fp32", "bf16") if size == "full" else ("fp32",)
     wide = (64, 4096, 11008) if size == "full" or device == "cuda" else (32, 1024, 2752)
     cases = []
     for dtype in dtypes:
         cases += mixes(*wide, dtype=dtype)
         cases += [decode(64, 4096, 4096, adapters, dtype=dtype) for adapters in (1, 8, 64)]
+    if device == "cuda":
+        cases.append(decode(2048, 4096, 4096, 8, dtype="bf16", backward=True, sequence=256))
     return cases
 
 
@@ -218,6 +316,7 @@ def multi_lora_linear_cases(size: str, device: str) -> list[MultiLora]:
     if device == "cpu":
         return []
     cases = [case(64, 4096, 4096, adapters, dtype="bf16") for adapters in (1, 8, 64)]
+    cases += [case(256, 4096, 4096, adapters, dtype="bf16") for adapters in (8, 64)]
     for tokens, backward in product((2048,) if size == "quick" else (2048, 8192), (False, True)):
         cases.append(case(tokens, 4096, 4096, 8, dtype="bf16", backward=backward, sequence=256))
     return [*cases, case(2048, 4096, 4096, 64, dtype="bf16")]
@@ -228,14 +327,19 @@ CASES = {
     "multi_lora": multi_lora_cases,
     "multi_lora_linear": multi_lora_linear_cases,
     "ia3_linear": ia3_cases,
+    "lora_delta_": lora_delta_cases,
+    "dora_linear": dora_cases,
+    "bottleneck": bottleneck_cases,
 }
 
 
 def cases(op: str, size: str, device: str) -> list[Case]:
-    """The cases of an op in one size of the suite; on CUDA each of them as a captured graph and eagerly, in the quick
-    size only the first of them eagerly."""
+    """The cases of an op in one size of the suite; on CUDA each of them as a captured graph and eagerly. In the quick
+    size there, only the first of them eagerly, and graphs of a forward pass without torch.compile."""
     found = CASES[op](size, device)
     if device != "cuda":
         return found
     graphs, eager = ([replace(case, mode=mode) for case in found] for mode in ("graph", "eager"))
-    return graphs + (eager[:1] if size == "quick" else eager)
+    if size == "quick":
+        return [replace(case, compiled=case.backward) for case in graphs] + eager[:1]
+    return graphs + eager

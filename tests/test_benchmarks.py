@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks import choose, groups, machine, measure, providers, report, shapes
 from benchmarks.figures import Figure
 from benchmarks.providers import Call, Provider
-from pyfastpeft.ops import choice, dispatch, use_backend
+from pyfastpeft.ops import choice, dispatch, schemas, use_backend
 
 ROOT = Path(__file__).parent.parent
 TINY = measure.EFFORT["tiny"]
@@ -183,6 +184,17 @@ def test_popularity_mixes(tokens):
     assert mixes["identical"] == (tokens,)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_adapter_alone_and_its_base_make_the_flop_of_the_layer(backward):
+    shape = dict(M=6, K=40, N=24, backward=backward)
+    routed = dict(counts=(2, 4), ranks=(8, 16), **shape)
+    for alone, layer in (
+        (shapes.LoraDelta(**shape), shapes.Lora(**shape)),
+        (shapes.MultiLora(**routed), shapes.MultiLoraLinear(**routed)),
+    ):
+        assert alone.work(4)[0] + alone.base_work()[0] == layer.work(4)[0]
+
+
 @pytest.mark.parametrize(
     ("relation", "values", "met"),
     [("<=", [1, 2, 9], True), ("<=", [1, 3, 3], False), (">=", [1, 2, 2], True), (">=", [], None)],
@@ -198,16 +210,19 @@ def test_tables_go_between_their_markers():
         report.insert("no markers", "new")
 
 
+# --- the table of choices ---
+
+
+def entry(case, provider, adapters, median):
+    """What the suite writes of a provider on a case."""
+    info = {"provider": f"{provider}-{adapters}", "seconds": {"median": median}, "mode": case.mode}
+    operands = {"operands": choose.operands(case, adapters)} if provider != "peft" else {}
+    return {"group": case.name, "extra_info": info | operands}
+
+
 def test_the_table_of_choices_comes_from_results_on_a_gpu(tmp_path, capsys):
-    forward, training = (
-        shapes.Lora(M=8, K=64, N=48, dtype="bf16", mode="graph"),
-        shapes.IA3(M=3, K=5, N=4, feedforward=True),
-    )
-
-    def entry(case, provider, adapters, median, mode="graph"):
-        info = {"provider": f"{provider}-{adapters}", "seconds": {"median": median}, "mode": mode}
-        return {"extra_info": info | ({"operands": choose.operands(case, adapters)} if provider != "peft" else {})}
-
+    forward = shapes.Lora(M=8, K=64, N=48, dtype="bf16", mode="graph")
+    eager = shapes.IA3(M=3, K=5, N=4, feedforward=True, mode="eager")
     results = {
         "machine_info": {"architecture": "sm_90"},
         "benchmarks": [
@@ -215,7 +230,7 @@ def test_the_table_of_choices_comes_from_results_on_a_gpu(tmp_path, capsys):
             entry(forward, "triton", "16bit", 3.0),
             entry(forward, providers.OUR_ADDMM, "16bit", 2.0),
             entry(forward, "triton", "fp32", 2.0),
-            entry(training, "reference", "fp32", 2.0, mode="eager"),
+            entry(eager, "reference", "fp32", 2.0),
         ],
     }
     (tmp_path / "gpu.json").write_text(json.dumps(results))
@@ -236,17 +251,94 @@ def test_the_table_of_choices_comes_from_results_on_a_gpu(tmp_path, capsys):
     assert "does not come from a GPU" in capsys.readouterr().err
 
 
+def test_a_case_decides_all_ops_that_it_runs_unless_another_times_one_more_closely():
+    shape = dict(M=8, K=64, N=48, mode="graph")
+    trained, dropped = (shapes.Dora(**shape, backward=True, dropout=p) for p in (0.0, 0.1))
+    first = {"benchmarks": [entry(trained, "triton", "fp32", 1.0), entry(dropped, "cuda", "fp32", 1.0)]}
+    second = {"benchmarks": [entry(shapes.Dora(**shape), "addmm", "fp32", 1.0), entry(dropped, "triton", "fp32", 0.5)]}
+    found = {(each["op"], each["kind"].endswith("dropout")): each["backends"] for each in choose.entries(first, second)}
+    assert found == {
+        ("dora_norm", False): ["addmm"],
+        ("dora_forward", False): ["addmm"],
+        ("dora_backward", False): ["triton"],
+        ("dora_forward", True): ["cuda"],
+        ("dora_backward", True): ["cuda"],
+    }
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """choice.ranking after the quick suite has run on a GPU, the fastest backend being named after a case's M."""
+    cases = [case for op in shapes.CASES for case in shapes.cases(op, "quick", "cuda") if case.mode == "graph"]
+    benchmarks = [entry(case, f"M{case.M}", adapters, 1.0) for case in cases for adapters in ("fp32", "16bit")]
+    choice._ranking.cache_clear()
+    monkeypatch.setattr(choice, "measured", {"sm_90": choose.entries({"benchmarks": benchmarks})})
+    monkeypatch.setattr(choice, "architecture", lambda device: "sm_90")
+    yield choice.ranking
+    choice._ranking.cache_clear()
+
+
+def asked_for(op, dtypes, M=64, L=8):
+    """Raw arguments of `op`, as far as `choice` reads them, of every kind that the ops may ask for with activations of
+    these dtypes: adapters of the same and of float32; with what may be None and without; feedforward or not."""
+    K, N, r = 4096, 4096, 16
+    stack = (L,) if op.startswith("multi_lora") else ()
+    schema = schemas.SCHEMAS[op]
+    flags = {
+        "weight": (True, False) if "Tensor? weight," in schema else (True,),
+        "seed": (False, True) if "Tensor? seed," in schema else (False,),
+        "feedforward": (True, False) if "bool feedforward" in schema else (False,),
+    }
+    for dtype, mixed, weight, seed, feedforward in product(dtypes, (False, True), *flags.values()):
+        adapters = torch.promote_types(dtype, torch.float32) if mixed else dtype
+        x, w = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, K), (N, K)))
+        down, up = (torch.empty(*stack, *shape, dtype=adapters, device="meta") for shape in ((r, K), (N, r)))
+        tokens = torch.empty(M, dtype=torch.int64, device="meta")
+        given = {"x": x, "dy": x, "dys": [x], "slots": tokens, "seed": tokens[:1] if seed else None}
+        given |= {"weight": w if weight else None, "weights": [w], "feedforward": feedforward}
+        given |= {"lora_A": down, "down": down, "lora_B": up, "up": up, "lora_Bs": [up]}
+        yield tuple(given.get(name) for name in choice.NAMES[op])
+
+
+@pytest.mark.parametrize("op", schemas.SCHEMAS)
+def test_the_quick_suite_decides_every_kind_of_operands(op, chosen):
+    found = {choice.described(op, args)[0]: chosen(op, args) for args in asked_for(op, (torch.bfloat16, torch.float16))}
+    assert not [kind for kind, ranking in found.items() if ranking == choice.RULE]
+
+
+@pytest.mark.parametrize("op", [op for op in schemas.SCHEMAS if op != "group_tokens"])  # which sees no activations
+def test_what_tensor_cores_do_not_multiply_stays_with_the_rule(op, chosen):
+    """Activations in float32 and float64, in which the suite times nothing on a GPU."""
+    assert {chosen(op, args) for args in asked_for(op, (torch.float32, torch.float64))} == {choice.RULE}
+
+
+@pytest.mark.parametrize(
+    ("op", "tokens", "nearest"),
+    [
+        ("lora_forward", (1, 20, 65, 250, 260, 1000, 8192), (1, 32, 128, 128, 512, 512, 2048)),
+        ("multi_lora_forward", (64, 129, 362, 2048), (64, 256, 256, 2048)),
+        ("ia3_forward", (1, 32, 200, 2048), (32, 32, 32, 2048)),
+    ],
+)
+def test_every_regime_of_tokens_has_an_entry(op, tokens, nearest, chosen):
+    for M, expected in zip(tokens, nearest):
+        for L in (8, 64):
+            weighted = next(asked_for(op, [torch.bfloat16], M, L))
+            assert chosen(op, weighted)[0] == f"M{expected}"
+
+
+@pytest.mark.parametrize("adapters", ["fp32", "16bit"])
 @pytest.mark.parametrize("case", [c for op in shapes.CASES for c in shapes.cases(op, "tiny", "cpu")], ids=str)
-def test_the_suite_knows_operands_as_the_ops_do(case, monkeypatch):
-    seen = []
+def test_the_suite_knows_operands_as_the_ops_do(case, adapters, monkeypatch):
+    if adapters not in providers.problem(case, "meta").adapters:
+        return
+    seen, problem = [], providers.problem(case, "cpu")
+    call = providers.build_ours(problem, adapters)
     monkeypatch.setattr(dispatch, "run", lambda op, *args, **rest: seen.append((op, *choice.described(op, args))))
-    problem = providers.problem(case, "cpu")
     with use_backend("reference"):
-        out = providers.build_ours(problem, "fp32").forward()
-        if case.backward:
-            out.sum().backward()
-    op, kind, sizes = seen[-1]
-    assert choose.operands(case, "fp32") == {"op": op, "kind": kind, "sizes": list(sizes)}
+        measure.step(problem, call)()
+    expected = [{"op": op, "kind": kind, "sizes": list(sizes)} for op, kind, sizes in seen]
+    assert choose.operands(case, adapters) == expected
 
 
 @pytest.mark.parametrize("run", groups.RUNS)

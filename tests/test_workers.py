@@ -192,7 +192,7 @@ def test_the_best_backend_makes_the_figure(monkeypatch, tmp_path):
     rows = json.loads((tmp_path / "table.json").read_text())["sm_90"]
     of_training = [r for r in rows if r["op"] == "lora_backward" and r["sizes"][1:3] == [4096, 14336]]
     assert [row["backends"] for row in of_training] == [["triton", "cuda", "addmm"]]
-    assert len(rows) == 4 * 2 + 1 + 1 + 2 + 4
+    assert len(rows) == 4 * 2 + 2 + 1 + 2 + 4
 
 
 def test_a_backend_that_fails_leaves_a_reason_and_the_rest(monkeypatch):
