@@ -350,6 +350,11 @@ def build_one_launch(problem: MultiLoraProblem, adapters: str) -> Call:
     return under(mock.patch.dict(blocks.BLOCKS, multi_lora=one_launch), build_ours(problem, adapters))
 
 
+def build_kept_mask(problem: LoraProblem, adapters: str) -> Call:
+    """Dropout as the ops do it where no kernel is chosen to draw the mask: torch draws it, and keeps it."""
+    return under(mock.patch.object(dispatch, "has_kernel", return_value=False), build_ours(problem, adapters))
+
+
 def under(patch, call: Call) -> Call:
     """The call, whose forward pass runs in a context."""
 
@@ -409,5 +414,8 @@ def ours(case: Case, device: str, adapters: str) -> list[Provider]:
         names.remove("reference")  # it reads the segments on the host, as addmm does where it cannot gather
         if case.backward or case.M * max(case.ranks) * (case.K + case.N) > addmm.GATHERED:
             names.remove("addmm")
-    called = {name: OUR_ADDMM if name == "addmm" else name for name in names}
-    return [Provider(f"{called[name]}-{adapters}", build_ours, adapters, name) for name in names]
+    found = []
+    for name in names:
+        build = build_kept_mask if name == "addmm" and getattr(case, "dropout", 0.0) else build_ours
+        found.append(Provider(f"{OUR_ADDMM if name == 'addmm' else name}-{adapters}", build, adapters, name))
+    return found

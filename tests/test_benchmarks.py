@@ -17,7 +17,7 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks import choose, groups, machine, measure, providers, report, shapes
 from benchmarks.figures import Figure
 from benchmarks.providers import Call, Provider
-from pyfastpeft.ops import choice, dispatch, schemas, use_backend
+from pyfastpeft.ops import choice, dispatch, lora, schemas, use_backend
 
 ROOT = Path(__file__).parent.parent
 TINY = measure.EFFORT["tiny"]
@@ -155,6 +155,15 @@ def test_right_dropout_is_accepted():
     found = measure.measure(DROPPED, "cpu", TINY, [Provider("right", one_mask, "fp32")])["right"]
     assert not found.refused
     assert set(found.errors) == {"output", "gradient of x", "gradient 0 of the adapter", "gradient 1 of the adapter"}
+
+
+@pytest.mark.parametrize("kind", [shapes.Lora, shapes.LoraDelta, shapes.Dora])
+def test_a_mask_of_torch_is_timed_where_no_kernel_draws_one(kind, monkeypatch):
+    monkeypatch.setattr(lora, "dropout_seed", lambda x, p: None if p == 0 else pytest.fail("a seed was drawn"))
+    case = kind(M=64, K=64, N=24, rank=4, dtype="bf16", backward=True, dropout=0.1)
+    provider = next(each for each in providers.ours(case, "cuda", "fp32") if each.backend == "addmm")
+    assert provider.build is providers.build_kept_mask
+    assert not measure.measure(case, "cpu", TINY, [provider])[provider.name].refused
 
 
 def test_rounds_are_interleaved():
