@@ -168,8 +168,8 @@ def test_products_on_hopper(products):
         (kernel,) = kernels
         assert kernel.gpu == "sm_90a"
         assert not spilling(kernels)
-        # Four products of 64 x 256 x 16 are a tile's depth, on entry, in the loop and in the tail, which may need but one
-        # or two; between them nothing is awaited. Two operands of the base are loaded and two of the tail.
+        # Four products of 64 x 256 x 16 are a tile's depth, on entry, in the loop and in the tail, of which one or two
+        # may do. Two operands of the base are loaded and two of the tail.
         assert len(kernel.of("HGMMA")) == 4 + 4 + (4 + 2 + 1), kernel.name
         assert len(kernel.of("UTMALDG")) >= 4, kernel.name
         assert kernel.of("UTMASTG"), kernel.name

@@ -1,4 +1,4 @@
-"""DoRA's CUDA kernels in the emulator: the error rule for every dtype and route, the norm, dropout, single gradients."""
+"""DoRA's CUDA kernels in the emulator: the error rule for every dtype and route, the norm, dropout, one gradient."""
 
 import platform
 import shutil

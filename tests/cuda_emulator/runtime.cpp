@@ -5,11 +5,7 @@
 
 namespace pyfastpeft {
 
-int64_t shared_limit(const Tensor&) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "device");
-  return bytes;
-}
+int64_t limit_of_shared(const Tensor&) { return shared_limit(); }
 
 __global__ void empty_kernel() {}
 
@@ -36,7 +32,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyfastpeft, m) {
   m.def("counters_at(Tensor like, int stream) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CUDA, m) {
-  m.impl("shared_limit", TORCH_BOX(&pyfastpeft::shared_limit));
+  m.impl("shared_limit", TORCH_BOX(&pyfastpeft::limit_of_shared));
   m.impl("launch_with", TORCH_BOX(&pyfastpeft::launch_with));
   m.impl("counters_at", TORCH_BOX(&pyfastpeft::counters_at));
 }

@@ -338,10 +338,38 @@ bool in_runs(const Tensor& t, int64_t columns) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// Calls f<token_tiles, count>() with those of a kernel for so many tokens and ranks.
+template <class F>
+void by_size(int64_t tokens, int64_t rank, F f) {
+  auto chosen = [&]<int token_tiles>() {
+    rank <= 16 ? f.template operator()<token_tiles, 2>() : f.template operator()<token_tiles, 4>();
+  };
+  tokens <= 16   ? chosen.template operator()<1>()
+  : tokens <= 32 ? chosen.template operator()<2>()
+                 : chosen.template operator()<4>();
+}
+
+int64_t adapters_of(const FusedLayer& a) { return !a.lora_A ? 0 : a.lora_A->dim() == 3 ? a.lora_A->size(0) : 1; }
+
+// At most as many tiles as any routing can need.
+int most_tiles(const FusedLayer& a) {
+  int64_t tokens = a.x.size(0);
+  return static_cast<int>(tokens / kTile + std::min(adapters_of(a), tokens));
+}
+
+// Whether a block may have the shared memory that it takes.
+bool fits(const FusedLayer& a) {
+  size_t shared = 0;
+  by_size(a.x.size(0), a.rank(), [&]<int token_tiles, int count>() {
+    shared = FusedShared<token_tiles, count>(a.rank(), most_tiles(a)).total;
+  });
+  return shared <= shared_limit();
+}
+
 template <class T>
 void run(const FusedLayer& a, cudaStream_t stream) {
   int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.rank();
-  int64_t adapters = !a.lora_A ? 0 : a.lora_A->dim() == 3 ? a.lora_A->size(0) : 1;
+  int64_t adapters = adapters_of(a);
   Rows s = rows_of(a.s, tokens, rank, "s");
   STD_TORCH_CHECK(!a.lora_A || (s && s.dtype == Dtype::f32), "s must be of the dtype of sums");
   OptionalTensor own;
@@ -352,8 +380,8 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                   static_cast<int>(adapters),
                   static_cast<int>(rank),
                   static_cast<int>(tokens)};
-  int tiles = static_cast<int>(tokens / kTile + std::min(adapters, tokens));
-  auto launched = [&]<int token_tiles, int count>() {
+  int tiles = most_tiles(a);
+  by_size(tokens, rank, [&]<int token_tiles, int count>() {
     constexpr int rows = CutFor<token_tiles>::kRows, kColumns = CutFor<token_tiles>::kColumns;
     int64_t column_items = (n + kColumns - 1) / kColumns, steps = (k + kDepth - 1) / kDepth;
     int64_t parts = std::clamp<int64_t>(kWanted / column_items, 1, std::clamp<int64_t>(steps / 8, 1, 8));
@@ -382,13 +410,7 @@ void run(const FusedLayer& a, cudaStream_t stream) {
     int64_t blocks =
         std::min(tiles * shrinks.of_tile() + column_items * parts, resident_blocks(kernel, kThreads, shared));
     launch(kernel, dim3(blocks), dim3(kThreads), shared, stream, layer, zeros, tiles);
-  };
-  auto chosen = [&]<int token_tiles>() {
-    rank <= 16 ? launched.template operator()<token_tiles, 2>() : launched.template operator()<token_tiles, 4>();
-  };
-  tokens <= 16   ? chosen.template operator()<1>()
-  : tokens <= 32 ? chosen.template operator()<2>()
-                 : chosen.template operator()<4>();
+  });
 }
 
 }  // namespace
@@ -401,7 +423,7 @@ bool takes(const FusedLayer& a) {
   return item_size(dtype) == 2 && same(a.weight) && same(a.lora_A) && same(a.lora_B) && same(a.y) && same(a.bias) &&
          tokens > 0 && tokens <= kFusedTokens && k % 8 == 0 && n % 8 == 0 && rank % 8 == 0 && rank <= 256 &&
          bool(a.lora_A) == (rank > 0) && in_runs(a.x, k) && in_runs(a.weight, k) && in_runs(a.y, n) &&
-         whole(a.lora_A) && whole(a.lora_B) && whole(a.bias) && whole(a.scale);
+         whole(a.lora_A) && whole(a.lora_B) && whole(a.bias) && whole(a.scale) && fits(a);
 }
 
 void fused_layer(const FusedLayer& a, cudaStream_t stream) {

@@ -580,6 +580,11 @@ class Call {
     return tokens / size + std::min<int64_t>(routing.adapters, tokens);
   }
 
+  // Whether a block of decode_kernel may have the shared memory that it takes.
+  bool fits_decode() const {
+    return tokens <= kDecodeTokens && DecodeShared(most_tiles(kTile), routing.rank, 8).total <= shared_limit();
+  }
+
   // Shrink and expand in one launch.
   void decode(const Rows& x, const Rows& y, float* s) const {
     int64_t rank = routing.rank, parts = ShrinkItems(routing.rank, in, 1).parts;
@@ -794,7 +799,7 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
       base_forward(x, *weight, bias, y);
     }
   }
-  if (call.tokens <= kDecodeTokens) return call.decode(in, out, shrunk);
+  if (call.fits_decode()) return call.decode(in, out, shrunk);
   call.shrink(in, call.in, call.a, nullptr, shrunk, tail);
   if (tail) call.product(false, in, *weight, bias, *tail, call.b, out);
   call.template expand<true>(shrunk, call.b, call.scales, out, call.out, tail);

@@ -17,6 +17,14 @@ inline Tensor scratch(const Tensor& t, std::initializer_list<int64_t> shape, Sca
   return torch::stable::new_empty(t, shape, dtype);
 }
 
+// Bytes of shared memory that a block may have on the current device.
+inline size_t shared_limit() {
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  return limit;
+}
+
 // Lets a kernel have so many bytes of dynamic shared memory.
 template <class... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t shared) {
