@@ -34,14 +34,20 @@ def ia3(feedforward: bool) -> None:
     ops.ia3_linear(x, weight, None, ia3_l, feedforward).square().sum().backward()
 
 
-def fused_layer() -> None:
-    x, weight = random(20, 1032, dtype=torch.bfloat16), random(72, 1032, dtype=torch.bfloat16)
-    lora_A, lora_B = random(2, 16, 1032, dtype=torch.bfloat16), random(2, 72, 16, dtype=torch.bfloat16)
-    routing = ops.route([t % 3 - 1 for t in range(20)], 2)
-    y, s = x.new_empty(20, 72), x.new_empty(20, 16, dtype=torch.float32)
+def fused_layer(tokens: int, features: int) -> None:
+    x, weight = random(tokens, 1032, dtype=torch.bfloat16), random(features, 1032, dtype=torch.bfloat16)
+    lora_A, lora_B = random(2, 16, 1032, dtype=torch.bfloat16), random(2, features, 16, dtype=torch.bfloat16)
+    routing = ops.route([t % 3 - 1 for t in range(tokens)], 2)
+    y, s = x.new_empty(tokens, features), x.new_empty(tokens, 16, dtype=torch.float32)
     torch.ops.pyfastpeft_emulated.fused_layer(
-        x, weight, None, None, lora_A, lora_B, 1.0, torch.ones(2), None, *routing, y, s
+        x, weight, None, None, False, lora_A, lora_B, 1.0, torch.ones(2), None, *routing, y, s
     )
+
+
+def dora() -> None:
+    x, weight = random(70, 72, dtype=torch.bfloat16), random(40, 72, dtype=torch.bfloat16, grad=False)
+    lora_A, lora_B = random(8, 72, dtype=torch.bfloat16), random(40, 8, dtype=torch.bfloat16)
+    ops.dora_linear(x, weight, None, lora_A, lora_B, random(40), 0.5).float().square().sum().backward()
 
 
 def lora(rank: int, dtype: torch.dtype) -> None:
@@ -67,6 +73,8 @@ if __name__ == "__main__":
         ia3(True)
         lora(5, torch.bfloat16)
         lora(80, torch.float32)
+        dora()
         with torch.no_grad():
-            fused_layer()
+            fused_layer(20, 72)
+            fused_layer(50, 136)
     print("all ran")
