@@ -38,7 +38,7 @@ BLOCKS = {
     },
     "concat_linear": {"half": [(1023, None), (ANY, entry(256, 128, 64, 8, 3))]},
     "ia3_linear": {
-        "half": [(16, entry(16, 32, 128, 4, 4)), (64, entry(64, 64, 64, 4, 4)), (ANY, entry(128, 128, 32, 8, 4))],
+        "half": [(16, entry(16, 32, 128, 4, 4)), (64, entry(64, 64, 64, 4, 4)), (ANY, entry(128, 128, 64, 8, 2))],
         "single": [(16, entry(16, 32, 32, 4, 3)), (ANY, entry(64, 64, 16, 4, 3))],
         "double": [(ANY, entry(32, 32, 16, 4, 2))],
     },
