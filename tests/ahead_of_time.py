@@ -42,6 +42,7 @@ WANTED = {
     ("concat_linear_kernel", "sm_90"): ("wgmma.mma_async", "cp.async.bulk.tensor"),
     ("concat_linear_kernel", "sm_100"): ("tcgen05.mma", "cp.async.bulk.tensor"),
 }
+BY_WARPGROUPS = ("linear_kernel", "multi_linear_kernel", "ia3_linear_kernel")
 
 
 class Driver:
@@ -95,9 +96,17 @@ def kernels_of(launch: Callable[[], None], target: Target) -> list[Kernel]:
     return list(found.values())
 
 
+def by_warpgroups(kernel: Kernel) -> bool:
+    """Whether Hopper's wgmma has to form all products: of 16-bit activations by left tiles of at least 64 rows."""
+    if kernel.target.name != "sm_90" or kernel.name not in BY_WARPGROUPS:
+        return False
+    return kernel.source.signature["x"] in ("*bf16", "*fp16") and kernel.constants["BLOCK_N"] >= 64
+
+
 def faults(kernel: Kernel) -> list[str]:
-    """Compiles it. What is wrong with the machine code: spills, too much shared memory, or, on Hopper, a wgmma whose
-    left operand is in registers, which ptxas before 13.3 may overwrite too early (triton #9433, #11781)."""
+    """Compiles it. What is wrong with the machine code: spills, too much shared memory, or, on Hopper, mma.sync where
+    there has to be wgmma, or a wgmma whose left operand is in registers, which ptxas before 13.3 may overwrite too
+    early (triton #9433, #11781)."""
     try:
         compiled = triton.compile(kernel.source, target=kernel.target.gpu, options=kernel.options)
     except Exception as error:
@@ -112,6 +121,9 @@ def faults(kernel: Kernel) -> list[str]:
         ptx = compiled.asm["ptx"]
         figures["left operands of wgmma in registers"] = len(re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\},\s*\{", ptx))
         wanted = WANTED.get((kernel.name, kernel.target.name), ())
+        if by_warpgroups(kernel):
+            wanted = ("wgmma.mma_async",)
+            figures["products by mma.sync"] = ptx.count("mma.sync")
         figures |= {f"{instruction} missing": instruction not in ptx for instruction in wanted}
     return [f"{kernel}: {count} {name}" for name, count in figures.items() if count]
 

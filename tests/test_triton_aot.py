@@ -100,7 +100,7 @@ def launch_dora(tokens, rank, dtype, adapters, k=512, n=512):
 
 def launch_ia3(tokens, dtype, k=512, n=512):
     x, y, weight, bias = (meta(*shape, dtype=dtype) for shape in ((tokens, k), (tokens, n), (n, k), (n,)))
-    scale = meta(k, dtype=single if dtype == half else dtype)
+    scale = meta(k, dtype=single if dtype.itemsize == 2 else dtype)
     for feedforward in (False, True):
         ia3.ia3_forward(x, weight, bias, scale, feedforward, y, y)
         ia3.ia3_backward(y, x, weight, scale, feedforward, y, x, scale)
@@ -149,6 +149,12 @@ def launch_all():
     for rank in (16, 64):
         launch_concat(rank)
         launch_decode(16, rank)
+    # float16 differs from bfloat16 in the instructions alone: once for every kernel.
+    launch_lora(128, 64, torch.float16, torch.float16)
+    launch_multi_lora(128, 64, torch.float16, torch.float16)
+    launch_ia3(128, torch.float16)
+    launch_concat(64, torch.float16)
+    launch_decode(16, 64, torch.float16)
     # To Triton an argument of 1 is a constant; nothing is aligned here either.
     launch_lora(1, 1, half, half, k=1, n=1)
     launch_multi_lora(1, 1, half, half, k=1, n=1, num_adapters=1)
@@ -187,6 +193,13 @@ def compiled():
 def test_compiles_without_spills_inside_shared_memory(compiled, target, name):
     found = [fault for some in compiled[target, f"{name}_kernel"] for fault in some]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_float16_is_asked_for(name):
+    kernels = [kernel for kernel in asked_for() if kernel.name == f"{name}_kernel"]
+    asked = {kernel.target.name for kernel in kernels if "fp16" in str(kernel.source.signature)}
+    assert asked == set(BY_DESCRIPTORS.get(name, TARGETS))
 
 
 @pytest.mark.parametrize("name", KERNELS)
