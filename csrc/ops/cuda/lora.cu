@@ -304,9 +304,9 @@ __device__ __forceinline__ void load_left(float* to, const float* left, int64_t 
 // Grid: blocks of kColumns columns, parts of the rows, chunks of R ranks.
 // left: [rows, rank] at a stride;  factor: [columns, rank] without gaps;  gradient: [parts, rank, columns] without gaps
 template <int R, class T, class Factor>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(Activation16 x, const float* left, int64_t left_stride,
-                                                            const Factor* factor, Dropout dropout, Shrunk out,
-                                                            float* gradient, int tiles_per_part) {
+__global__ void __launch_bounds__(kThreads, 2)  // no more have the shared memory
+    gradient_kernel(Activation16 x, const float* left, int64_t left_stride, const Factor* factor, Dropout dropout,
+                    Shrunk out, float* gradient, int tiles_per_part) {
   using Shape = GradientShape<R, T, Factor>;
   constexpr int C = Shape::kColumns, kGroups = C / 128;
   auto* memory = shared_memory<unsigned char>();
