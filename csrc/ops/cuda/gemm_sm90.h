@@ -151,7 +151,6 @@ struct HopperGemm {
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, WithTail<Single>, Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-  static_assert(Kernel::SharedStorageSize <= 227 * 1024);  // what a block of sm_90 may have
 
   // Of matrices whose unit stride is where its type says, `apart` from one to the next.
   template <class Stride>
@@ -195,6 +194,7 @@ struct HopperGemm {
 template <bool kBfloat16, bool kBackward>
 const char* hopper_gemm(const Gemm& gemm, cudaStream_t stream) {
   using Types = HopperGemm<cute::conditional_t<kBfloat16, cutlass::bfloat16_t, cutlass::half_t>, kBackward>;
+  static_assert(Types::Kernel::SharedStorageSize <= 227 * 1024);  // what a block of sm_90 may have
   typename Types::Device device;
   cutlass::Status status = device.initialize(Types::arguments(gemm), nullptr, stream);
   if (status == cutlass::Status::kSuccess) status = device.run(stream);
