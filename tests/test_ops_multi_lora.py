@@ -224,6 +224,16 @@ def test_route_groups_tokens_stably(backend, slots):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16])
+def test_slots_of_narrow_integers(backend, dtype):
+    slots = torch.tensor([0, 1, 2, 2], dtype=dtype)
+    for given_slots in (slots, slots.numpy()):
+        assert ops.route(given_slots, 200).order.tolist() == [0, 1, 2, 3]
+        with pytest.raises(ValueError, match=r"slots is between 0 and 2; it must be in \[-1, 2\)"):
+            ops.route(given_slots, 2)
+
+
+@backends
 def test_a_routing_serves_in_place_of_slots(backend):
     inputs = {n: t.detach() for n, t in multi_lora_inputs(9, 10, 12, 2, 3, torch.float32).items()}
     slots = torch.randint(-1, 3, (9,))

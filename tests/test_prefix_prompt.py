@@ -759,11 +759,41 @@ def test_models_that_cannot_be_adapted_stay_as_they_are(make, kind, words):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_bad_input():
-    model = adapted(lambda: decoder("gpt2", n_positions=16), "prefix")
-    model(**batch())
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_end_somewhere(kind):
+    model = adapted(lambda: decoder("gpt2", n_positions=16), kind)
+    cache = model(**batch(), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="13 tokens after 4 virtual ones"):
         model(torch.ones(1, 13, dtype=torch.long))
+    if kind == "prompt":
+        with pytest.raises(ValueError, match="13 tokens after 4 virtual ones"):
+            model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generation_does_not_go_on_from_a_cache_that_holds_a_prompt(family):
+    """It would leave out as many tokens of the new text as there are virtual ones."""
+    model = adapted(lambda: decoder(family), "prompt")
+    cache, options = transformers.DynamicCache(config=model.config), {"max_new_tokens": 3, "do_sample": False}
+    told = model.generate(**batch(rows=1), past_key_values=cache, **options)
+    with pytest.raises(ValueError, match="past_key_values is one of 18 tokens, 4 of them virtual"):
+        model.generate(torch.cat([told, told[:, :6]], 1), past_key_values=cache, **options)
+
+
+def test_a_mask_that_is_causal_is_not_told_to_be_so_again():
+    model = adapted(lambda: decoder("gpt2"), "prefix")
+    layer, (keys, values) = model.transformer.h[0].attn, part_of(model)(0)
+    query, key, value = torch.randn(3, 2, 4, TOKENS, 8)
+    from pyfastpeft.methods.prefix import prefixed_attention
+
+    ours = prefixed_attention(layer, query, key, value, None, is_causal=True)[0].transpose(1, 2)
+    rows = [torch.cat([r.expand(2, -1, -1, -1), t], 2) for r, t in ((keys, key), (values, value))]
+    seen = torch.nn.functional.pad(torch.ones(TOKENS, TOKENS).tril(), (VIRTUAL, 0), value=1).bool()
+    torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(query, *rows, attn_mask=seen))
+
+
+def test_bad_input():
+    model = adapted(lambda: decoder("llama"), "prefix")
     with pytest.raises(ValueError, match="num_layers is 7"):
         adapt(decoder("llama"), PrefixTuningConfig(num_layers=7))
     with pytest.raises(ValueError, match="token_dim is 7"):

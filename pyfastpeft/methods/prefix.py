@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from ..layers.prefix import PrefixEncoder
 from ..ops import checks
-from .virtual import active_parts, add_part, need_transformers, parts, settle
+from .virtual import POSITIONS, active_parts, add_part, need_room, need_transformers, parts, position_modules, settle
 
 ATTENTION = "pyfastpeft_prefix"
-POSITIONS = ("rotary_emb", "rotary_emb_local", "wpe", "embed_positions", "position_embeddings")
 
 
 def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -85,10 +84,7 @@ class Prefixes:
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[integer[0]]
         padding = getattr(module, "padding_idx", None)
         if isinstance(module, nn.Embedding):
-            first = getattr(module, "offset", 0 if padding is None else padding + 1)
-            room, tokens = module.num_embeddings - first - virtual, positions.shape[-1]
-            given = f"{tokens} tokens after {virtual} virtual ones"
-            checks.need(tokens <= room, "prefix tuning", "input_ids", given, f"at most {room}: positions end there")
+            need_room("prefix tuning", module, positions.shape[-1], virtual)
         shifted = torch.where(positions > (-1 if padding is None else padding), positions + virtual, positions)
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": shifted}
@@ -158,6 +154,8 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
         checks.need({*shapes} == {here}, "prefix tuning", "model", given, needed, NotImplementedError)
         virtual = sum([keys.shape[1] for keys, _ in rows])
         attention_mask = prefixed_mask(module, query, key, attention_mask, virtual, implementation, kwargs)
+        if attention_mask is not None and attention_mask.dim() == 4 and "is_causal" in kwargs:
+            kwargs["is_causal"] = False  # the mask says so; GPT-2 passes both in transformers 4
         batch = key.shape[0]
         key = torch.cat([*(keys.to(key).expand(batch, -1, -1, -1) for keys, _ in rows), key], 2)
         value = torch.cat([*(values.to(value).expand(batch, -1, -1, -1) for _, values in rows), value], 2)
@@ -209,13 +207,8 @@ def _attach(model, attentions):
         module.config = PrefixedConfig(module.config, prefixes, layer, eager)
         if getattr(module, "has_relative_attention_bias", False):
             module.compute_bias = partial(shifted_bias, module)
-    for module in _positions(model):
+    for module in position_modules(_stack(model)):
         prefixes.handles.append(module.register_forward_pre_hook(prefixes.shift, with_kwargs=True))
-
-
-def _positions(model):
-    """The modules that turn positions into embeddings; T5 has none."""
-    return [module for path, module in _stack(model).named_modules() if path.rpartition(".")[2] in POSITIONS]
 
 
 def _stack(model):
@@ -240,7 +233,7 @@ def _attentions(model):
     needed = f"a model of one stack, in which {'all' if layers is None else f'all {layers}'} layers do"
     checks.need(found and len(found) == layers, "prefix tuning", "model", given, needed, NotImplementedError)
     relative = hasattr(found[0], "has_relative_attention_bias")
-    placed = relative or _positions(model) or getattr(model, "main_input_name", None) == "pixel_values"
+    placed = relative or position_modules(stack) or getattr(model, "main_input_name", None) == "pixel_values"
     needed = f"a model whose tokens' positions are found: modules called {', '.join(POSITIONS)}, or T5's bias"
     checks.need(placed, "prefix tuning", "model", kind, needed, NotImplementedError)
     upcast = getattr(found[0], "reorder_and_upcast_attn", False) and config._attn_implementation == "eager"

@@ -7,7 +7,8 @@ hidden states there keep the virtual tokens, which the decoder attends to.
 
 As in PEFT, the virtual tokens stand before any padding, a BERT's pooler sees the first virtual token, and the
 classifiers on top of decoders, which then cannot see where padding is on the right, want it on the left. Unlike there,
-positions that are given (which generate does) stay the real tokens' own, so that padding on the left changes nothing.
+positions that are given (which generate does) stay the real tokens' own, so that padding on the left changes nothing,
+but in a model with a sliding window, which padding moves away from the virtual tokens.
 """
 
 import inspect
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..layers.prompt import PromptEmbedding
 from ..ops import checks
 from .tables import table
-from .virtual import active_parts, add_part, need_transformers, parts, settle
+from .virtual import active_parts, add_part, need_room, need_transformers, parts, position_modules, settle
 
 
 def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -56,7 +57,9 @@ class Prompts:
 
     def __init__(self, model):
         self.model = model
-        self.names = list(inspect.signature(_entrance(model).forward).parameters)
+        entrance = _entrance(model)
+        self.names = list(inspect.signature(entrance.forward).parameters)
+        self.positions = [module for module in position_modules(entrance) if isinstance(module, nn.Embedding)]
         self.handles = []
         self.tokens = None  # how many real tokens the call under way has, if virtual ones were put in front
 
@@ -82,11 +85,17 @@ class Prompts:
         kwargs.pop("cache_position", None)  # the model counts for itself
         positions = kwargs.get("position_ids")
         states = kwargs.get("cache_params")  # Mamba's, which count no tokens
-        if (cache is not None and cache.get_seq_length() > 0) or (states is not None and states.has_previous_state()):
+        inputs = kwargs.get("inputs_embeds")
+        tokens = (kwargs["input_ids"] if inputs is None else inputs).shape[1]
+        before = 0 if cache is None else cache.get_seq_length()
+        for embedding in self.positions:
+            need_room("prompt tuning", embedding, tokens + max(before - virtual, 0), virtual)
+        if before > 0 or (states is not None and states.has_previous_state()):
+            if before > 0:
+                self.need_own_cache(before, virtual, tokens, mask, positions)
             if positions is not None:
                 kwargs["position_ids"] = positions + virtual
             return (), kwargs
-        inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = module.get_input_embeddings()(kwargs.pop("input_ids"))
         batch, self.tokens = inputs.shape[:2]
@@ -109,6 +118,19 @@ class Prompts:
             if isinstance(kwargs.get(name), Tensor):
                 kwargs[name] = behind(kwargs[name], virtual)
         return (), kwargs
+
+    def need_own_cache(self, before, virtual, tokens, mask, positions):
+        """Raise ValueError where generate took what a cache of `before` tokens holds for text: it leaves out as many
+        tokens of a text that continues it as there are virtual ones. Positions tell only where their values may be
+        looked at."""
+        text = None
+        if mask is not None:
+            text = mask.shape[1]
+        elif positions is not None and checks.values_on(positions.device):
+            text = int(positions.max()) + 1
+        given = f"one of {before} tokens, {virtual} of them virtual, that an earlier call filled"
+        needed = "one that this call of generate fills itself, from the whole text"
+        checks.need(text != before + tokens, "prompt tuning", "past_key_values", given, needed)
 
     def trim(self, module, args, output):
         """Hook of the model: what comes out has one row for each real token."""

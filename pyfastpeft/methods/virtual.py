@@ -6,6 +6,8 @@ from torch import nn
 from ..layers.adapted import attach
 from ..ops.checks import need
 
+POSITIONS = ("rotary_emb", "rotary_emb_local", "wpe", "embed_positions", "position_embeddings")
+
 
 def need_transformers(model: nn.Module, op: str) -> None:
     """Raise TypeError unless the model has a config like those of transformers."""
@@ -30,6 +32,20 @@ def active_parts(model: nn.Module, kind: type) -> list[nn.Module]:
     """The parts of that kind that run now, in the order of `model.active`."""
     held = model.adapters._modules
     return [held[name] for name in model.active if isinstance(held.get(name), kind)]
+
+
+def need_room(op: str, embedding: nn.Embedding, tokens: int, virtual: int) -> None:
+    """Raise ValueError unless an embedding of positions has rows for so many tokens after virtual ones."""
+    padding = embedding.padding_idx
+    first = getattr(embedding, "offset", 0 if padding is None else padding + 1)
+    room = embedding.num_embeddings - first - virtual
+    given = f"{tokens} tokens after {virtual} virtual ones"
+    need(tokens <= room, op, "input_ids", given, f"at most {room}: positions end there")
+
+
+def position_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that turn positions into embeddings; T5 has none."""
+    return [module for path, module in model.named_modules() if path.rpartition(".")[2] in POSITIONS]
 
 
 def settle(config, **values: int) -> None:

@@ -62,11 +62,12 @@ def _grouped(op: str, slots: Tensor, num_adapters: int) -> Routing:
     integer = not (slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool)
     checks.need(integer, op, "slots", slots, "an integer tensor", TypeError)
     checks.need(slots.dim() == 1, op, "slots", slots, "of shape [T]")
+    slots = slots.to(torch.int64).contiguous()
     if checks.values_on(slots.device):
         _check_range(op, slots, num_adapters)
     order = slots.new_empty(slots.shape[0], dtype=torch.int64)
     segments = slots.new_empty(num_adapters + 1, dtype=torch.int64)
-    dispatch.run("group_tokens", slots.to(torch.int64).contiguous(), order, segments)
+    dispatch.run("group_tokens", slots, order, segments)
     return Routing(order, segments)
 
 
