@@ -715,6 +715,39 @@ def test_everything_needs_an_unmerged_model():
     delete_adapter(model, "third")
 
 
+@pytest.mark.parametrize("name", ["tree", "gpt2"])
+def test_a_state_dict_meets_no_merged_weights(name, tmp_path):
+    """An adapter would be added twice; and what unmerging brings back would replace what was loaded."""
+    (model, given), (other, _) = adapted(name, "lora", "ia3"), adapted(name, "lora", "ia3")
+    for each in (model, other):
+        set_adapter(each, "default", "other")
+    keys, plain, before = list(model.state_dict()), other.state_dict(), snapshot(other)
+    merge_adapter(model)
+    changed, state = output(model, given), model.state_dict()
+    marks = {f"{path}.weight_is_merged" for path, module in carriers(model)}
+    assert set(state) == {*keys, *marks}
+    for each in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        with pytest.raises(RuntimeError, match=r"load_state_dict: state_dict is one with merged weights for the layer"):
+            each.load_state_dict(state, strict=False)
+        assert_same(snapshot(other), before)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for held in (plain, state):
+            with pytest.raises(RuntimeError, match=r"state_dict is one with weights for the merged layer .* unmerging"):
+                each.load_state_dict(held, strict=False)
+        assert torch.equal(output(each, given), changed)
+    path = next(iter(marks)).rpartition(".")[0]
+    with pytest.raises(RuntimeError, match="merged layer ''"):
+        model.get_submodule(path).load_state_dict(other.get_submodule(path).state_dict())
+    if name == "gpt2":
+        model.save_pretrained(tmp_path)
+        assert torch.equal(output(type(model).from_pretrained(tmp_path).eval(), given), changed)
+    unmerge_adapter(model)
+    assert list(model.state_dict()) == keys
+    model.load_state_dict(plain)
+    assert torch.equal(output(model, given), output(other, given))
+    assert not unload(model)._load_state_dict_pre_hooks
+
+
 # --- weighted sums ---
 
 

@@ -236,6 +236,26 @@ def test_merged_layers_move_and_copy():
     assert torch.equal(twin.weight, original.float())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_meets_no_merged_weights(kind):
+    layer, other = make(kind), make(kind)
+    plain = copy.deepcopy(other.state_dict())
+    merge(layer)
+    state = copy.deepcopy(layer.state_dict())
+    assert state.keys() - plain.keys() == {"weight_is_merged"}
+    with pytest.raises(RuntimeError, match=r"state_dict is one with merged weights for the layer '1'"):
+        nn.Sequential(nn.Identity(), other).load_state_dict(nn.Sequential(nn.Identity(), layer).state_dict())
+    for held in (plain, state):
+        with pytest.raises(RuntimeError, match="state_dict is one with weights for the merged layer ''; it must be"):
+            layer.load_state_dict(held, strict=False)
+    for module, held in ((layer, state), (other, plain)):
+        assert all(torch.equal(tensor, held[name]) for name, tensor in module.state_dict().items())
+    layer.unmerge()
+    layer.load_state_dict(plain)
+    x = torch.randn(len(SLOTS), K)
+    assert torch.equal(call(layer, x), call(other, x))
+
+
 # --- MultiLoRALinear ---
 
 

@@ -15,6 +15,8 @@ from ..ops import checks
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
 
+MERGED = "weight_is_merged"
+
 
 class Part(nn.Module):
     """What one adapter adds to one layer. A subclass overrides what it changes of the layer's computation."""
@@ -47,6 +49,38 @@ class Part(nn.Module):
         return weight, bias
 
 
+class Mergeable:
+    """A module into whose weight adapters can be merged, which `merged` tells of: mixed in before its class.
+
+    Its state dict says so while they are, with one key more, `MERGED`: `need_unmerged` refuses such a dict.
+    """
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + MERGED] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        need_unmerged(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def need_unmerged(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Raise RuntimeError where a state dict that `module` is to load has merged weights, to which its layers would add
+    the adapter again, or weights for a merged layer, whose `unmerge` would replace them by others.
+
+    A layer calls it for itself; as a hook of a whole model it comes before anything is loaded.
+    """
+    for path, layer in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(layer, Mergeable):
+            begin, op = f"{path}." if path else "", "load_state_dict"
+            given = bool(layer.merged) and any(key.startswith(begin) for key in state_dict)
+            told = f"one with weights for the merged layer {path!r}"
+            checks.need(not given, op, "state_dict", told, "loaded before merging, or after unmerging", RuntimeError)
+            told = f"one with merged weights for the layer {path!r}"
+            checks.need(begin + MERGED not in state_dict, op, "state_dict", told, "taken after unmerging", RuntimeError)
+
+
 class Adapted:
     """A module that holds parts of adapters: mixed into the module's own class.
 
@@ -71,7 +105,7 @@ class Adapted:
         return [parts[name] for name in self.active if name in parts]
 
 
-class AdaptedMatrix(Adapted):
+class AdaptedMatrix(Mergeable, Adapted):
     """A linear layer or an embedding; `matrix()` is its weight as [N, K], which may be a view."""
 
     transposed = False  # whether the weight is stored as [K, N]
@@ -223,7 +257,7 @@ def _brought(kind: type[Adapted]) -> set[str]:
 
 
 def _plain_class(kind: type[Adapted]) -> type[nn.Module]:
-    return next(c for c in kind.__mro__ if not issubclass(c, Adapted))
+    return next(c for c in kind.__mro__ if issubclass(c, nn.Module) and not issubclass(c, Adapted))
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

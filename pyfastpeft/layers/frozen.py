@@ -4,11 +4,14 @@ from torch import Tensor, nn
 
 from ..ops import checks
 from ..ops.reference import accumulation
-from .adapted import BaseLinear
+from .adapted import BaseLinear, Mergeable
 
 
-class FrozenLinear(nn.Module):
-    """weight [N, K] and bias [N] of a linear layer, both frozen. A subclass adds its adapter in `_adapt(linear, …)`."""
+class FrozenLinear(Mergeable, nn.Module):
+    """weight [N, K] and bias [N] of a linear layer, both frozen. A subclass adds its adapter in `_adapt(linear, …)`.
+
+    While merged, a layer loads no state dict, and none loads its own: RuntimeError.
+    """
 
     def _take(self, linear: nn.Linear) -> None:
         """Initialise with the parameters of `linear`, which are shared, not copied, and frozen."""

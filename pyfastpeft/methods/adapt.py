@@ -8,7 +8,17 @@ from inspect import unwrap
 
 from torch import nn
 
-from ..layers.adapted import Adapted, AdaptedMatrix, Parts, activate, attach, carriers, detach, uncompiled
+from ..layers.adapted import (
+    Adapted,
+    AdaptedMatrix,
+    Parts,
+    activate,
+    attach,
+    carriers,
+    detach,
+    need_unmerged,
+    uncompiled,
+)
 from ..ops.checks import need
 from . import inject
 from .configs import Config, as_config
@@ -52,17 +62,20 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    plain = uncompiled(model)
     if not known.configs:
-        known.trainable = {path: p.requires_grad for path, p in uncompiled(model).named_parameters()}
+        known.trainable = {path: p.requires_grad for path, p in plain.named_parameters()}
     for _, module in carriers(model):  # what is new starts from the model's own parameters
         activate(module, ())
     try:
-        inject.inject(uncompiled(model), config, name, autocast_adapter_dtype)
+        inject.inject(plain, config, name, autocast_adapter_dtype)
     except BaseException:
         _detach_all(model, known, name)
         for _, module in carriers(model):
             activate(module, known.active)
         raise
+    if not known.configs:
+        plain.pyfastpeft_loading = plain.register_load_state_dict_pre_hook(need_unmerged)
     known.configs[name] = config
     model.pyfastpeft = known
     model.requires_grad_(False)
@@ -130,9 +143,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _detach_all(model, known, name)
     del known.configs[name]
     if not known.configs:
-        for path, parameter in uncompiled(model).named_parameters():
+        plain = uncompiled(model)
+        for path, parameter in plain.named_parameters():
             parameter.requires_grad_(known.trainable.get(path, True))
-        del uncompiled(model).pyfastpeft
+        plain.pyfastpeft_loading.remove()
+        del plain.pyfastpeft, plain.pyfastpeft_loading
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
@@ -203,7 +218,8 @@ def _untie(model):
 def merge_adapter(model: nn.Module, *names: str) -> None:
     """Merge adapters (default: the active ones; others become those) into the weights that they change;
     `unmerge_adapter` restores those bit for bit. Sums are float32 and rounded once. Parameters that an adapter replaces
-    are in use already.
+    are in use already. The state dict of a merged model has a key `weight_is_merged` in every such layer; a model with
+    adapters does not load it, nor a merged model any for those layers: RuntimeError, before anything is changed.
 
     Raises TypeError, naming it, for an adapter whose method cannot be merged; ValueError if none is named or active;
     RuntimeError if something is merged.
