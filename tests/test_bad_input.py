@@ -85,6 +85,7 @@ def multi_arguments(**changed):
 
 INTEGER = torch.zeros(4, 8, dtype=torch.int64)
 META = torch.zeros(2, 8, device="meta")
+NAN, INF = float("nan"), float("inf")
 
 # fmt: off
 LORA = [
@@ -145,7 +146,9 @@ LORA = [
     ({"lora_B": INTEGER}, TypeError, "lora_B is a torch.int64 tensor"),
     ({"x": torch.zeros(4, 0), "weight": torch.zeros(6, 0)}, ValueError, "it must be of shape [..., K] with K >= 1"),
     ({"weight": torch.zeros(0, 8)}, ValueError, "it must be of shape [N, K] with N >= 1"),
-    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a finite number"),
+    ({"scaling": NAN}, ValueError, "scaling is nan (float); it must be a finite number"),
+    ({"dropout_p": "0.1"}, ValueError, "dropout_p is '0.1' (str); it must be a probability"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0 (float); it must be a probability with 0 <= p < 1"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1 (float)"),
 ]
@@ -178,8 +181,9 @@ BOTTLENECK = [
     ({"down_bias": random(6)}, ValueError, "down_bias is a torch.float32 tensor of shape [6] on cpu; it must be of shape [r] = [2]"),
     ({"up_bias": random(6).half()}, TypeError, "up_bias is a torch.float16 tensor of shape [6] on cpu; it must be of dtype torch.float32, as down is"),
     ({"scaling": torch.ones(2)}, ValueError, "scaling is a torch.float32 tensor of shape [2] on cpu; it must be of shape [1]"),
-    ({"scaling": None}, TypeError, "scaling is None (NoneType); it must be a number"),
-    ({"activation": "swish"}, ValueError, "activation is 'swish'; it must be one of relu, gelu, gelu_tanh, silu, tanh, identity"),
+    ({"scaling": None}, TypeError, "scaling is None (NoneType); it must be a finite number"),
+    ({"scaling": -INF}, ValueError, "scaling is -inf (float); it must be a finite number"),
+    ({"activation": "swish"}, ValueError, "activation is 'swish' (str); it must be one of relu, gelu, gelu_tanh, silu, tanh, identity"),
 ]
 
 GROUP = [
@@ -198,7 +202,8 @@ GROUP = [
     ({"lora_As": [random(2, 8), random(3, 7)]}, ValueError, "lora_As[1] is a torch.float32 tensor of shape [3, 7] on cpu; it must be of shape [r, K] = [3, 8]"),
     ({"lora_As": [random(2, 8), random(3, 8).half()], "lora_Bs": [random(6, 2), random(5, 3).half()]}, TypeError, "lora_As[1] is a torch.float16 tensor of shape [3, 8] on cpu; it must be of dtype torch.float32, as lora_As[0] is"),
     ({"lora_Bs": [random(6, 2), random(6, 3)]}, ValueError, "lora_Bs[1] is a torch.float32 tensor of shape [6, 3] on cpu; it must be of shape [N, r] = [5, 3]"),
-    ({"scalings": [0.5, "high"]}, TypeError, "scalings[1] is 'high' (str); it must be a number"),
+    ({"scalings": [0.5, "high"]}, TypeError, "scalings[1] is 'high' (str); it must be a finite number"),
+    ({"scalings": [0.5, NAN]}, ValueError, "scalings[1] is nan (float); it must be a finite number"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0 (float); it must be a probability with 0 <= p < 1"),
 ]
 
@@ -211,7 +216,9 @@ DORA = [
     ({"magnitude": random(6).double()}, TypeError, "magnitude is a torch.float64 tensor of shape [6] on cpu; it must be no wider than float32 while x is torch.float32"),
     ({"magnitude": 1.0}, TypeError, "magnitude is 1.0 (float); it must be a float64"),
     ({"weight_norm_squared": torch.ones(8)}, ValueError, "weight_norm_squared is a torch.float32 tensor of shape [8] on cpu; it must be of shape [N] = [6]"),
-    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a finite number"),
+    ({"scaling": NAN}, ValueError, "scaling is nan (float); it must be a finite number"),
+    ({"dropout_p": "0.1"}, ValueError, "dropout_p is '0.1' (str); it must be a probability"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0 (float); it must be a probability with 0 <= p < 1"),
 ]
 
@@ -222,7 +229,8 @@ DORA_NORM = [
     ({"lora_A": random(2, 8).double(), "lora_B": random(6, 2).double()}, TypeError, "it must be no wider than float32 while weight is torch.float32"),
     ({"lora_B": random(5, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [5, 2] on cpu; it must be of shape [N, r] = [6, 2]"),
     ({"weight_norm_squared": torch.ones(8)}, ValueError, "weight_norm_squared is a torch.float32 tensor of shape [8] on cpu; it must be of shape [N] = [6]"),
-    ({"scaling": None}, TypeError, "scaling is None (NoneType); it must be a number"),
+    ({"scaling": None}, TypeError, "scaling is None (NoneType); it must be a finite number"),
+    ({"scaling": -INF}, ValueError, "scaling is -inf (float); it must be a finite number"),
 ]
 
 ADALORA = [
@@ -231,7 +239,8 @@ ADALORA = [
     ({"lora_B": random(6, 3)}, ValueError, "lora_B is a torch.float32 tensor of shape [6, 3] on cpu; it must be of shape [N, r] = [6, 2]"),
     ({"lora_E": random(1, 2)}, ValueError, "lora_E is a torch.float32 tensor of shape [1, 2] on cpu; it must be of shape [r] = [2] or [r, 1] = [2, 1]"),
     ({"lora_E": random(2).half()}, TypeError, "lora_E is a torch.float16 tensor of shape [2] on cpu; it must be of dtype torch.float32, as lora_A is"),
-    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a finite number"),
+    ({"scaling": INF}, ValueError, "scaling is inf (float); it must be a finite number"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1 (float)"),
 ]
 
@@ -247,6 +256,7 @@ MULTI = [
     ({"ranks": torch.tensor([2, 1])}, ValueError, "ranks is a torch.int64 tensor of shape [2] on cpu; it must be of shape [L] = [3]"),
     ({"ranks": torch.tensor([2.0, 1, 1])}, TypeError, "ranks is a torch.float32 tensor"),
     ({"scaling": torch.ones(2)}, ValueError, "scaling is a torch.float32 tensor of shape [2] on cpu; it must be of shape [L] = [3]"),
+    ({"scaling": NAN}, ValueError, "scaling is nan (float); it must be a finite number"),
     ({"lora_A": torch.zeros(3, 0, 8), "lora_B": torch.zeros(3, 6, 0)}, ValueError, "it must be of rank r >= 1"),
     ({"lora_A": torch.zeros(0, 2, 8), "lora_B": torch.zeros(0, 6, 2)}, ValueError, "it must be of at least one adapter, L >= 1"),
     ({"lora_A": random(2, 8)}, ValueError, "lora_A is a torch.float32 tensor of shape [2, 8] on cpu; it must be of shape [L, r, K]"),
@@ -264,7 +274,7 @@ MULTI_LAYER = [
     ({"bias": random(5)}, ValueError, "bias is a torch.float32 tensor of shape [5] on cpu; it must be of shape [N] = [6]"),
     ({"lora_A": random(3, 2, 7)}, ValueError, "lora_A is a torch.float32 tensor of shape [3, 2, 7] on cpu; it must be of shape [L, r, K] = [3, 2, 8]"),
     ({"lora_B": random(3, 5, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [3, 5, 2] on cpu; it must be of shape [L, N, r] = [3, 6, 2]"),
-    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a number"),
+    ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a finite number"),
 ]
 # fmt: on
 
@@ -332,6 +342,15 @@ def test_what_the_tables_change_is_all_that_was_wrong():
     ops.bottleneck(**bottleneck_arguments())
     ops.dora_linear(**dora_arguments())
     ops.adalora_linear(**adalora_arguments())
+
+
+@pytest.mark.parametrize("scaling", [NAN, INF])
+def test_lora_delta_(scaling):
+    y = torch.zeros(4, 6)
+    adapter = {"lora_A": random(2, 8, grad=False), "lora_B": random(6, 2, grad=False), "scaling": scaling}
+    message = f"scaling is {scaling} (float); it must be a finite number"
+    refused(ops.lora_delta_, {"y": y, "x": random(4, 8, grad=False), **adapter}, ValueError, message)
+    assert not y.any()
 
 
 def test_in_place_ops_refuse_an_output_that_overlaps_an_input():

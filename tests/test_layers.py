@@ -329,8 +329,12 @@ BAD = [
     (lambda: Bottleneck(K, 2)(None), TypeError, "x is None"),
     (lambda: Bottleneck(K, 2, activation=["relu"]), ValueError, r"activation is .*; it must be one of"),
     (lambda: LoRALinear(K, N, 2, dropout_p=1.0), ValueError, "dropout_p is 1.0"),
-    (lambda: LoRALinear(K, N, 2, alpha="16"), TypeError, r"alpha is '16' \(str\); it must be a number"),
+    (lambda: LoRALinear(K, N, 2, alpha="16"), TypeError, r"alpha is '16' \(str\); it must be a finite number"),
+    (lambda: LoRALinear(K, N, "4"), ValueError, r"rank is '4' \(str\); it must be an integer >= 1"),
+    (lambda: LoRALinear(K, N, 2, alpha=math.nan), ValueError, "alpha is nan .* a finite number"),
+    (lambda: MultiLoRALinear(K, N, 2, 2, alpha=math.inf), ValueError, "alpha is inf .* a finite number"),
     (lambda: MultiLoRALinear(K, N, 0, 2), ValueError, "num_adapters is 0"),
+    (lambda: MultiLoRALinear(K, N, "2", 2), ValueError, r"num_adapters is '2' \(str\)"),
     (lambda: MultiLoRALinear(K, N, 2, -1), ValueError, "rank is -1"),
     (lambda: LoRALinear(K, N, 2)(torch.randn(3, K + 1)), ValueError, "weight is"),
     (lambda: multi()(torch.randn(3, K), torch.tensor([0, 1])), ValueError, r"slots is .* shape \[2\]"),
@@ -342,9 +346,10 @@ BAD = [
     (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 3), 1.0), ValueError, "lora_B is"),
     (lambda: multi().load_adapter(0, torch.ones(2, K).int(), torch.ones(N, 2), 1.0), TypeError, "lora_A is"),
     (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 2), None), TypeError, "scaling is None"),
+    (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 2), math.inf), ValueError, "scaling is inf"),
     (lambda: multi().unload(-1), ValueError, "slot is -1"),
     (lambda: multi().unload(False), ValueError, "slot is False"),
-    (lambda: multi().merge("a"), ValueError, "slot is a; it must be an integer"),
+    (lambda: multi().merge("a"), ValueError, r"slot is 'a' \(str\); it must be an integer"),
 ]
 
 

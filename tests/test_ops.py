@@ -254,6 +254,20 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
         assert (mine - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm()
 
 
+def test_a_compiled_graph_takes_scalings_that_change():
+    """The compiler makes a symbol of them, which is not asked whether it is finite."""
+    x, weight, lora_A, lora_B = (random(*s, grad=False) for s in ((4, 8), (8, 8), (2, 8), (8, 2)))
+
+    def model(scaling):
+        y = ops.lora_linear(x, weight, None, lora_A, lora_B, scaling)
+        return ops.multi_lora(y, x, lora_A[None], lora_B[None], torch.zeros(4, dtype=torch.int64), scaling)
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for scaling in (0.5, 0.7, -1.1):
+        torch.testing.assert_close(compiled(scaling), model(scaling))
+
+
 @backends
 @pytest.mark.parametrize("n", [6, 9])
 def test_compiled_in_place_ops_keep_the_gradients_of_views(backend, n):

@@ -253,6 +253,7 @@ def test_a_multi_lora_call_in_place_that_is_out_of_the_ordinary_writes_nothing()
         {"y": torch.zeros(1, 6).expand(4, 6)},
         {"y": torch.zeros(9).as_strided((4, 6), (1, 1))},
         {"y": None},
+        {"scaling": float("nan")},
         {"y": shared[:4, :6], "x": shared[:4, 5:13]},
         {"y": shared[:4, :6], "x": shared[2:6, 6:14]},
         {"y": shared.view(-1)[:24].view(4, 6), "lora_A": shared.view(-1)[23:71].view(3, 2, 8)},
@@ -295,6 +296,7 @@ def test_a_multi_lora_call_that_is_out_of_the_ordinary_is_left_to_python():
         {"slots": torch.arange(4), "segments": torch.tensor([0, 3, 2, 4])},
         {"ranks": torch.tensor([2, 1, 3])},
         {"scalings": torch.ones(2)},
+        {"scaling": float("inf")},
         {"x": torch.randn(8, 4).T},
         {"x": torch.randn(4, 7)},
         {"x": torch.tensor(1.0)},
@@ -352,6 +354,8 @@ def test_a_lora_call_that_is_out_of_the_ordinary_is_left_to_python():
         {"x": x.double(), "weight": weight.double(), "bias": bias.double()},
         {"x": x[:0]},
         {"x": torch.randn(8, 4).T},
+        {"scaling": float("nan")},
+        {"scaling": float("-inf")},
     ):
         assert native_calls.lora_call(**plain | changed) is None, changed
         if not changed.keys() & {"weight", "bias"}:
@@ -420,6 +424,7 @@ def test_a_dora_call_that_is_out_of_the_ordinary_is_left_to_python():
         {"magnitude": magnitude.to("meta")},
         {"magnitude": magnitude.repeat_interleave(2)[::2]},
         {"magnitude": None},
+        {"scaling": float("nan")},
         {"x": x[:0]},
         {"x": torch.randn(8, 4).T},
         {"x": x.double(), "weight": weight.double(), "bias": bias.double()},

@@ -717,7 +717,7 @@ def test_nearest_words():
     assert len(table) == 9
     assert table[0].split() == ["virtual", "token", "token", "id", "word", "cosine", "distance"]
     assert table[3].split()[:3] == ["1", "90", "<90>"]
-    with pytest.raises(ValueError, match="nearest_words: name is b"):
+    with pytest.raises(ValueError, match="nearest_words: name is 'b'"):
         nearest_words(model, "b")
     with pytest.raises(ValueError, match="nearest_words: k is 0"):
         nearest_words(model, "a", k=0)
@@ -794,6 +794,8 @@ def test_a_mask_that_is_causal_is_not_told_to_be_so_again():
 
 def test_bad_input():
     model = adapted(lambda: decoder("llama"), "prefix")
+    with pytest.raises(ValueError, match=r"num_layers is '2' \(str\); it must be None or 2"):
+        adapt(decoder("llama"), PrefixTuningConfig(num_layers="2"))
     with pytest.raises(ValueError, match="num_layers is 7"):
         adapt(decoder("llama"), PrefixTuningConfig(num_layers=7))
     with pytest.raises(ValueError, match="token_dim is 7"):
@@ -827,5 +829,5 @@ def test_attention_that_takes_no_prefix_is_refused():
         NotImplementedError, match=r"values are of \[\[2, 6\], \[2, 8\]\].* one .* of \[\[2, 8\], \[2, 8\]\]"
     ):
         prefixed_attention(layer, x[..., :6], x[:, :2, :, :6], x[:, :2], None)
-    with pytest.raises(NotImplementedError, match="prefix tuning: attn_implementation is sdpa"):
+    with pytest.raises(NotImplementedError, match="prefix tuning: attn_implementation is 'sdpa'"):
         prefixed_attention(layer, x, x[:, :2], x[:, :2], object())

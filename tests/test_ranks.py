@@ -370,7 +370,7 @@ def test_adalora_errors():
         allocator.finalize()
     with pytest.raises(ValueError, match="total_step is None"):
         RankAllocator(adalora(total_step=None)).step(0)
-    with pytest.raises(ValueError, match="name is 'other'; it must be one of the model's adapters: default"):
+    with pytest.raises(ValueError, match=r"name is 'other' .* one of the model's adapters: default"):
         RankAllocator(model, "other")
     with pytest.raises(ValueError, match="adapted"):
         RankAllocator(llama())
@@ -581,7 +581,7 @@ def test_dylora_errors():
     assert list(model.pyfastpeft.configs) == ["default"]
     with pytest.raises(ValueError, match="'default', which the model has"):
         truncate(model, "default", 2, "default")
-    with pytest.raises(ValueError, match="name is 'other'; it must be one of the model's adapters: default"):
+    with pytest.raises(ValueError, match=r"name is 'other' .* one of the model's adapters: default"):
         draw_rank(model, "other", step=0)
     with pytest.raises(ValueError, match="draw_rank: step is None"):  # which would draw the same rank for all steps
         draw_rank(model, step=None)

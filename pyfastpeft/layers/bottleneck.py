@@ -46,7 +46,8 @@ class Bottleneck(nn.Module):
         sizes = {"in_features": in_features, "bottleneck_size": bottleneck_size, "out_features": out_features}
         for name, size in sizes.items():
             checks.count(op, name, size)
-        checks.need(activation in list(ACTIVATIONS), op, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+        known = list(ACTIVATIONS)
+        checks.need_value(activation in known, op, "activation", activation, f"one of {', '.join(known)}")
         if scaling != "learned":
             checks.number(op, "scaling", scaling)
         like = {"device": device, "dtype": dtype}

@@ -92,7 +92,7 @@ class MultiLoRALinear(FrozenLinear):
         checks.floating(op, "lora_B", lora_B)
         rank, features = lora_A.shape if lora_A.dim() == 2 else (0, 0)
         fits = 1 <= rank <= self.rank and features == self.in_features
-        checks.need(fits, op, "lora_A", lora_A, f"of shape [r', {self.in_features}] with r' in [1, {self.rank}]")
+        checks.need_value(fits, op, "lora_A", lora_A, f"of shape [r', {self.in_features}] with r' in [1, {self.rank}]")
         checks.shape(op, "lora_B", lora_B, (self.out_features, rank), "[N, r']")
         checks.number(op, "scaling", scaling)
         self.unload(slot)
@@ -118,7 +118,7 @@ class MultiLoRALinear(FrozenLinear):
 
     def _need_slot(self, op, slot):
         fits = checks.whole(slot) and 0 <= slot < self.num_adapters
-        checks.need(fits, op, "slot", slot, f"an integer in [0, {self.num_adapters})")
+        checks.need_value(fits, op, "slot", slot, f"an integer in [0, {self.num_adapters})")
 
     def _apply(self, fn, recurse=True):
         scaling = self.scaling

@@ -42,9 +42,10 @@ class PrefixEncoder(nn.Module):
             "head_dim": head_dim,
             "encoder_hidden_size": 1 if encoder_hidden_size is None else encoder_hidden_size,
         }
+        op = "PrefixEncoder"
         for argument, size in sizes.items():
-            checks.count("PrefixEncoder", argument, size)
-        checks.need(init_weights in (None, "zero"), "PrefixEncoder", "init_weights", init_weights, 'None or "zero"')
+            checks.count(op, argument, size)
+        checks.need_value(init_weights in (None, "zero"), op, "init_weights", init_weights, 'None or "zero"')
         self.num_virtual_tokens, self.num_layers = num_virtual_tokens, num_layers
         self.num_heads, self.head_dim = num_heads, head_dim
         self._encoded = {}

@@ -19,7 +19,7 @@ from ..layers.adapted import (
     need_unmerged,
     uncompiled,
 )
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 from . import inject
 from .configs import Config, as_config
 
@@ -92,7 +92,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     known = adaptation(model, "set_adapter")
     for name in names:
         need_adapter(known, "set_adapter", name)
-        need(names.count(name) == 1, "set_adapter", "names", names, "distinct")
+        need_value(names.count(name) == 1, "set_adapter", "names", names, "distinct")
     _need_unmerged(model, "set_adapter")
     for path, module in carriers(model):
         parts = getattr(module, "replaced", {})
@@ -308,8 +308,8 @@ def add_weighted_adapter(
     op = "add_weighted_adapter"
     known = adaptation(model, op)
     several = isinstance(names, Sequence) and not isinstance(names, str)
-    need(several, op, "names", repr(names), "a list of names", TypeError)
-    need(len(set(names)) == len(names), op, "names", names, "distinct")
+    need_value(several, op, "names", names, "a list of names", TypeError)
+    need_value(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
         need_adapter(known, op, other)
     _need_new(known, op, name)
@@ -337,7 +337,7 @@ def adaptation(model: nn.Module, op: str) -> Adaptation:
 
 
 def _need_module(model, op):
-    need(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
+    need_value(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
 
 
 def _names(module) -> list[str]:
@@ -348,12 +348,12 @@ def _names(module) -> list[str]:
 def need_adapter(known: Adaptation, op: str, name: str) -> None:
     """Raise ValueError, listing the adapters there are, unless `name` is one of them."""
     found = isinstance(name, str) and name in known.configs
-    need(found, op, "name", repr(name), f"one of the model's adapters: {', '.join(known.configs)}")
+    need_value(found, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")
 
 
 def _need_new(known, op, name):
-    need(isinstance(name, str) and name and "." not in name, op, "name", repr(name), "a non-empty string without dots")
-    need(not hasattr(Parts(), name), op, "name", repr(name), "a name that torch.nn.ModuleDict has no use for")
+    need_value(isinstance(name, str) and name and "." not in name, op, "name", name, "a non-empty string without dots")
+    need_value(not hasattr(Parts(), name), op, "name", name, "a name that torch.nn.ModuleDict has no use for")
     need(name not in known.configs, op, "name", f"{name!r}, which the model has", "new, or deleted first")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import AdaptedMatrix, carriers, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 from .adapt import adapt, adaptation, delete_adapter, disable_adapter, need_adapter, set_adapter
 from .configs import (
     AdaLoraConfig,
@@ -84,7 +84,7 @@ def load_adapter(
     Returns the model. Raises FileNotFoundError or NotADirectoryError for missing files and ValueError or TypeError,
     naming the file and the key or field, for what does not fit; the model is then as it was.
     """
-    need(isinstance(model, nn.Module), "load_adapter", "model", model, "a torch.nn.Module", TypeError)
+    need_value(isinstance(model, nn.Module), "load_adapter", "model", model, "a torch.nn.Module", TypeError)
     config = load_config(directory)
     config.inference_mode = True  # nothing is drawn, and no text read, that the file has
     ours, theirs = getattr(getattr(model, "config", None), "_name_or_path", None), config.base_model_name_or_path

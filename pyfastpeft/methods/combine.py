@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import carriers
 from ..layers.parts import EmbeddingLoRAPart, LoRAPart
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 from .configs import Config, LoraConfig
 from .inject import saved_names
 
@@ -17,15 +17,15 @@ from .inject import saved_names
 def combine(model: nn.Module, configs: dict[str, Config], names, weights, combination_type: str, rank: int | None):
     """(config, path -> part) of the adapter that `add_weighted_adapter` makes."""
     op = "add_weighted_adapter"
-    need(len(names) > 0, op, "names", names, "of at least one adapter")
+    need_value(len(names) > 0, op, "names", names, "of at least one adapter")
     fits = isinstance(weights, Sequence) and len(weights) == len(names)
     fits = fits and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights)
-    need(fits, op, "weights", weights, f"one finite number for each of {len(names)} adapters")
+    need_value(fits, op, "weights", weights, f"one finite number for each of {len(names)} adapters")
     kinds = ("svd", "cat", "linear")
-    need(combination_type in kinds, op, "combination_type", repr(combination_type), f"one of {', '.join(kinds)}")
+    need_value(combination_type in kinds, op, "combination_type", combination_type, f"one of {', '.join(kinds)}")
     if rank is not None:
-        need(combination_type == "svd", op, "rank", rank, 'None, except with "svd"')
-        need(type(rank) is int and rank > 0, op, "rank", rank, "an integer >= 1")
+        need_value(combination_type == "svd", op, "rank", rank, 'None, except with "svd"')
+        need_value(type(rank) is int and rank > 0, op, "rank", rank, "an integer >= 1")
     for name in names:
         config = configs[name]
         plain = type(config) is LoraConfig and not config.use_dora and config.bias == "none"

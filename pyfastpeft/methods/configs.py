@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 from ..ops.reference import ACTIVATIONS
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -54,8 +54,7 @@ class Config:
 
     def need(self, holds: bool, name: str, needed: str) -> None:
         """Raise ValueError, naming the field, unless `holds`."""
-        value = getattr(self, name)
-        need(holds, type(self).__name__, name, f"{value!r} ({type(value).__name__})", needed)
+        need_value(holds, type(self).__name__, name, getattr(self, name), needed)
 
     def need_count(self, *names: str) -> None:
         """Raise ValueError unless the fields are integers >= 1."""
@@ -406,7 +405,7 @@ def as_config(config) -> Config:
         return config
     kind = getattr(getattr(config, "peft_type", None), "value", None)
     known = f"one of {', '.join(c.__name__ for c in CONFIGS.values())}, or PEFT's config of such a method"
-    need(kind in CONFIGS, "adapt", "config", config, known, TypeError)
+    need_value(kind in CONFIGS, "adapt", "config", config, known, TypeError)
     return from_fields(kind, {f.name: getattr(config, f.name) for f in fields(config)}, _peft_defaults(config))
 
 
@@ -427,7 +426,7 @@ def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:
     Raises ValueError naming the fields that are unknown here, unless they are unset (None, False, empty, or as in
     `defaults`).
     """
-    need(isinstance(kind, str) and kind in CONFIGS, "config", "peft_type", repr(kind), f"one of {', '.join(CONFIGS)}")
+    need_value(isinstance(kind, str) and kind in CONFIGS, "config", "peft_type", kind, f"one of {', '.join(CONFIGS)}")
     cls = CONFIGS[kind]
     known = {f.name for f in fields(cls)}
     extra = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -27,7 +27,7 @@ def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file of these tensors, which may lie on any device and may share memory."""
     packed = {}
     for key, tensor in tensors.items():
-        need(tensor.device.type != "meta", "save", key, tensor, "a tensor that has values")
+        need_value(tensor.device.type != "meta", "save", key, tensor, "a tensor that has values")
         plain = tensor.detach().cpu().contiguous()
         packed[key] = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
     seen = set()
@@ -74,7 +74,7 @@ def write_files(directory: str | os.PathLike, files: Mapping[str, bytes]) -> Non
 
 
 def _path(op, directory) -> Path:
-    need(isinstance(directory, (str, os.PathLike)), op, "directory", directory, "a path", TypeError)
+    need_value(isinstance(directory, (str, os.PathLike)), op, "directory", directory, "a path", TypeError)
     return Path(directory)
 
 
@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as why:
         raise ValueError(f"{path} is no JSON: {why}") from None
-    need(isinstance(content, dict), "load", str(path), content, "a JSON object")
+    need_value(isinstance(content, dict), "load", str(path), content, "a JSON object")
     return content
 
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers import LoRALinear
 from ..layers.parts import LoRAPart
-from ..ops.checks import floating, need, values_on
+from ..ops.checks import floating, need, need_value, values_on
 
 IGNORED = -100  # the label of a position that no loss counts
 OUTPUT_FACTORS = ("lora_B", "lora_embedding_B")  # matrices that LoRA+ trains faster
@@ -106,11 +106,11 @@ class TFewLoss:
 def _aligned(op: str, logits: Tensor, labels: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Checked logits and labels, the logits at t those of the label at t."""
     floating(op, "logits", logits)
-    need(logits.dim() >= 3 and logits.shape[-1] >= 2, op, "logits", logits, "of shape [..., C, T, V] with V >= 2")
+    need_value(logits.dim() >= 3 and logits.shape[-1] >= 2, op, "logits", logits, "of shape [..., C, T, V] with V >= 2")
     matches = isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]
     matches = matches and labels.dtype == torch.int64 and labels.device == logits.device
     shape = list(logits.shape[:-1])
-    need(matches, op, "labels", labels, f"a torch.int64 tensor of shape [..., C, T] = {shape} on {logits.device}")
+    need_value(matches, op, "labels", labels, f"a torch.int64 tensor of shape [..., C, T] = {shape} on {logits.device}")
     if values_on(labels.device):
         known = (labels == IGNORED) | ((labels >= 0) & (labels < logits.shape[-1]))
         need(bool(known.all()), op, "labels", f"{labels[~known][:1].tolist()} somewhere", "token ids below V, or -100")
@@ -126,7 +126,7 @@ def _checked(op, logits, labels, answer, choices, causal) -> tuple[Tensor, Tenso
     if choices is not None:
         matches = isinstance(choices, Tensor) and choices.dtype == torch.bool
         matches = matches and choices.shape == present.shape and choices.device == labels.device
-        need(matches, op, "choices", choices, f"a torch.bool tensor of shape [..., C] = {list(present.shape)}")
+        need_value(matches, op, "choices", choices, f"a torch.bool tensor of shape [..., C] = {list(present.shape)}")
         present = present & choices
     if answer is None:
         return logits, labels, present, answer
@@ -134,10 +134,11 @@ def _checked(op, logits, labels, answer, choices, causal) -> tuple[Tensor, Tenso
         answer = torch.full(lead, answer, device=labels.device)
     matches = isinstance(answer, Tensor) and answer.shape == lead
     matches = matches and answer.dtype == torch.int64 and answer.device == labels.device
-    need(matches, op, "answer", answer, f"a torch.int64 tensor of shape [...] = {list(lead)} on {labels.device}")
+    need_value(matches, op, "answer", answer, f"a torch.int64 tensor of shape [...] = {list(lead)} on {labels.device}")
     if values_on(answer.device):
         inside = bool(((answer >= 0) & (answer < present.shape[-1])).all())
-        need(inside, op, "answer", answer.tolist(), f"in 0 ... {present.shape[-1] - 1}, the places of the choices")
+        needed = f"in 0 ... {present.shape[-1] - 1}, the places of the choices"
+        need_value(inside, op, "answer", answer.tolist(), needed)
         there = bool(present.gather(-1, answer[..., None]).all())
         need(there, op, "answer", "a choice that is absent or has no tokens", "a choice with tokens")
     return logits, labels, present, answer[..., None]
@@ -182,7 +183,7 @@ class L2SP:
         need(bool(trainable), "L2SP", "model", "without parameters that require grad", "one that trains")
         for each in new:
             named = any(_inside(name, each) for name in trainable)
-            need(named, "L2SP", "new", repr(each), "the name of a trainable parameter or of a module that holds some")
+            need_value(named, "L2SP", "new", each, "the name of a trainable parameter or of a module that holds some")
         self.new = [p for name, p in trainable.items() if any(_inside(name, each) for each in new)]
         self.pretrained = [
             (p, p.detach().clone()) for name, p in trainable.items() if not any(_inside(name, each) for each in new)
@@ -199,7 +200,8 @@ def low_rank_norm_squared(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) 
     lora_A [r, K], lora_B [N, r]; summed in float32 for 16-bit factors. Raises ValueError naming the argument.
     """
     fits = lora_A.dim() == lora_B.dim() == 2 and lora_A.shape[0] == lora_B.shape[1]
-    need(fits, "low_rank_norm_squared", "lora_B", lora_B, f"of shape [N, r] to lora_A [r, K] = {list(lora_A.shape)}")
+    needed = f"of shape [N, r] to lora_A [r, K] = {list(lora_A.shape)}"
+    need_value(fits, "low_rank_norm_squared", "lora_B", lora_B, needed)
     lora_A, lora_B = (each.float() if each.dtype.itemsize == 2 else each for each in (lora_A, lora_B))
     return scaling**2 * ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum()
 
@@ -264,7 +266,7 @@ def loraplus_groups(
     lr. Vectors are not decayed. Raises ValueError where nothing trains, or no B does.
     """
     for name, given in {"lr": lr, "ratio": ratio}.items():
-        need(given > 0, "loraplus_groups", name, given, "> 0")
+        need_value(given > 0, "loraplus_groups", name, given, "> 0")
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     rates = {"rest": lr, "B": ratio * lr, "embedding": lr if embedding_lr is None else embedding_lr}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}

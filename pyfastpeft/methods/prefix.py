@@ -146,7 +146,7 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
         known = attention_mask is None or isinstance(attention_mask, Tensor)
         known = known and kwargs.get("cache") is None
         needed = "eager, sdpa or flash attention without pages"
-        checks.need(known, "prefix tuning", "attn_implementation", implementation, needed, NotImplementedError)
+        checks.need_value(known, "prefix tuning", "attn_implementation", implementation, needed, NotImplementedError)
         shapes = [(keys.shape[::2], values.shape[::2]) for keys, values in rows]
         here = key.shape[1::2], value.shape[1::2]
         given = f"one whose keys and values are of {[list(shape) for shape in here]} heads and numbers a head"

@@ -80,7 +80,7 @@ class Prompts:
         checks.need(grows, "prompt tuning", "past_key_values", type(cache).__name__, "a cache that grows, or none")
         if mask is not None:
             plain = isinstance(mask, Tensor) and mask.dim() == 2
-            checks.need(plain, "prompt tuning", "attention_mask", mask, "a tensor of shape [B, T]")
+            checks.need_value(plain, "prompt tuning", "attention_mask", mask, "a tensor of shape [B, T]")
             kwargs["attention_mask"] = F.pad(mask, (virtual, 0), value=1)
         kwargs.pop("cache_position", None)  # the model counts for itself
         positions = kwargs.get("position_ids")
@@ -137,7 +137,7 @@ class Prompts:
         tokens = self.tokens
         if tokens is None:
             return None
-        checks.need(not isinstance(output, tuple), "prompt tuning", "return_dict", False, "True")
+        checks.need_value(not isinstance(output, tuple), "prompt tuning", "return_dict", False, "True")
         for name, value in output.items():
             per_token = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
             if value is not None and name in per_token and value.dim() == per_token[name]:
@@ -196,15 +196,15 @@ def nearest_words(model: nn.Module, name: str, tokenizer=None, k: int = 5) -> Ne
     TypeError for a tokenizer that is none.
     """
     prompts = {n: part for n, part in getattr(model, "adapters", {}).items() if isinstance(part, PromptEmbedding)}
-    checks.need(name in list(prompts), "nearest_words", "name", name, f"a prompt: one of {sorted(prompts)}")
+    checks.need_value(name in list(prompts), "nearest_words", "name", name, f"a prompt: one of {sorted(prompts)}")
     decodes = tokenizer is None or hasattr(tokenizer, "decode")
-    checks.need(
-        decodes, "nearest_words", "tokenizer", repr(tokenizer), "an object that decodes tokens, or None", TypeError
+    checks.need_value(
+        decodes, "nearest_words", "tokenizer", tokenizer, "an object that decodes tokens, or None", TypeError
     )
     words, prompt = _words(model), prompts[name]().float()
     vocabulary = words.weight.shape[0]
     fits = checks.whole(k) and 1 <= k <= vocabulary
-    checks.need(fits, "nearest_words", "k", k, f"an integer in [1, {vocabulary}], the size of the vocabulary")
+    checks.need_value(fits, "nearest_words", "k", k, f"an integer in [1, {vocabulary}], the size of the vocabulary")
     cosines = []
     for ids in torch.arange(vocabulary, device=prompt.device).split(8192):
         cosines.append(F.normalize(prompt, dim=1) @ F.normalize(words(ids).float(), dim=1).T)
@@ -256,5 +256,5 @@ def _initial_ids(config, words, count):
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
     ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     needed = "a text of at least one token"
-    checks.need(len(ids) > 0, "prompt tuning", "prompt_tuning_init_text", config.prompt_tuning_init_text, needed)
+    checks.need_value(len(ids) > 0, "prompt tuning", "prompt_tuning_init_text", config.prompt_tuning_init_text, needed)
     return torch.tensor((ids * math.ceil(count / len(ids)))[:count])

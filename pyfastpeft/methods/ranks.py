@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import carriers
 from ..layers.parts import AdaLoRAPart, DyLoRAPart
-from ..ops.checks import need, whole
+from ..ops.checks import need, need_value, whole
 from ..ops.reference import accumulation
 from .adapt import adapt, adaptation, adapter_parameters, need_adapter, set_adapter
 from .configs import AdaLoraConfig, DyLoraConfig, LoraConfig
@@ -83,8 +83,8 @@ class RankAllocator:
     def budget(self, step: int) -> int:
         """How many ranks all layers have together after step `step`, counted from 0 (section 3.3)."""
         config = self.config
-        need(whole(step) and step >= 0, "RankAllocator", "step", step, "an integer >= 0")
-        need(config.total_step is not None, "RankAllocator", "total_step", None, "given in AdaLoraConfig")
+        need_value(whole(step) and step >= 0, "RankAllocator", "step", step, "an integer >= 0")
+        need_value(config.total_step is not None, "RankAllocator", "total_step", None, "given in AdaLoraConfig")
         full, target = config.init_r * len(self.parts), config.target_r * len(self.parts)
         end = config.total_step - config.tfinal
         if step <= config.tinit:
@@ -141,7 +141,7 @@ class RankAllocator:
         """Go on from what `state_dict` returned. Raises ValueError, naming the key, for what does not fit the adapter;
         the state is then as it was."""
         op = "RankAllocator.load_state_dict"
-        need(isinstance(state, Mapping), op, "state", state, "what state_dict returned", TypeError)
+        need_value(isinstance(state, Mapping), op, "state", state, "what state_dict returned", TypeError)
         self._need_all_ranks(op)
         moments = {key: parameter.shape for key, parameter in self._parameters().items()}
         expected = {f"{key}.{kind}": shape for key, shape in moments.items() for kind in ("sensitivity", "uncertainty")}
@@ -241,7 +241,7 @@ def draw_rank(model: nn.Module, name: str = "default", *, step: int, seed: int =
     recomputed, and when training resumes. To be called before each step's forward pass. Raises as `set_rank` does.
     """
     config = _config_of(model, name, DyLoraConfig, "draw_rank")
-    need(whole(step) and step >= 0, "draw_rank", "step", step, "an integer >= 0")
+    need_value(whole(step) and step >= 0, "draw_rank", "step", step, "an integer >= 0")
     largest = max(part.r for part in _parts_of(model, name, DyLoRAPart).values())
     rank = random.Random(f"{seed}, {step}").randint(min(config.min_rank, largest), largest)
     set_rank(model, name, rank)
@@ -283,5 +283,5 @@ def _cut(op, model, name, rank) -> dict[str, tuple[DyLoRAPart, int]]:
     parts = _parts_of(model, name, DyLoRAPart)
     largest = max(part.r for part in parts.values())
     fits = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= largest)
-    need(fits, op, "rank", rank, f"an integer in [1, {largest}]")
+    need_value(fits, op, "rank", rank, f"an integer in [1, {largest}]")
     return {path: (part, part.r if rank is None else min(rank, part.r)) for path, part in parts.items()}

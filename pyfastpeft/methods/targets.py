@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 
 
 class Family(NamedTuple):
@@ -129,7 +129,7 @@ def _in_layers(op, found, candidates, named, layers, pattern):
         need_pattern(op, "layers_pattern", name)
     number = rf"(?:.*\.)?(?:{'|'.join(names)})\.(\d+)\." if names else r"(?:|.*?\.)(\d+)\."
     index = {path: int(hit.group(1)) for path in candidates if (hit := re.match(number, path))}
-    need(bool(index), op, "layers_pattern", pattern, "the name of a list of layers in the model")
+    need_value(bool(index), op, "layers_pattern", pattern, "the name of a list of layers in the model")
     count = 1 + max(index.values())
     for layer in layers:
         needed = f"of integers in [{-count}, {count})"

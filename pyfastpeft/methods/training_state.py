@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import uncompiled
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 from .adapt import adaptation, adapter_parameters, need_adapter
 from .configs import AdaLoraConfig
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
@@ -47,10 +47,10 @@ def save_training_state(
     whole. Raises ValueError or TypeError naming what cannot be stored.
     """
     op = "save_training_state"
-    need(isinstance(step, int) and step >= 0, op, "step", step, "an integer >= 0")
+    need_value(isinstance(step, int) and step >= 0, op, "step", step, "an integer >= 0")
     for key, other in {"scheduler": scheduler, **others}.items():
         stateful = hasattr(other, "state_dict") or (key == "scheduler" and other is None)
-        need(stateful, op, key, other, "an object with state_dict and load_state_dict", TypeError)
+        need_value(stateful, op, key, other, "an object with state_dict and load_state_dict", TypeError)
     names = _names(op, model, optimizer, name)
     config = adaptation(model, op).configs[name]
     state = {
@@ -123,7 +123,7 @@ def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
     known = adaptation(model, op)
     need_adapter(known, op, name)
     groups = optimizer is None or hasattr(optimizer, "param_groups")
-    need(groups, op, "optimizer", optimizer, "a torch.optim.Optimizer, or None", TypeError)
+    need_value(groups, op, "optimizer", optimizer, "a torch.optim.Optimizer, or None", TypeError)
     every = {parameter: path for path, parameter in uncompiled(model).named_parameters()}
     for other in known.configs:
         every |= {parameter: f"{other}/{path}" for path, parameter in adapter_parameters(model, other).items()}
@@ -234,7 +234,7 @@ def _without_tensors(value, path: str, tensors: dict[str, Tensor]):
         items = [_without_tensors(each, f"{path}|{i}", tensors) for i, each in enumerate(value)]
         return items if isinstance(value, list) else {"_kind": "tuple", "_items": items}
     known = isinstance(value, Mapping) and (kind in ("dict", "defaultdict", "OrderedDict", "Counter"))
-    need(
+    need_value(
         known,
         "save_training_state",
         path,

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..layers.adapted import attach
-from ..ops.checks import need
+from ..ops.checks import need, need_value
 
 POSITIONS = ("rotary_emb", "rotary_emb_local", "wpe", "embed_positions", "position_embeddings")
 
@@ -52,6 +52,6 @@ def settle(config, **values: int) -> None:
     """Fill in the config's fields that follow from the model. Raises ValueError where one says something else."""
     for name, value in values.items():
         given = getattr(config, name)
-        need(given in (None, value), type(config).__name__, name, given, f"None or {value}, as in the model")
+        need_value(given in (None, value), type(config).__name__, name, given, f"None or {value}, as in the model")
     for name, value in values.items():
         setattr(config, name, value)

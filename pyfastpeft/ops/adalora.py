@@ -40,7 +40,7 @@ def adalora_linear(
     checks.floating(op, "lora_E", lora_E)
     rank = len(lora_A)
     if lora_E.shape not in ((rank,), (rank, 1)):
-        checks.need(False, op, "lora_E", lora_E, f"of shape [r] = [{rank}] or [r, 1] = [{rank}, 1]")
+        checks.need_value(False, op, "lora_E", lora_E, f"of shape [r] = [{rank}] or [r, 1] = [{rank}, 1]")
     checks.like(op, "lora_E", lora_E, lora_A, other="lora_A")
     checks.number(op, "scaling", scaling)
     checks.dropout(op, dropout_p)

@@ -94,7 +94,7 @@ def bottleneck(
             checks.vector(op, name, bias, size, letter, x)
             checks.like(op, name, bias, down, other="down")
     known = tuple(reference.ACTIVATIONS)
-    checks.need(activation in known, op, "activation", repr(activation), f"one of {', '.join(known)}")
+    checks.need_value(activation in known, op, "activation", activation, f"one of {', '.join(known)}")
     if isinstance(scaling, Tensor):
         checks.vector(op, "scaling", scaling.reshape(-1), 1, "1", x)
         up, scaling = (up * scaling).to(up.dtype), 1.0

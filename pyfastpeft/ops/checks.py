@@ -1,5 +1,6 @@
 """Argument checks shared by the ops. Every message names the argument, what was given and what is needed."""
 
+import math
 import os
 from numbers import Integral, Real
 
@@ -14,31 +15,36 @@ def _describe(value) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def need(condition: bool, op: str, argument: str, given, needed: str, error=ValueError) -> None:
-    """Raise `error` unless `condition` holds. `given` is the argument's value, or what is wrong with it as a string."""
+def need(condition: bool, op: str, argument: str, given: str, needed: str, error=ValueError) -> None:
+    """Raise `error` unless `condition` holds. `given` says what is wrong with the argument."""
     if not condition:
-        given = given if isinstance(given, str) else _describe(given)
         raise error(f"{op}: {argument} is {given}; it must be {needed}")
+
+
+def need_value(condition: bool, op: str, argument: str, value, needed: str, error=ValueError) -> None:
+    """`need`, for an argument whose value says what is wrong with it."""
+    if not condition:
+        need(False, op, argument, _describe(value), needed, error)
 
 
 def floating(op: str, argument: str, tensor) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOATS:
-        need(False, op, argument, tensor, "a float64, float32, bfloat16 or float16 tensor", TypeError)
+        need_value(False, op, argument, tensor, "a float64, float32, bfloat16 or float16 tensor", TypeError)
 
 
 def integers(op: str, argument: str, tensor: torch.Tensor, size: int, x: torch.Tensor) -> None:
     """int64 of shape [size], on x's device."""
     if tensor.shape != (size,) or tensor.dtype != torch.int64 or tensor.device != x.device:
-        need(False, op, argument, tensor, f"a torch.int64 tensor of shape [{size}] on {x.device}")
+        need_value(False, op, argument, tensor, f"a torch.int64 tensor of shape [{size}] on {x.device}")
 
 
 def features(op: str, argument: str, tensor: torch.Tensor) -> None:
-    need(tensor.dim() >= 1 and tensor.shape[-1] > 0, op, argument, tensor, "of shape [..., K] with K >= 1")
+    need_value(tensor.dim() >= 1 and tensor.shape[-1] > 0, op, argument, tensor, "of shape [..., K] with K >= 1")
 
 
 def shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...], names: str) -> None:
     if tuple(tensor.shape) != expected:
-        need(False, op, argument, tensor, f"of shape {names} = {list(expected)}")
+        need_value(False, op, argument, tensor, f"of shape {names} = {list(expected)}")
 
 
 def entries(op: str, argument: str, values, members, of: str) -> None:
@@ -55,9 +61,9 @@ def entries(op: str, argument: str, values, members, of: str) -> None:
 def like(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor, dtype: bool = True, other: str = "x") -> None:
     """Same device as x and, where `dtype`, the same dtype."""
     if tensor.device != x.device:
-        need(False, op, argument, tensor, f"on {x.device}, where {other} is")
+        need_value(False, op, argument, tensor, f"on {x.device}, where {other} is")
     if dtype and tensor.dtype != x.dtype:
-        need(False, op, argument, tensor, f"of dtype {x.dtype}, as {other} is", TypeError)
+        need_value(False, op, argument, tensor, f"of dtype {x.dtype}, as {other} is", TypeError)
 
 
 def adapters(
@@ -76,12 +82,12 @@ def adapters(
     floating(op, name_B, lora_B)
     names, dims = "".join([f"{name}, " for name in lead]), 2 + len(lead)
     if lora_A.dim() != dims or lora_B.dim() != dims:
-        need(lora_A.dim() == dims, op, name_A, lora_A, f"of shape [{names}r, K]")
-        need(False, op, name_B, lora_B, f"of shape [{names}N, r]")
+        need_value(lora_A.dim() == dims, op, name_A, lora_A, f"of shape [{names}r, K]")
+        need_value(False, op, name_B, lora_B, f"of shape [{names}N, r]")
     *stack, rank, _ = lora_A.shape
     features_out = lora_B.shape[-2]
-    need(rank > 0, op, name_A, lora_A, "of rank r >= 1")
-    need(features_out > 0, op, name_B, lora_B, "of at least one output feature, N >= 1")
+    need_value(rank > 0, op, name_A, lora_A, "of rank r >= 1")
+    need_value(features_out > 0, op, name_B, lora_B, "of at least one output feature, N >= 1")
     shape(op, name_A, lora_A, (*stack, rank, x.shape[-1]), f"[{names}r, K]")
     shape(op, name_B, lora_B, (*stack, features_out, rank), f"[{names}N, r]")
     like(op, name_A, lora_A, x, dtype=False, other=other)
@@ -93,7 +99,7 @@ def adapters(
 def no_wider(op: str, argument: str, tensor: torch.Tensor, x: torch.Tensor, other: str = "x") -> None:
     """float64 adapters go with float64 activations only, since sums are formed in float32 for all others."""
     if tensor.dtype == torch.float64 != x.dtype:
-        need(False, op, argument, tensor, f"no wider than float32 while {other} is {x.dtype}", TypeError)
+        need_value(False, op, argument, tensor, f"no wider than float32 while {other} is {x.dtype}", TypeError)
 
 
 def linear(
@@ -109,7 +115,7 @@ def linear(
     floating(op, "x", x)
     floating(op, name, weight)
     features(op, "x", x)
-    need(weight.dim() == 2 and weight.shape[0] > 0, op, name, weight, "of shape [N, K] with N >= 1")
+    need_value(weight.dim() == 2 and weight.shape[0] > 0, op, name, weight, "of shape [N, K] with N >= 1")
     shape(op, name, weight, (weight.shape[0], x.shape[-1]), "[N, K]")
     like(op, name, weight, x)
     if bias is not None:
@@ -129,12 +135,16 @@ def vector(
 
 
 def dropout(op: str, p: float) -> None:
-    need(isinstance(p, (int, float, Real)) and 0 <= p < 1, op, "dropout_p", p, "a probability with 0 <= p < 1")
+    need_value(isinstance(p, (int, float, Real)) and 0 <= p < 1, op, "dropout_p", p, "a probability with 0 <= p < 1")
 
 
 def number(op: str, argument: str, value) -> None:
+    """A finite number; while compiling, where it may be symbolic, any number."""
+    needed = "a finite number"
     if not isinstance(value, (int, float, Real)):
-        need(False, op, argument, _describe(value), "a number", TypeError)
+        need_value(False, op, argument, value, needed, TypeError)
+    if not torch.compiler.is_compiling():
+        need_value(math.isfinite(value), op, argument, value, needed)
 
 
 def whole(value) -> bool:
@@ -142,7 +152,7 @@ def whole(value) -> bool:
 
 
 def count(op: str, argument: str, value) -> None:
-    need(whole(value) and value > 0, op, argument, value, "an integer >= 1")
+    need_value(whole(value) and value > 0, op, argument, value, "an integer >= 1")
 
 
 def in_place(op: str, y: torch.Tensor, **others: torch.Tensor) -> None:

@@ -125,7 +125,7 @@ def dora_norm(
     """
     op = "dora_norm"
     checks.floating(op, "weight", weight)
-    checks.need(weight.dim() == 2 and weight.numel() > 0, op, "weight", weight, "of shape [N, K] with N, K >= 1")
+    checks.need_value(weight.dim() == 2 and weight.numel() > 0, op, "weight", weight, "of shape [N, K] with N, K >= 1")
     checks.adapters(op, lora_A, lora_B, weight, other="weight")
     checks.shape(op, "lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), "[N, r]")
     checks.number(op, "scaling", scaling)

@@ -60,8 +60,8 @@ def route(
 
 def _grouped(op: str, slots: Tensor, num_adapters: int) -> Routing:
     integer = not (slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool)
-    checks.need(integer, op, "slots", slots, "an integer tensor", TypeError)
-    checks.need(slots.dim() == 1, op, "slots", slots, "of shape [T]")
+    checks.need_value(integer, op, "slots", slots, "an integer tensor", TypeError)
+    checks.need_value(slots.dim() == 1, op, "slots", slots, "of shape [T]")
     slots = slots.to(torch.int64).contiguous()
     if checks.values_on(slots.device):
         _check_range(op, slots, num_adapters)
@@ -235,10 +235,11 @@ def multi_lora(
 def _branch(op, x, lora_A, lora_B, slots, scaling, ranks):
     """(lora_A, lora_B, scaling, ranks, order, segments) as the raw ops take them; the factors are checked."""
     num_adapters, rank, _ = lora_A.shape
-    checks.need(num_adapters > 0, op, "lora_A", lora_A, "of at least one adapter, L >= 1")
+    checks.need_value(num_adapters > 0, op, "lora_A", lora_A, "of at least one adapter, L >= 1")
     tokens = x.shape[:-1].numel()
     if not isinstance(slots, Routing):
-        checks.need(isinstance(slots, Tensor), op, "slots", slots, "a tensor of T integers or a Routing", TypeError)
+        needed = "a tensor of T integers or a Routing"
+        checks.need_value(isinstance(slots, Tensor), op, "slots", slots, needed, TypeError)
         checks.shape(op, "slots", slots, (tokens,), "[T]")
         checks.like(op, "slots", slots, x, dtype=False)
         slots = _grouped(op, slots, num_adapters)
@@ -262,7 +263,7 @@ def _branch(op, x, lora_A, lora_B, slots, scaling, ranks):
 
 def _check_ranks(op, ranks, num_adapters, rank, x):
     integer = isinstance(ranks, Tensor) and not (ranks.is_floating_point() or ranks.dtype == torch.bool)
-    checks.need(integer, op, "ranks", ranks, "an integer tensor", TypeError)
+    checks.need_value(integer, op, "ranks", ranks, "an integer tensor", TypeError)
     checks.shape(op, "ranks", ranks, (num_adapters,), "[L]")
     checks.like(op, "ranks", ranks, x, dtype=False)
     if checks.values_on(ranks.device):

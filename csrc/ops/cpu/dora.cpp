@@ -157,6 +157,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& magnitude, double scaling, bool keep_unscaled) {
   if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B) || !on_cpu(magnitude)) return {};
+  if (!std::isfinite(scaling)) return {};
   constexpr bool wide = sizeof(C) == 8;
   Rows in = separate_rows(x);
   auto dtype = float_dtype(magnitude);

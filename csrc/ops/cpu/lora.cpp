@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -167,7 +168,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> lora_gradients(
 template <class C>
 OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                     const Tensor& lora_B, double scaling, OptionalTensor* s) {
-  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return {};
+  if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B) || !std::isfinite(scaling)) return {};
   Rows in = separate_rows(x);
   if (!linear(x, in, weight, bias) || !low_rank<C>(x, in, lora_A, lora_B, weight.size(0))) return {};
   int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k, rank = lora_A.size(0);
@@ -195,7 +196,7 @@ std::tuple<OptionalTensor, OptionalTensor> lora_call_with_s(const Tensor& x, con
 
 template <class C>
 bool lora_call_(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B)) return false;
+  if (!on_cpu(y) || !on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B) || !std::isfinite(scaling)) return false;
   Rows in = separate_rows(x), out = separate_rows(y);
   if (!out || out.dtype != in.dtype) return false;
   int64_t n = y.size(-1), m = y.numel() / n;

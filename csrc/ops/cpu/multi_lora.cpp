@@ -1,5 +1,6 @@
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -158,7 +159,8 @@ bool ordinary(const Rows& in, int64_t tokens, int64_t k, int64_t n, const Tensor
   if (!shaped(lora_A, {count, rank, k}) || !shaped(lora_B, {count, n, rank})) return false;
   if (!shaped(slots, ScalarType::Long, tokens) || (segments && !shaped(*segments, ScalarType::Long, count + 1)) ||
       (ranks && !shaped(*ranks, ScalarType::Long, count)) ||
-      (scalings && !shaped(*scalings, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float, count)))
+      (scalings && !shaped(*scalings, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float, count)) ||
+      !std::isfinite(scaling))
     return false;
 
   const int64_t* order = slots.const_data_ptr<int64_t>();
