@@ -1106,7 +1106,7 @@ def test_bad_calls():
     adapt(model, LoraConfig(target_modules=["up"]))
     with pytest.raises(ValueError, match=r"adapter_parameters: name is 'defualt' .* one of .*: default"):
         adapter_parameters(model, "defualt")
-    with pytest.raises(TypeError, match="names is None .* a list of names"):
+    with pytest.raises(TypeError, match=r"names is None .* a list of names"):
         add_weighted_adapter(model, None, [1.0], "sum")
     with pytest.raises(ValueError, match="name is 'default', which the model has; it must be new, or deleted first"):
         adapt(model, IA3Config(target_modules=["up"]))

@@ -362,9 +362,30 @@ def test_errors_name_the_argument(wrong, error, message):
 def test_a_refused_adapter_leaves_the_slot_as_it_was():
     layer = make("multi_lora")
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ValueError, match="lora_B"):
-        layer.load_adapter(0, torch.ones(2, K), torch.ones(N + 1, 2), 1.0)
+    lora_A, lora_B = torch.ones(2, K), torch.ones(N, 2)
+    for wrong in (
+        {"lora_B": torch.ones(N + 1, 2)},
+        {"lora_A": lora_A.to("meta")},
+        {"lora_B": lora_B.to("meta")},
+        {"scaling": math.nan},
+    ):
+        with pytest.raises(ValueError, match=f"load_adapter: {next(iter(wrong))} is"):
+            layer.load_adapter(0, **{"lora_A": lora_A, "lora_B": lora_B, "scaling": 1.0} | wrong)
+    layer.merge(1)
+    for call in (lambda: layer.load_adapter(0, lora_A, lora_B, 1.0), lambda: layer.unload(0)):
+        with pytest.raises(RuntimeError, match=r"load\w*\(\) needs an unmerged weight; call unmerge\(\) first"):
+            call()
+    layer.unmerge()
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_a_slot_takes_a_part_of_what_it_holds():
+    layer = make("multi_lora")
+    lora_A, lora_B = layer.lora_A[0, 1:4].clone(), layer.lora_B[0, :, 1:4].clone()
+    layer.load_adapter(0, layer.lora_A[0, 1:4], layer.lora_B[0, :, 1:4], 1.0)
+    assert torch.equal(layer.lora_A[0, :3], lora_A)
+    assert torch.equal(layer.lora_B[0, :, :3], lora_B)
+    assert not layer.lora_A[0, 3:].any()
 
 
 def test_representation():

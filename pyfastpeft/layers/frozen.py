@@ -43,10 +43,14 @@ class FrozenLinear(Mergeable, nn.Module):
         """Whether an adapter is merged into the weight."""
         return self.unmerged_weight is not None
 
+    def _need_unmerged(self, what: str) -> None:
+        """Raise RuntimeError while merged. what: that needs it otherwise, with the verb."""
+        if self.merged:
+            raise RuntimeError(f"{type(self).__name__}: {what} an unmerged weight; call unmerge() first")
+
     def _mergeable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The weight and these tensors in the dtype of accumulation. Raises RuntimeError while merged."""
-        if self.merged:
-            raise RuntimeError(f"{type(self).__name__}: merge() needs an unmerged weight; call unmerge() first")
+        self._need_unmerged("merge() needs")
         wide = accumulation(self.weight.dtype)
         return tuple(tensor.detach().to(wide) for tensor in (self.weight, *tensors))
 

@@ -70,10 +70,9 @@ class MultiLoRALinear(FrozenLinear):
         integer; or the Routing that `ops.route` made of them, which all layers of a step can share. None: the base
         alone or, while an adapter is merged, that adapter for all tokens; then nothing else is allowed.
         """
-        if self.merged and slots is not None:
-            raise RuntimeError("MultiLoRALinear: slots need an unmerged weight; call unmerge() first")
         if slots is None:
             return F.linear(x, self.weight, self.bias)
+        self._need_unmerged("slots need")
         if isinstance(slots, Tensor):
             slots = slots.flatten()
         adapters = self.lora_A, self.lora_B, slots, self.scaling, self.ranks
@@ -83,18 +82,21 @@ class MultiLoRALinear(FrozenLinear):
     def load_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Put an adapter into a slot: lora_A [r', K] and lora_B [N, r'] with r' in [1, r], of any float dtype.
 
-        They are copied, in the dtype of the slots; what the slot held is gone. Raises ValueError or TypeError naming
-        the argument that does not fit.
+        They are copied, in the dtype and to the device of the slots; what the slot held is gone. Raises ValueError or
+        TypeError naming the argument that does not fit, RuntimeError while merged; the slot is then as it was.
         """
         op = "MultiLoRALinear.load_adapter"
+        self._need_unmerged("load_adapter() needs")
         self._need_slot(op, slot)
-        checks.floating(op, "lora_A", lora_A)
-        checks.floating(op, "lora_B", lora_B)
+        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            checks.floating(op, name, factor)
+            checks.need_value(not factor.is_meta, op, name, factor, "a tensor that has values")
         rank, features = lora_A.shape if lora_A.dim() == 2 else (0, 0)
         fits = 1 <= rank <= self.rank and features == self.in_features
         checks.need_value(fits, op, "lora_A", lora_A, f"of shape [r', {self.in_features}] with r' in [1, {self.rank}]")
         checks.shape(op, "lora_B", lora_B, (self.out_features, rank), "[N, r']")
         checks.number(op, "scaling", scaling)
+        lora_A, lora_B = lora_A.to(self.lora_A, copy=True), lora_B.to(self.lora_B, copy=True)  # of this slot, perhaps
         self.unload(slot)
         self.lora_A[slot, :rank] = lora_A
         self.lora_B[slot, :, :rank] = lora_B
@@ -103,7 +105,9 @@ class MultiLoRALinear(FrozenLinear):
 
     @torch.no_grad()
     def unload(self, slot: int) -> None:
-        """Empty a slot: its tokens get the base alone, at no cost."""
+        """Empty a slot: its tokens get the base alone, at no cost. Raises ValueError for a slot that is none,
+        RuntimeError while merged."""
+        self._need_unmerged("unload() needs")
         self._need_slot("MultiLoRALinear.unload", slot)
         for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
             tensor[slot] = 0
