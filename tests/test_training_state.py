@@ -218,11 +218,24 @@ def test_other_objects_are_refused(saved):
         methods.load_training_state(saved, run.model, run.optimizer)
     with pytest.raises(ValueError, match="scaler is given; it must be not given"):
         methods.load_training_state(saved, run.model, run.optimizer, run.scheduler, scaler=torch.amp.GradScaler("cpu"))
-    run.optimizer = SGD(methods.adapter_parameters(run.model, "default").values(), lr=0.1)
+    parameters = methods.adapter_parameters(run.model, "default").values()
+    run.optimizer = AdamW(parameters, lr=0.1)
     run.scheduler = cosine(run.optimizer)
     refused(saved, run, r"groups of \[8\].*groups of \[4, 4\]")
+    run.optimizer = SGD(parameters, lr=0.1)
+    refused(saved, run, f"optimizer is of class SGD; it must be of class AdamW, whose state .*{STATE} has", TypeError)
+    assert not run.optimizer.state
     run.optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     refused(saved, run, "parameters of something else")
+
+
+def test_files_without_the_class_of_the_optimizer_are_read(saved):
+    state = json.loads((saved / STATE).read_text())
+    assert state["optimizer"].pop("class") == "AdamW"
+    (saved / STATE).write_text(json.dumps(state))
+    run = Run(lora())
+    run.load(saved)
+    assert len(run.optimizer.state) == 8
 
 
 def change(directory, edit):

@@ -38,7 +38,7 @@ def save_training_state(
     """Write what it takes to go on training adapter `name`, bit for bit as if it had not stopped.
 
     Args:
-        optimizer: of torch's kind, over parameters of the model.
+        optimizer: of torch's kind, over parameters of the model. Its class's name is stored, too.
         scheduler, others: anything with `state_dict` and `load_state_dict`: a learning-rate scheduler, a
             `RankAllocator` (allocator=...), a gradient scaler.
         step: how many steps were taken.
@@ -167,18 +167,21 @@ def _need_same(op, path, tensors_path, config, names, state) -> None:
 
 
 def _named(optimizer, names) -> dict:
-    """An optimizer's state with names in the place of numbers."""
+    """An optimizer's state with names in the place of numbers, and its class's."""
     state = optimizer.state_dict()
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     name = {i: n for group, own in zip(state["param_groups"], groups) for i, n in zip(group["params"], own)}
     return state | {
+        "class": type(optimizer).__name__,
         "state": {name[i]: held for i, held in state["state"].items()},
         "param_groups": [group | {"params": own} for group, own in zip(state["param_groups"], groups)],
     }
 
 
 def _unnamed(op, optimizer, names, stored, path) -> dict:
-    """The reverse, for an optimizer with the same parameters in the same groups."""
+    """The reverse, for an optimizer of the same class with the same parameters in the same groups."""
+    here, there = type(optimizer).__name__, stored.pop("class", None)  # which older files lack
+    need(there in (None, here), op, "optimizer", f"of class {here}", f"of class {there}, whose state {path} has", TypeError)
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     held = [group["params"] for group in stored["param_groups"]]
     told = f"one with parameters in groups of {[len(group) for group in groups]}"
