@@ -37,7 +37,7 @@ def test_ops_on_an_instruction_set(level):
     assert subprocess.check_output([sys.executable, "-c", probe], env=env, text=True).split() == [level, "True"]
 
 
-@pytest.mark.parametrize("name", ["PYFASTPEFT_CPU_ISA", "PYFASTPEFT_CPU_MATMUL"])
+@pytest.mark.parametrize("name", ["PYFASTPEFT_BACKEND", "PYFASTPEFT_CPU_ISA", "PYFASTPEFT_CPU_MATMUL"])
 def test_a_name_that_is_none_is_an_error(name):
     command = [sys.executable, "-c", "import pyfastpeft"]
     done = subprocess.run(command, env=os.environ | {name: "mkl"}, capture_output=True, text=True, check=False)

@@ -27,6 +27,8 @@ class Row(NamedTuple):
 TABLE: dict[str, list[Row]] = {}
 UNAVAILABLE: dict[str, str] = {}  # backend -> why it has no rows
 _forced: str | None = os.environ.get("PYFASTPEFT_BACKEND") or None
+if _forced not in (None, *BACKENDS):
+    raise ValueError(f"PYFASTPEFT_BACKEND is {_forced!r}; it must be one of {', '.join(BACKENDS)}")
 
 
 def _always(*args) -> str:
@@ -97,8 +99,6 @@ def preferred(op: str, args: tuple) -> bool:
 def _reasons(op, args):
     first = choice.leading(args)
     device, dtype = first.device.type, first.dtype
-    if _forced not in BACKENDS:
-        return f"backend {_forced!r} does not exist; choose one of {', '.join(BACKENDS)}"
     reasons = [f"{_forced}: {UNAVAILABLE.get(_forced, f'has no row for {op}')}"]
     for row in TABLE[op]:
         if row.backend == _forced:
