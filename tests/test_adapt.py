@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -1015,6 +1016,9 @@ def test_generation(method):
         (lambda: LoraConfig(inference_mode=1), "inference_mode is 1 .* True or False"),
         (lambda: IA3Config(feedforward_modules=[1]), "feedforward_modules is"),
         (lambda: IA3Config(init_ia3_weights="ones"), "init_ia3_weights is 'ones'"),
+        (lambda: LoraConfig(fan_in_fan_out="x"), "fan_in_fan_out is 'x' .* True or False"),
+        (lambda: IA3Config(fan_in_fan_out=None), "fan_in_fan_out is None .* True or False"),
+        (lambda: LoraConfig(init_lora_weights=1), r"init_lora_weights is 1 \(int\); .* True, False or \"gaussian\""),
         (lambda: AdaLoraConfig(init_r=2, target_r=3), "target_r is 3 .* no more than init_r, 2"),
         (lambda: AdaLoraConfig(tinit=-1), "tinit is -1 .* an integer >= 0"),
         (lambda: AdaLoraConfig(tinit=5, tfinal=5, total_step=10), "total_step is 10 .* more than tinit"),
@@ -1032,6 +1036,18 @@ def test_generation(method):
 def test_bad_configs(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_rank_that_adalora_does_not_use_is_warned_of_once():
+    with pytest.warns(UserWarning, match="r is 4, which AdaLoRA does not use; the initial rank is init_r, 12") as seen:
+        AdaLoraConfig(r=4)
+    assert [warning.filename for warning in seen] == [__file__]
+    peft = pytest.importorskip("peft")
+    with pytest.warns(UserWarning, match="`r` is not used in AdaLora"):
+        theirs = peft.AdaLoraConfig(r=4, total_step=10, target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(llama(), theirs)
 
 
 @pytest.mark.parametrize(

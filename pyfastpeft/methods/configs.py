@@ -1,6 +1,7 @@
 """One config for each method. Fields that PEFT has, too, have its names, meanings and defaults."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
@@ -135,11 +136,12 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         self.need_count("r")
         self.need(_is_number(self.lora_alpha), "lora_alpha", "a finite number")
-        self.need_flags("use_rslora", "use_dora")
+        self.need_flags("use_rslora", "use_dora", "fan_in_fan_out")
         self._need_patterns()
         self.need_share("lora_dropout")
         self.need(self.bias in ("none", "all", "lora_only"), "bias", '"none", "all" or "lora_only"')
-        self.need(self.init_lora_weights in (True, False, "gaussian"), "init_lora_weights", 'True, False or "gaussian"')
+        known = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
+        self.need(known, "init_lora_weights", 'True, False or "gaussian"')
 
     def _need_patterns(self):
         ranks, alphas = self.rank_pattern, self.alpha_pattern
@@ -158,6 +160,7 @@ class AdaLoraConfig(LoraConfig):
     tinit, tfinal: steps at full budget at the start and at the final one at the end; between them the budget is cut
         every deltaT steps along a cubic curve. total_step: of the training.
     beta1, beta2: of the moving averages of sensitivity and uncertainty. orth_reg_weight: of the regulariser.
+    r: not used; init_r is. Another than the default is warned of.
     rank_pattern: lora_E's path -> which ranks are in the budget; set by training.
     """
 
@@ -184,6 +187,9 @@ class AdaLoraConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.r != AdaLoraConfig.r:
+            given, used = f"r is {self.r}, which AdaLoRA does not use", f"the initial rank is init_r, {self.init_r}"
+            warnings.warn(f"AdaLoraConfig: {given}; {used}", stacklevel=3)
         self.need_count("target_r", "init_r", "deltaT")
         for name in ("tinit", "tfinal"):
             value = getattr(self, name)
@@ -230,7 +236,7 @@ class IA3Config(TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.need_flags("init_ia3_weights")
+        self.need_flags("init_ia3_weights", "fan_in_fan_out")
 
 
 @dataclass(kw_only=True)
@@ -428,6 +434,8 @@ def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:
     """
     need_value(isinstance(kind, str) and kind in CONFIGS, "config", "peft_type", kind, f"one of {', '.join(CONFIGS)}")
     cls = CONFIGS[kind]
+    if cls is AdaLoraConfig:  # PEFT has warned of an r
+        given = {name: value for name, value in given.items() if name != "r"}
     known = {f.name for f in fields(cls)}
     extra = {
         name: value
