@@ -85,6 +85,7 @@ def multi_arguments(**changed):
 
 INTEGER = torch.zeros(4, 8, dtype=torch.int64)
 META = torch.zeros(2, 8, device="meta")
+QUANTISED = torch.quantize_per_tensor(torch.zeros(4, 8), 1.0, 0, torch.qint8)
 NAN, INF = float("nan"), float("inf")
 
 # fmt: off
@@ -96,10 +97,12 @@ LORA = [
         ValueError,
         "x is a torch.float32 tensor of shape [] on cpu; it must be of shape [..., K] with K >= 1",
     ),
+    ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
+    ({"x": QUANTISED}, TypeError, "x is a torch.qint8 tensor of shape [4, 8] on cpu; it must be a float64"),
     (
         {"weight": random(6, 9)},
         ValueError,
-        "weight is a torch.float32 tensor of shape [6, 9] on cpu; it must be of shape",
+        "x is a torch.float32 tensor of shape [4, 8] on cpu; it must be of shape [..., K] with K = 9, as weight has",
     ),
     (
         {"weight": random(6)},
@@ -109,7 +112,7 @@ LORA = [
     (
         {"weight": random(6, 8).bfloat16()},
         TypeError,
-        "weight is a torch.bfloat16 tensor of shape [6, 8] on cpu; it must be of dtype torch.float32, as x is",
+        "x is a torch.float32 tensor of shape [4, 8] on cpu; it must be of dtype torch.bfloat16, as weight is",
     ),
     (
         {"bias": random(5)},
@@ -145,7 +148,7 @@ LORA = [
     ),
     ({"lora_B": INTEGER}, TypeError, "lora_B is a torch.int64 tensor"),
     ({"x": torch.zeros(4, 0), "weight": torch.zeros(6, 0)}, ValueError, "it must be of shape [..., K] with K >= 1"),
-    ({"weight": torch.zeros(0, 8)}, ValueError, "it must be of shape [N, K] with N >= 1"),
+    ({"weight": torch.zeros(0, 8)}, ValueError, "it must be of shape [N, K] with N, K >= 1"),
     ({"scaling": "high"}, TypeError, "scaling is 'high' (str); it must be a finite number"),
     ({"scaling": NAN}, ValueError, "scaling is nan (float); it must be a finite number"),
     ({"dropout_p": "0.1"}, ValueError, "dropout_p is '0.1' (str); it must be a probability"),
@@ -166,10 +169,12 @@ IA3 = [
         "ia3_l is a torch.float32 tensor of shape [6] on cpu; it must be of shape [K] = [8]",
     ),
     ({"ia3_l": random(6).double()}, TypeError, "ia3_l is a torch.float64 tensor"),
-    ({"weight": random(6, 9)}, ValueError, "weight is a torch.float32 tensor of shape [6, 9]"),
+    ({"weight": random(6, 9)}, ValueError, "x is a torch.float32 tensor of shape [4, 8]"),
+    ({"x": random(4, 8).to_sparse_csr()}, TypeError, "x is of layout torch.sparse_csr; it must be a dense tensor"),
 ]
 
 BOTTLENECK = [
+    ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
     ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
     ({"residual": None}, TypeError, "residual is None (NoneType); it must be a float64"),
     ({"residual": random(4, 8)}, ValueError, "residual is a torch.float32 tensor of shape [4, 8] on cpu; it must be of shape [..., N] = [4, 6]"),
@@ -187,6 +192,7 @@ BOTTLENECK = [
 ]
 
 GROUP = [
+    ({"x": random(4, 7)}, ValueError, "x is a torch.float32 tensor of shape [4, 7] on cpu; it must be of shape [..., K] with K = 8, as weights[0] has"),
     ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
     ({"weights": random(2, 6, 8)}, TypeError, "weights is a Tensor; it must be a list or tuple of one entry for each layer"),
     ({"weights": None}, TypeError, "weights is a NoneType; it must be a list or tuple"),
@@ -208,8 +214,9 @@ GROUP = [
 ]
 
 DORA = [
+    ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
     ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
-    ({"weight": random(6, 9)}, ValueError, "weight is a torch.float32 tensor of shape [6, 9] on cpu; it must be of shape"),
+    ({"weight": random(6, 9)}, ValueError, "x is a torch.float32 tensor of shape [4, 8] on cpu; it must be of shape [..., K] with K = 9"),
     ({"lora_A": META}, ValueError, "lora_A is a torch.float32 tensor of shape [2, 8] on meta; it must be on cpu, where x is"),
     ({"lora_B": random(5, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [5, 2] on cpu; it must be of shape [N, r] = [6, 2]"),
     ({"magnitude": random(8)}, ValueError, "magnitude is a torch.float32 tensor of shape [8] on cpu; it must be of shape [N] = [6]"),
@@ -267,10 +274,12 @@ MULTI = [
 ]
 
 MULTI_LAYER = [
-    ({"x": random(4, 7)}, ValueError, "weight is a torch.float32 tensor of shape [6, 8] on cpu; it must be of shape [N, K] = [6, 7]"),
+    ({"x": random(4, 7)}, ValueError, "x is a torch.float32 tensor of shape [4, 7] on cpu; it must be of shape [..., K] with K = 8, as weight has"),
+    ({"x": random(4, 8).half()}, TypeError, "x is a torch.float16 tensor of shape [4, 8] on cpu; it must be of dtype torch.float32, as weight is"),
+    ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
     ({"x": random(3, 8)}, ValueError, "slots is a torch.int64 tensor of shape [4] on cpu; it must be of shape [T] = [3]"),
     ({"weight": random(6)}, ValueError, "weight is a torch.float32 tensor of shape [6] on cpu; it must be of shape [N, K]"),
-    ({"weight": random(6, 8).bfloat16()}, TypeError, "weight is a torch.bfloat16 tensor of shape [6, 8] on cpu; it must be of dtype torch.float32"),
+    ({"weight": random(6, 8).to("meta")}, ValueError, "x is a torch.float32 tensor of shape [4, 8] on cpu; it must be on meta, where weight is"),
     ({"bias": random(5)}, ValueError, "bias is a torch.float32 tensor of shape [5] on cpu; it must be of shape [N] = [6]"),
     ({"lora_A": random(3, 2, 7)}, ValueError, "lora_A is a torch.float32 tensor of shape [3, 2, 7] on cpu; it must be of shape [L, r, K] = [3, 2, 8]"),
     ({"lora_B": random(3, 5, 2)}, ValueError, "lora_B is a torch.float32 tensor of shape [3, 5, 2] on cpu; it must be of shape [L, N, r] = [3, 6, 2]"),

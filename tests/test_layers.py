@@ -178,6 +178,22 @@ def test_from_linear_refuses_what_is_not_exactly_a_linear_layer(kind):
             kind.from_linear(linear, *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "dropout": 0.1}, r"got an unexpected .* 'dropout'; its arguments are \(linear, rank"),
+        ({}, "missing a required argument: 'rank'"),
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 2, "adapter_dtype": torch.int32}, "adapter_dtype is"),
+    ],
+)
+def test_a_refused_from_linear_leaves_the_linear_layer_as_it_was(options, message):
+    linear = nn.Linear(K, N)
+    with pytest.raises((TypeError, ValueError), match=rf"LoRALinear(\.from_linear)?: {message}"):
+        LoRALinear.from_linear(linear, **options)
+    assert linear.weight.requires_grad
+
+
 # --- merging ---
 
 
@@ -333,10 +349,12 @@ BAD = [
     (lambda: LoRALinear(K, N, "4"), ValueError, r"rank is '4' \(str\); it must be an integer >= 1"),
     (lambda: LoRALinear(K, N, 2, alpha=math.nan), ValueError, "alpha is nan .* a finite number"),
     (lambda: MultiLoRALinear(K, N, 2, 2, alpha=math.inf), ValueError, "alpha is inf .* a finite number"),
+    (lambda: LoRALinear(K, N, 2, adapter_dtype=torch.int32), TypeError, r"adapter_dtype is torch.int32 \(dtype\)"),
+    (lambda: IA3Linear(K, N, adapter_dtype="float32"), TypeError, r"adapter_dtype is 'float32' \(str\); .*float16"),
     (lambda: MultiLoRALinear(K, N, 0, 2), ValueError, "num_adapters is 0"),
     (lambda: MultiLoRALinear(K, N, "2", 2), ValueError, r"num_adapters is '2' \(str\)"),
     (lambda: MultiLoRALinear(K, N, 2, -1), ValueError, "rank is -1"),
-    (lambda: LoRALinear(K, N, 2)(torch.randn(3, K + 1)), ValueError, "weight is"),
+    (lambda: LoRALinear(K, N, 2)(torch.randn(3, K + 1)), ValueError, "x is"),
     (lambda: multi()(torch.randn(3, K), torch.tensor([0, 1])), ValueError, r"slots is .* shape \[2\]"),
     (lambda: multi()(torch.randn(2, K), torch.tensor([0, L])), ValueError, f"slots is between 0 and {L}"),
     (lambda: multi().load_adapter(L, torch.ones(2, K), torch.ones(N, 2), 1.0), ValueError, f"slot is {L}"),

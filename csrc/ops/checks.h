@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 
 #include "ops/cpu/kernels.h"
@@ -25,9 +26,18 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// None where torch's stable headers have no name for it, as for those of quantised tensors: they raise.
+inline std::optional<ScalarType> scalar_type(const Tensor& t) {
+  try {
+    return t.scalar_type();
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+}
+
 // None where the kernels do not take it.
 inline std::optional<Dtype> float_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
+  switch (scalar_type(t).value_or(ScalarType::Undefined)) {
     case ScalarType::Double:
       return Dtype::f64;
     case ScalarType::Float:
@@ -111,7 +121,7 @@ inline bool shaped(const Tensor& t, std::initializer_list<int64_t> shape) {
 }
 
 inline bool shaped(const Tensor& t, ScalarType dtype, int64_t size) {
-  return on_cpu(t) && t.scalar_type() == dtype && shaped(t, {size});
+  return on_cpu(t) && scalar_type(t) == dtype && shaped(t, {size});
 }
 
 // t [..., F], a dense tensor of at least one element, as rows [M, F] that do not overlap; none where a copy is needed.

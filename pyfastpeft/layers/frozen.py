@@ -1,8 +1,12 @@
 """What the layers share: a frozen linear layer into which an adapter can be merged and taken out again."""
 
+from inspect import signature
+
+import torch
 from torch import Tensor, nn
 
 from ..ops import checks
+from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
 from .adapted import BaseLinear, Mergeable
 
@@ -13,28 +17,38 @@ class FrozenLinear(Mergeable, nn.Module):
     While merged, a layer loads no state dict, and none loads its own: RuntimeError.
     """
 
-    def _take(self, linear: nn.Linear) -> None:
-        """Initialise with the parameters of `linear`, which are shared, not copied, and frozen."""
+    def _take(self, linear: nn.Linear, adapter_dtype: torch.dtype | None) -> dict:
+        """Initialise with the parameters of `linear`, which are shared, not copied, and frozen, after all checks: call
+        it last of them. Returns the device and the dtype of the adapter's parameters."""
         super().__init__()
         name = type(self).__name__
         if type(linear) not in (nn.Linear, BaseLinear):  # a subclass may hold or compute something else
             raise TypeError(f"{name}: linear is a {type(linear).__name__}; it must be exactly a torch.nn.Linear")
         checks.floating(name, "linear.weight", linear.weight)
+        dtype, needed = adapter_dtype or linear.weight.dtype, f"None or one of {', '.join(map(str, FLOATS))}"
+        checks.need_value(dtype in FLOATS, name, "adapter_dtype", adapter_dtype, needed, TypeError)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.register_buffer("unmerged_bias", None, persistent=False)
         self.train(linear.training)
+        return {"device": self.weight.device, "dtype": dtype}
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *args, **options):
         """A layer on the weight and bias of `linear`, which are shared, not copied, and frozen.
 
         The other arguments are those of the class, without in_features, out_features, bias, device and dtype, which
-        are those of `linear`. Raises TypeError unless it is exactly a torch.nn.Linear of a float dtype.
+        are those of `linear`. Raises TypeError unless it is exactly a torch.nn.Linear of a float dtype, or for an
+        argument that the class lacks; `linear` is then as it was.
         """
         layer = cls.__new__(cls)
+        taken = signature(layer._adapt)
+        try:
+            taken.bind(linear, *args, **options)
+        except TypeError as why:
+            raise TypeError(f"{cls.__name__}.from_linear: {why}; its arguments are {taken}") from None
         layer._adapt(linear, *args, **options)
         return layer
 

@@ -34,11 +34,10 @@ class IA3Linear(FrozenLinear):
         self._adapt(nn.Linear(in_features, out_features, bias, device, dtype), feedforward, adapter_dtype)
 
     def _adapt(self, linear, feedforward=False, adapter_dtype=None):
-        self._take(linear)
+        like = self._take(linear, adapter_dtype)
         self.feedforward = feedforward
         size = self.in_features if feedforward else self.out_features
-        dtype = adapter_dtype or self.weight.dtype
-        self.ia3_l = nn.Parameter(torch.ones(size, device=self.weight.device, dtype=dtype))
+        self.ia3_l = nn.Parameter(torch.ones(size, **like))
 
     def reset_parameters(self) -> None:
         """Set ia3_l to one: the layer computes what its base computes."""

@@ -41,15 +41,14 @@ class LoRALinear(FrozenLinear):
         self._adapt(linear, rank, alpha, dropout_p, use_rslora, adapter_dtype)
 
     def _adapt(self, linear, rank, alpha=None, dropout_p=0.0, use_rslora=False, adapter_dtype=None):
-        self._take(linear)
         op = "LoRALinear"
         checks.count(op, "rank", rank)
         checks.dropout(op, dropout_p)
         alpha = rank if alpha is None else alpha
         checks.number(op, "alpha", alpha)
+        like = self._take(linear, adapter_dtype)
         self.rank, self.dropout_p = rank, dropout_p
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
-        like = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
         self.reset_parameters()

@@ -42,16 +42,15 @@ class MultiLoRALinear(FrozenLinear):
         self._adapt(linear, num_adapters, rank, alpha, adapter_dtype)
 
     def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None):
-        self._take(linear)
         op = "MultiLoRALinear"
         checks.count(op, "num_adapters", num_adapters)
         checks.count(op, "rank", rank)
         alpha = rank if alpha is None else alpha
         checks.number(op, "alpha", alpha)
+        like, device = self._take(linear, adapter_dtype), linear.weight.device
         self.num_adapters, self.rank = num_adapters, rank
-        device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
-        self.lora_A = nn.Parameter(torch.empty(num_adapters, rank, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(num_adapters, self.out_features, rank, device=device, dtype=dtype))
+        self.lora_A = nn.Parameter(torch.empty(num_adapters, rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(num_adapters, self.out_features, rank, **like))
         scaling = torch.full((num_adapters,), alpha / rank, device=device, dtype=accumulation(self.weight.dtype))
         self.register_buffer("scaling", scaling)
         self.register_buffer("ranks", torch.full((num_adapters,), rank, device=device))

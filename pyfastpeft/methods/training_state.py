@@ -181,7 +181,8 @@ def _named(optimizer, names) -> dict:
 def _unnamed(op, optimizer, names, stored, path) -> dict:
     """The reverse, for an optimizer of the same class with the same parameters in the same groups."""
     here, there = type(optimizer).__name__, stored.pop("class", None)  # which older files lack
-    need(there in (None, here), op, "optimizer", f"of class {here}", f"of class {there}, whose state {path} has", TypeError)
+    needed = f"of class {there}, whose state {path} has"
+    need(there in (None, here), op, "optimizer", f"of class {here}", needed, TypeError)
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     held = [group["params"] for group in stored["param_groups"]]
     told = f"one with parameters in groups of {[len(group) for group in groups]}"

@@ -28,8 +28,11 @@ def need_value(condition: bool, op: str, argument: str, value, needed: str, erro
 
 
 def floating(op: str, argument: str, tensor) -> None:
+    """A dense tensor of a float dtype that the kernels take."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOATS:
         need_value(False, op, argument, tensor, "a float64, float32, bfloat16 or float16 tensor", TypeError)
+    if tensor.layout != torch.strided:
+        need(False, op, argument, f"of layout {tensor.layout}", "a dense tensor, of layout torch.strided", TypeError)
 
 
 def integers(op: str, argument: str, tensor: torch.Tensor, size: int, x: torch.Tensor) -> None:
@@ -108,16 +111,22 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     called: tuple[str, str] = ("weight", "bias"),
+    fits_others: bool = False,
 ) -> None:
     """x [..., K], weight [N, K] and bias [N] of one floating dtype on one device. The op calls the latter two by the
-    names in `called`."""
+    names in `called`. x is blamed where the first two differ, unless it fits other weights."""
     name, name_bias = called
     floating(op, "x", x)
     floating(op, name, weight)
     features(op, "x", x)
-    need_value(weight.dim() == 2 and weight.shape[0] > 0, op, name, weight, "of shape [N, K] with N >= 1")
-    shape(op, name, weight, (weight.shape[0], x.shape[-1]), "[N, K]")
-    like(op, name, weight, x)
+    need_value(weight.dim() == 2 and weight.numel() > 0, op, name, weight, "of shape [N, K] with N, K >= 1")
+    if fits_others:
+        shape(op, name, weight, (weight.shape[0], x.shape[-1]), "[N, K]")
+        like(op, name, weight, x)
+    else:
+        size = weight.shape[1]
+        need_value(x.shape[-1] == size, op, "x", x, f"of shape [..., K] with K = {size}, as {name} has")
+        like(op, "x", x, weight, other=name)
     if bias is not None:
         floating(op, name_bias, bias)
         shape(op, name_bias, bias, (weight.shape[0],), "[N]")

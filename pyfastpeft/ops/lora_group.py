@@ -123,7 +123,7 @@ def lora_linear_group(
             return lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p)
     for i, (weight, bias, lora_A, lora_B, scaling) in enumerate(zip(*members.values())):
         names = f"lora_As[{i}]", f"lora_Bs[{i}]"
-        checks.linear(op, x, weight, bias, (f"weights[{i}]", f"biases[{i}]"))
+        checks.linear(op, x, weight, bias, (f"weights[{i}]", f"biases[{i}]"), fits_others=i > 0)
         checks.adapters(op, lora_A, lora_B, x, called=names)
         checks.shape(op, names[1], lora_B, (len(weight), len(lora_A)), "[N, r]")
         checks.like(op, names[0], lora_A, lora_As[0], other="lora_As[0]")

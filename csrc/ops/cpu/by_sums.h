@@ -8,7 +8,7 @@
 
 namespace pyfastpeft {
 
-inline bool is_double(const Tensor& t) { return t.defined() && t.scalar_type() == ScalarType::Double; }
+inline bool is_double(const Tensor& t) { return t.defined() && scalar_type(t) == ScalarType::Double; }
 inline bool is_double(const std::vector<Tensor>& list) { return !list.empty() && is_double(list[0]); }
 
 template <auto with_float, auto with_double>
