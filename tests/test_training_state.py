@@ -229,6 +229,14 @@ def test_other_objects_are_refused(saved):
     refused(saved, run, "parameters of something else")
 
 
+def test_a_wrapped_optimizer_counts_as_the_one_inside(saved):
+    accelerate = pytest.importorskip("accelerate")
+    run = Run(lora())
+    wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(run.optimizer)
+    assert type(wrapped) is not AdamW
+    methods.load_training_state(saved, run.model, wrapped, run.scheduler)
+
+
 def test_files_without_the_class_of_the_optimizer_are_read(saved):
     state = json.loads((saved / STATE).read_text())
     assert state["optimizer"].pop("class") == "AdamW"

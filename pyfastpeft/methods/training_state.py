@@ -172,15 +172,20 @@ def _named(optimizer, names) -> dict:
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     name = {i: n for group, own in zip(state["param_groups"], groups) for i, n in zip(group["params"], own)}
     return state | {
-        "class": type(optimizer).__name__,
+        "class": _class(optimizer),
         "state": {name[i]: held for i, held in state["state"].items()},
         "param_groups": [group | {"params": own} for group, own in zip(state["param_groups"], groups)],
     }
 
 
+def _class(optimizer) -> str:
+    """The name of an optimizer's class; where it is wrapped, as by accelerate, that of the one inside."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
 def _unnamed(op, optimizer, names, stored, path) -> dict:
     """The reverse, for an optimizer of the same class with the same parameters in the same groups."""
-    here, there = type(optimizer).__name__, stored.pop("class", None)  # which older files lack
+    here, there = _class(optimizer), stored.pop("class", None)  # which older files lack
     needed = f"of class {there}, whose state {path} has"
     need(there in (None, here), op, "optimizer", f"of class {here}", needed, TypeError)
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
