@@ -12,7 +12,22 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import transformers as tf
-from tiny_models import HIDDEN, INNER, MODELS, VOCABULARY, Block, gpt2, inputs, llama, loss, output, randomise, t5, tree
+from tiny_models import (
+    COMMON,
+    HIDDEN,
+    INNER,
+    MODELS,
+    VOCABULARY,
+    Block,
+    gpt2,
+    inputs,
+    llama,
+    loss,
+    output,
+    randomise,
+    t5,
+    tree,
+)
 
 from pyfastpeft import (
     AdaLoraConfig,
@@ -396,6 +411,35 @@ def test_tied_parameters_that_are_chosen(target, tmp_path):
     assert (twin.get_input_embeddings().weight is twin.get_output_embeddings().weight) == both
     assert twin.config.tie_word_embeddings == both
     assert torch.equal(output(twin, given), changed)
+    unload(model)
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BitFitConfig(),
+        LoraConfig(bias="all"),
+        LoraConfig(modules_to_save=["cls"]),
+        BottleneckConfig(train_layer_norm=True, layers_to_transform=[0]),
+    ],
+    ids=["bitfit", "bias", "saved", "norms"],
+)
+def test_tied_biases_share_a_copy(config):
+    """As the parameters of the model do: BERT's head for masked words has one bias by two names."""
+    model = tf.BertForMaskedLM(tf.BertConfig(**COMMON)).eval()
+    model.bert.encoder.layer[0].output.LayerNorm.weight = model.bert.encoder.layer[0].attention.output.LayerNorm.weight
+    given, before = inputs(model), snapshot(model)
+    names = {p: path for path, p in model.named_parameters()}
+    tied = [(path, names[p]) for path, p in model.named_parameters(remove_duplicate=False) if names[p] != path]
+    assert len(tied) == 3
+    adapt(model, config)
+    found = adapter_parameters(model, "default")
+    shared = [found[path] is found[other] for path, other in tied if {path, other} <= found.keys()]
+    assert shared
+    assert all(shared)
+    loss(model, given).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     unload(model)
     assert_same(snapshot(model), before)
 

@@ -13,10 +13,20 @@ import torch
 pytest.importorskip("peft")
 
 import peft
+import transformers
 from peft_harness import rows_replaced
-from tiny_models import VOCABULARY, gpt2, llama, randomise
+from tiny_models import COMMON, VOCABULARY, gpt2, llama, randomise
 
-from pyfastpeft import LoraConfig, accelerate, adapt, adapter_parameters, add_weighted_adapter, merge_adapter, unload
+from pyfastpeft import (
+    LoraConfig,
+    accelerate,
+    adapt,
+    adapter_parameters,
+    add_weighted_adapter,
+    count_parameters,
+    merge_adapter,
+    unload,
+)
 from pyfastpeft.layers.adapted import carriers
 from pyfastpeft.layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part
 
@@ -223,6 +233,16 @@ def test_weighted_sums(kind, ranks, weights):
     merge_adapter(ours, "sum")
     theirs.set_adapter("sum")
     torch.testing.assert_close(ours.eval()(ids).logits, theirs.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "all"}, {"modules_to_save": ["cls"]}, {"modules_to_save": ["decoder", "word_embeddings"]}]
+)
+def test_tied_parameters_are_copied_as_often(options):
+    base = transformers.BertForMaskedLM(transformers.BertConfig(**COMMON))
+    config = peft.LoraConfig(target_modules=["query"], **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    assert count_parameters(adapt(base, config))[0] == theirs.get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.parametrize(

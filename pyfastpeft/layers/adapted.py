@@ -277,14 +277,11 @@ class Replacement(nn.Module):
     module's own is called `original_<name>` here, so that a state dict is not loaded while another adapter runs.
     """
 
-    def __init__(
-        self, module: nn.Module, names: tuple[str, ...], copies: dict[nn.Parameter, nn.Parameter] | None = None
-    ):
+    def __init__(self, module: nn.Module, names: tuple[str, ...], copies: dict[nn.Parameter, nn.Parameter]):
         """Copies of the parameters of `module` with these names; a missing bias (None) is replaced by zeros. copies:
         original -> copy, of those made before, so that tied parameters stay tied; new ones are added."""
         super().__init__()
         self.names, self.installed = names, False
-        copies = {} if copies is None else copies
         for name in names:
             original = module._parameters[name]
             if original is None:

@@ -3,12 +3,22 @@
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..layers.adapted import Replacement, attach
+from ..layers.adapted import attach
 from ..layers.bottleneck import EntrancePart, ExitPart, ParallelPart, Passage, SerialPart
 from ..ops.checks import need
 from . import targets
 from .configs import BottleneckConfig
-from .inject import is_embedding, is_norm, matrices, own_modules, placed, sizes, target_matrices
+from .inject import (
+    is_embedding,
+    is_norm,
+    matrices,
+    own_modules,
+    own_parameters,
+    placed,
+    replace,
+    sizes,
+    target_matrices,
+)
 
 OP = "BottleneckConfig"
 
@@ -111,7 +121,6 @@ def _train_norms(model, config, name):
     ]
     need(bool(norms), OP, "train_layer_norm", "True for a model without normalisation layers", "False")
     options = config.exclude_modules, config.layers_to_transform, config.layers_pattern
-    for path in targets.select(OP, "train_layer_norm", norms, ".*", *options):
-        parameters = modules[path]._parameters
-        names = tuple(n for n in ("weight", "bias") if parameters.get(n) is not None)
-        attach(modules[path], name, Replacement(modules[path], names))
+    found = targets.select(OP, "train_layer_norm", norms, ".*", *options)
+    chosen = {path: [n for n in own_parameters(modules[path]) if n in ("weight", "bias")] for path in found}
+    replace(model, name, chosen)

@@ -169,16 +169,15 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
         attach(module, name, _lora_part(path, module, config, placed(module, autocast_adapter_dtype)))
     if config.bias != "none":
         saved = saved_modules(model, config)
-        for path, module in own_modules(model).items():
-            # PEFT takes parameters of this name alone.
-            chosen = module._parameters.get("bias") is not None and (config.bias == "all" or path in found)
-            if chosen and path not in saved:
-                attach(module, name, Replacement(module, ("bias",)))
+        # PEFT takes parameters of this name alone.
+        biased = [path for path, m in own_modules(model).items() if m._parameters.get("bias") is not None]
+        chosen = [path for path in biased if (config.bias == "all" or path in found) and path not in saved]
+        replace(model, name, {path: ["bias"] for path in chosen})
 
 
 def _biases(module) -> list[str]:
     """The names of a module's own parameters that are biases; of nn.MultiheadAttention, say, in_proj_bias."""
-    return [name for name, parameter in module._parameters.items() if "bias" in name and parameter is not None]
+    return [name for name in own_parameters(module) if "bias" in name]
 
 
 def _lora_part(path, module, config, like):
@@ -259,15 +258,13 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, autocast_adapter_
         if config.add_missing and linear and module.bias is None:
             names += ["bias"]
         if names and path not in saved:
-            chosen[path] = tuple(names)
+            chosen[path] = names
     biased = any("bias" in name for names in chosen.values() for name in names)
     needed = "one with biases; add_missing=True gives one to every nn.Linear"
     need(biased, op, "model", f"a {type(model).__name__} in which no module has a bias", needed)
-    for path in targets.select(
-        op, "target_modules", list(chosen), ".*" if config.target_modules is None else config.target_modules,
-        config.exclude_modules,
-    ):  # fmt: skip
-        attach(modules[path], name, Replacement(modules[path], chosen[path]))
+    target = ".*" if config.target_modules is None else config.target_modules
+    found = targets.select(op, "target_modules", list(chosen), target, config.exclude_modules)
+    replace(model, name, {path: chosen[path] for path in found})
 
 
 def is_norm(module):
@@ -277,21 +274,26 @@ def is_norm(module):
 def _selective(model: nn.Module, config: SelectiveConfig, name: str, autocast_adapter_dtype: bool) -> None:
     saved = saved_modules(model, config)
     modules = {path: module for path, module in own_modules(model).items() if path not in saved}
-    owned = [(path, n) for path, module in modules.items() for n, p in module._parameters.items() if p is not None]
-    paths = [".".join(each).removeprefix(".") for each in owned]
+    paths = [f"{path}.{n}".removeprefix(".") for path, module in modules.items() for n in own_parameters(module)]
     target = ".*" if config.target_parameters is None else config.target_parameters
     options = None, config.layers_to_transform, config.layers_pattern
-    _replace(model, name, targets.select("SelectiveConfig", "target_parameters", paths, target, *options), {})
-
-
-def _replace(model, name, paths, copies=None):
     chosen = {}
-    for path in paths:
+    for path in targets.select("SelectiveConfig", "target_parameters", paths, target, *options):
         owner, _, parameter = path.rpartition(".")
-        if model.get_submodule(owner)._parameters[parameter] is not None:
-            chosen.setdefault(owner, []).append(parameter)
-    for owner, names in chosen.items():
-        module = model.get_submodule(owner)
+        chosen.setdefault(owner, []).append(parameter)
+    replace(model, name, chosen)
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """The names of the parameters that a module has itself."""
+    return [name for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def replace(model: nn.Module, name: str, chosen: dict[str, list[str]]) -> None:
+    """Give adapter `name` copies of parameters, a module's path -> their names in it; those that are tied share one."""
+    copies = {}
+    for path, names in chosen.items():
+        module = model.get_submodule(path)
         attach(module, name, Replacement(module, tuple(names), copies))
 
 
@@ -316,9 +318,11 @@ def saved_modules(model: nn.Module, config: Config) -> dict[str, nn.Module]:
 
 
 def _save_modules(model, config, name):
-    _replace(
-        model, name, [f"{p}.{n}" for p, module in saved_modules(model, config).items() for n in module._parameters]
-    )
+    saved = {path: own_parameters(module) for path, module in saved_modules(model, config).items()}
+    # As PEFT copies them: one by one, so that only what is tied inside of one stays tied.
+    for top in [path for path in saved if path.rpartition(".")[0] not in saved]:
+        inside = {path: names for path, names in saved.items() if names and f"{path}.".startswith(f"{top}.")}
+        replace(model, name, inside)
 
 
 INJECT: dict[type[Config], Callable[[nn.Module, Config, str, bool], None]] = {
