@@ -602,6 +602,35 @@ def test_ranks_that_do_not_fit_are_named(tmp_path):
     refused(tmp_path, "rank_pattern")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "query_key_value"]},
+        {"modules_to_save": ["lm_head", "embed_out"]},
+        {"exclude_modules": ["query_key_value", "norm"]},
+        {"rank_pattern": {"down_proj": 4, "0.*q_proj": 3}, "alpha_pattern": {"query_key_value": 2}},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_names_of_another_model_are_passed_over_where_the_tensors_fit(options, tmp_path):
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+    stock = peft.get_peft_model(llama(), config)
+    randomise(stock)
+    stock.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(pyfastpeft.load_adapter(llama(), tmp_path)), logits(stock))
+    pyfastpeft.save_adapter(pyfastpeft.load_adapter(llama(), tmp_path), tmp_path)
+    torch.testing.assert_close(logits(pyfastpeft.load_adapter(llama(), tmp_path)), logits(stock))
+    with pytest.raises(ValueError, match="which means no"):  # what is misspelt is an error here
+        pyfastpeft.adapt(llama(), config)
+
+
+def test_names_that_the_tensors_need_are_not_passed_over(saved):
+    change_json(saved, target_modules=["q_proj", "v_prjo"])
+    refused(saved, "v_proj.lora_A.weight.*, for which neither the LORA adapter nor the model has a place")
+    change_json(saved, target_modules=["q_proj", "v_proj", "k_proj", "query_key_value"])
+    refused(saved, "without .*k_proj.lora_A.weight")
+
+
 def test_fields_of_peft_that_are_not_set_are_passed_over(saved):
     unset = {"eva_config": None, "loftq_config": {}, "qalora_group_size": 16, "megatron_core": "megatron.core"}
     change_json(

@@ -23,8 +23,8 @@ from .configs import (
     from_fields,
 )
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
-from .inject import of_pattern, own_modules, saved_names
-from .targets import matches
+from .inject import matrices, of_pattern, own_modules, saved_names
+from .targets import known_names, matches, need_pattern
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -73,6 +73,9 @@ def load_adapter(
 ) -> nn.Module:
     """Inject the adapter that `save_adapter` or PEFT wrote to `directory`, and let it alone run.
 
+    Names in its config that mean nothing in the model are left out, as by PEFT, if the tensors in the file are those of
+    the others.
+
     Args:
         model: as for `adapt`; adapters that it has are kept, inactive.
         strict: whether tensors in the file that the adapter has no place for are an error; else they are warned of.
@@ -95,6 +98,7 @@ def load_adapter(
     active = model.pyfastpeft.active if hasattr(model, "pyfastpeft") else ()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with opened(path) as file:
+        _leave_out_strangers(model, config, file.keys())
         adapt(model, config, name, autocast_adapter_dtype)
         try:
             _fill(uncompiled(model), config, name, file, path, strict)
@@ -121,6 +125,26 @@ def load_config(directory: str | os.PathLike) -> Config:
         return from_fields(fields.get("peft_type"), fields)
     except (TypeError, ValueError) as why:
         raise type(why)(f"{path}: {why}") from None
+
+
+def _leave_out_strangers(model, config, keys) -> None:
+    """Take the names that mean nothing in this model, or nothing that has tensors in the file, out of a config."""
+    modules = [path for path in own_modules(model) if path]
+    excluded = matrices(model) if isinstance(config, (LoraConfig, IA3Config)) else modules
+    places = dict.fromkeys(("target_modules", "feedforward_modules", "modules_to_save"), modules)
+    for argument, paths in (places | {"exclude_modules": excluded}).items():
+        given = getattr(config, argument, None)
+        if given is not None and not isinstance(given, str):
+            found = known_names(given, paths)
+            setattr(config, argument, found if found or argument != "target_modules" else given)
+    if isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig):
+        layers = {key.removeprefix(_base(config)).partition(".lora_")[0] for key in keys}
+        for argument in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(config, argument)
+            for key in patterns:
+                need_pattern(type(config).__name__, argument, key)
+            met = {k: v for k, v in patterns.items() if any(of_pattern(path, {k: True}, False) for path in layers)}
+            setattr(config, argument, met)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

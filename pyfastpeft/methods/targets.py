@@ -1,7 +1,7 @@
 """Which modules of a model a config means: by architecture, by name, by pattern."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -85,6 +85,11 @@ def matches(path: str, target: str | Iterable[str]) -> bool:
 def any_of(paths: Iterable[str], name: str) -> bool:
     """Whether a name means one of these paths."""
     return any(matches(path, [name]) for path in paths)
+
+
+def known_names(names: Iterable[str], paths: Collection[str]) -> list[str]:
+    """Those of `names` that mean some of these paths."""
+    return [name for name in names if any_of(paths, name)]
 
 
 def select(
