@@ -505,6 +505,33 @@ def test_recomputed_activations_use_the_drawn_rank(reentrant):
             torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_graph_serves_every_rank(frozen):
+    """torch.compile gives up after eight graphs of a function, and every rank would need one of its own."""
+    model = dylora(torch.float32, r=16, min_rank=2, frozen=frozen).train()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    try:
+        for rank in range(16, 0, -1):
+            set_rank(model, rank=rank)
+            found = []
+            for run in (compiled, model):
+                model.zero_grad()
+                loss = run(input_ids=tokens(0), labels=tokens(0)).loss
+                loss.backward()
+                found.append([loss.detach(), *(p.grad for p in adapter_parameters(model, "default").values())])
+            for one, two in zip(*found):
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.compiler.reset()
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("rank", [1, 3, R])
 def test_truncated_adapter_is_lora_that_peft_reads(rank, tmp_path):
     pattern = {"layers.1.mlp.down_proj": 2, "layers.0.mlp.down_proj": 8}

@@ -143,22 +143,46 @@ class DyLoRAPart(LoRAPart):
     """LoRA cut to its first `rank` ranks, scaled by alpha / rank (Valipour et al. 2023, section 4.2).
 
     `rank` is drawn anew for every training step and may be set to anything in [1, r] to evaluate. frozen_above: where
-    it is more than this, only the last of its ranks gets a gradient in training.
+    it is more than this, only the last of its ranks gets a gradient in training. What torch.compile makes of it
+    computes with all r, of which those from `rank` on are zero, since it would compile anew for every other shape.
     """
 
     def __init__(
         self, in_features, out_features, r, alpha, dropout_p=0.0, init=True, device=None, dtype=None, frozen_above=None
     ):
         super().__init__(in_features, out_features, r, alpha / r, dropout_p, init, device, dtype)
-        self.alpha, self.rank, self.frozen_above = alpha, r, frozen_above
+        self.alpha, self.frozen_above = alpha, frozen_above
+        self._cut = torch.tensor(r, device="cpu")  # the rank, as a compiled graph reads it
+        self.rank = r
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self._rank = rank
+        self._cut.fill_(rank)
 
     def factors(self):
+        if torch.compiler.is_compiling():
+            return self._masked_factors()
         lora_A, lora_B = self.lora_A[: self.rank], self.lora_B[:, : self.rank]
         if self.training and self.frozen_above is not None and self.rank > self.frozen_above:
             last = self.rank - 1
             lora_A = torch.cat([lora_A[:last].detach(), lora_A[last:]])
             lora_B = torch.cat([lora_B[:, :last].detach(), lora_B[:, last:]], dim=1)
         return lora_A, lora_B, self.alpha / self.rank
+
+    def _masked_factors(self):
+        lora_A, lora_B = self.lora_A, self.lora_B
+        place = torch.arange(1, self.r + 1, device=lora_A.device)
+        if self.training and self.frozen_above is not None:
+            trains = (place == self._cut) | (self._cut <= self.frozen_above)
+            lora_A = torch.where(trains[:, None], lora_A, lora_A.detach())
+            lora_B = torch.where(trains, lora_B, lora_B.detach())
+        share = torch.where(place <= self._cut, 1 / self._cut, 0).to(lora_A.dtype)
+        return lora_A * share[:, None], lora_B, self.alpha
 
 
 class IA3Part(Part):
