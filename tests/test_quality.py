@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import Misuse
 from benchmarks.quality import learners, metrics, report
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.learners import Dataset, Generative, batches
+from benchmarks.quality.learners import Dataset, Encoder, Generative, batches
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.tasks import TASKS, hold_out, own_task
 from benchmarks.quality.train import Budget, trained
@@ -324,6 +324,16 @@ def test_batches_count_the_completion_alone(story_model, tmp_path):
     assert shots[-len(prompt) + 1 :] == prompt[1:]
     crowded = learner.example(task, rows[0], "a", shots=rows[1:4] * 20)
     assert len(crowded.prompt) + 8 <= learner.length
+
+
+def test_encoders_see_which_text_is_which(tmp_path):
+    _, rows = task_of("classification", tmp_path)
+    task = own_task("classification", ["x", "n"], "y", "{x} {n}", tmp_path / "rows.jsonl")
+    tokenizer = word_tokenizer([row["x"] + " " + row["n"] for row in rows], 100)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    batch = Encoder(BertForSequenceClassification(config), tokenizer, (), 32).batch(task, rows[:2])
+    assert batch.keys() == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]] * 2
 
 
 def test_choices_stand_together_with_the_answer_first(story_model, tmp_path):

@@ -183,13 +183,10 @@ class Encoder:
         texts = ([str(row[column]) for row in rows] for column in task.text)
         options = {"padding": True, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         kind = torch.float32 if task.is_score else torch.int64
+        labels = torch.tensor([row["target"] for row in rows], dtype=kind)
         device = next(self.model.parameters()).device
-        batch = dict(self.tokenizer(*texts, **options))
-        return {
-            "input_ids": batch["input_ids"].to(device),
-            "attention_mask": batch["attention_mask"].to(device),
-            "labels": torch.tensor([row["target"] for row in rows], dtype=kind, device=device),
-        }
+        batch = {**self.tokenizer(*texts, **options), "labels": labels}
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def training_batch(self, rows: Sequence[tuple[Task, Row, int]]) -> dict[str, Tensor]:
         return self.batch(rows[0][0], [row for _, row, _ in rows])
