@@ -777,7 +777,7 @@ def test_a_state_dict_meets_no_merged_weights(name, tmp_path):
         assert_same(snapshot(other), before)
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         for held in (plain, state):
-            with pytest.raises(RuntimeError, match=r"state_dict is one with weights for the merged layer .* unmerging"):
+            with pytest.raises(RuntimeError, match=r"weights for the merged layer .* unmerge it first"):
                 each.load_state_dict(held, strict=False)
         assert torch.equal(output(each, given), changed)
     path = next(iter(marks)).rpartition(".")[0]

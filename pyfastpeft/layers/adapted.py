@@ -75,10 +75,10 @@ def need_unmerged(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
         if isinstance(layer, Mergeable):
             begin, op = f"{path}." if path else "", "load_state_dict"
             given = bool(layer.merged) and any(key.startswith(begin) for key in state_dict)
-            told = f"one with weights for the merged layer {path!r}"
-            checks.need(not given, op, "state_dict", told, "loaded before merging, or after unmerging", RuntimeError)
-            told = f"one with merged weights for the layer {path!r}"
-            checks.need(begin + MERGED not in state_dict, op, "state_dict", told, "taken after unmerging", RuntimeError)
+            told, needed = f"one with weights for the merged layer {path!r}", "for an unmerged one: unmerge it first"
+            checks.need(not given, op, "state_dict", told, needed, RuntimeError)
+            told, needed = f"one with merged weights for the layer {path!r}", "of an unmerged one: unmerge that first"
+            checks.need(begin + MERGED not in state_dict, op, "state_dict", told, needed, RuntimeError)
 
 
 class Adapted:

@@ -18,8 +18,8 @@ class FrozenLinear(Mergeable, nn.Module):
     """
 
     def _take(self, linear: nn.Linear, adapter_dtype: torch.dtype | None) -> dict:
-        """Initialise with the parameters of `linear`, which are shared, not copied, and frozen, after all checks: call
-        it last of them. Returns the device and the dtype of the adapter's parameters."""
+        """Initialise with the parameters of `linear`, which are shared, not copied, and frozen: after the checks of all
+        else. Returns the device and the dtype of the adapter's parameters."""
         super().__init__()
         name = type(self).__name__
         if type(linear) not in (nn.Linear, BaseLinear):  # a subclass may hold or compute something else
