@@ -41,7 +41,7 @@ build: .venv/installed
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv
 	grep -v '^triton' constraints.txt > .venv/constraints.txt
 	$(PIP) torch setuptools pybind11 ninja
-	$(PIP) --no-deps nvidia-cutlass  # its headers alone
 	$(VENV)/python -m pip show torch | grep -q '^Requires:.*triton' || cp constraints.txt .venv/constraints.txt
-	$(PIP) --no-build-isolation -e '.[hf,bench,quality,dev]'
+	PYFASTPEFT_CUDA=0 $(PIP) --no-build-isolation -e '.[hf,bench,quality,dev]'  # `build` builds the CUDA library
+	$(PIP) --no-deps nvidia-cutlass  # its headers alone; before others, pip would tell of what it lacks
 	touch $@
