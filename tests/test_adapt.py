@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 import transformers as tf
 from tiny_models import (
     COMMON,
+    GROUPED,
     HIDDEN,
     INNER,
     MODELS,
@@ -133,6 +134,56 @@ def test_targets_in_models_that_are_built_alike(kin, model, config):
         kindred = (MODELS[kin].make().base_model, model(config(**sizes)))
         first, second = ([path for path, _ in carriers(adapt(made, method))] for made in kindred)
         assert first == second != []
+
+
+HEADS = {**GROUPED, "head_dim": 8}
+EXPERTS = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+SEES = {key: COMMON[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+Q_V, LANGUAGE = r"layers\.\d\.self_attn\.[qv]_proj", r"model\.language_model\.layers\."
+# model_type -> (its config, what LoRA adapts, how many modules that are, and how many IA3 does; whether it has experts)
+IN_TYPES = {
+    "ministral": (HEADS, Q_V, 4, 6, False),
+    "ministral3": (HEADS, Q_V, 4, 6, False),
+    "mixtral": ({**GROUPED, "num_local_experts": 2}, Q_V, 4, 4, True),
+    "qwen2_moe": ({**GROUPED, **EXPERTS}, Q_V, 4, 6, True),
+    "qwen3_moe": ({**HEADS, **EXPERTS, "mlp_only_layers": [0]}, Q_V, 4, 5, True),
+    "qwen3_5_text": (
+        {**HEADS, "num_hidden_layers": 4}, r"layers\.([012]\.linear_attn\.in_proj_qkv|3\.self_attn\.[qv]_proj)", 5, 9,
+        False,
+    ),
+    "gemma3": ({"text_config": HEADS, "vision_config": SEES}, LANGUAGE, 4, 6, False),
+    "gemma4": ({"text_config": HEADS, "vision_config": SEES}, LANGUAGE, 4, 6, False),
+    "gemma4_text": (HEADS, Q_V, 4, 6, False),
+    "llama4": (
+        {
+            "text_config": {**HEADS, "num_local_experts": 2, "interleave_moe_layer_step": 2},
+            "vision_config": SEES,
+        },
+        "layers", 8, 10, True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IN_TYPES)
+def test_targets_in_types_that_vary(kind):
+    sizes, lora, adapted, scaled, experts = IN_TYPES[kind]
+    config = tf.AutoConfig.for_model(kind, **sizes)
+    auto = tf.AutoModelForImageTextToText if "vision_config" in sizes else tf.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    assert model.config.model_type == kind
+    found = [path for path, _ in carriers(adapt(model, LoraConfig(), "a"))]
+    assert len(found) == adapted
+    assert all(re.search(lora, path) for path in found)
+    adapt(model, IA3Config(), "b")
+    assert sum("b" in module.adapters for _, module in carriers(model)) == scaled
+    if experts:
+        with pytest.raises(ValueError, match=r"target_modules is None for a .*, which has experts"):
+            adapt(model, BottleneckConfig(), "c")
+    else:
+        adapt(model, BottleneckConfig(), "c")
+        layers = getattr(config, "text_config", config).num_hidden_layers
+        assert sum("c" in module.adapters for _, module in carriers(model)) == 2 * layers
 
 
 @pytest.mark.parametrize(

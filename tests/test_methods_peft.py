@@ -14,8 +14,9 @@ pytest.importorskip("peft")
 
 import peft
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_harness import rows_replaced
-from tiny_models import COMMON, VOCABULARY, gpt2, llama, randomise
+from tiny_models import COMMON, MODELS, VOCABULARY, gpt2, llama, randomise
 
 from pyfastpeft import (
     LoraConfig,
@@ -233,6 +234,25 @@ def test_weighted_sums(kind, ranks, weights):
     merge_adapter(ours, "sum")
     theirs.set_adapter("sum")
     torch.testing.assert_close(ours.eval()(ids).logits, theirs.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("tree", "vit")])
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "AdaLoraConfig"])
+def test_without_targets_a_config_of_peft_means_those_of_peft(kind, name):
+    base = MODELS[name].make()
+    config = getattr(peft, kind)(**{"total_step": 9} if kind == "AdaLoraConfig" else {})
+    try:
+        theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).base_model.model
+    except ValueError:  # it knows none for this model
+        theirs = None
+    ours = carriers(adapt(base, config))
+    if theirs is None:
+        assert ours
+    else:
+        wrapped = [(path, m) for path, m in theirs.named_modules() if isinstance(m, BaseTunerLayer)]
+        assert [path for path, _ in ours] == [path for path, _ in wrapped]
+        for (_, one), (_, two) in zip(ours, wrapped):
+            assert getattr(one.adapters["default"], "feedforward", None) == getattr(two, "is_feedforward", None)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     Args:
         model: a transformers model, or any module tree whose targets the config names. Its own parameters are frozen;
             they keep their places and names. Adapters that it has already are kept, inactive.
-        config: one of `pyfastpeft.methods`' configs, or PEFT's config of the same method; the model keeps a copy.
+        config: one of `pyfastpeft.methods`' configs, or PEFT's config of the same method, which without target_modules
+            means PEFT's usual ones; the model keeps a copy.
         name: of the adapter.
         autocast_adapter_dtype: whether adapters of a 16-bit model are float32.
 
@@ -51,7 +52,9 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     """
     op = "adapt"
     _need_module(model, op)
-    config = deepcopy(as_config(config))
+    ours, config = isinstance(config, Config), deepcopy(as_config(config))
+    if not ours:
+        inject.take_targets_of_peft(model, config)
     known = adaptation(model, op) if hasattr(model, "pyfastpeft") else Adaptation()
     _need_new(known, op, name)
     _need_unmerged(model, op)

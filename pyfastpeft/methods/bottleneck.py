@@ -30,10 +30,17 @@ def inject(model: nn.Module, config: BottleneckConfig, name: str, autocast_adapt
         _train_norms(model, config, name)
 
 
+def _family(model) -> targets.Family:
+    family = targets.family(model, OP)
+    given = f"None for a {type(model).__name__}, which has experts"
+    need(not family.experts, OP, "target_modules", given, "given, since experts are no linear layers")
+    return family
+
+
 def _serial(model, config, name, autocast_adapter_dtype):
     target = config.target_modules
     if target is None:
-        family = targets.family(model, OP)
+        family = _family(model)
         places = (family.attention_out, family.feedforward_out)
         target = targets.ends(*(places if config.placement == "houlsby" else places[1:]))
     for path in _select(model, config, target):
@@ -61,7 +68,7 @@ def _chains(model, config) -> list[tuple[str, str]]:
     """The paths of the first and the last layer of all that get a branch beside them; equal where it is one module."""
     entrances, exits = config.input_modules, config.target_modules
     if exits is None:
-        family = targets.family(model, OP)
+        family = _family(model)
         exits = targets.ends(family.feedforward) if family.feedforward else ""
         if not any(targets.matches(path, exits) for path in _modules(model)):
             entrances, exits = targets.ends(family.feedforward_in), targets.ends(family.feedforward_out)

@@ -151,6 +151,22 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
     return targets.select(op, "target_modules", list(layers), target, *options)
 
 
+def take_targets_of_peft(model: nn.Module, config: Config) -> None:
+    """Fill in what PEFT's own config without target_modules means: PEFT's usual ones, if it has some for the model."""
+    if getattr(config, "target_modules", "") is not None:
+        return
+    from peft.utils import constants
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    for argument in ("feedforward_modules", "target_modules"):
+        usual = f"TRANSFORMERS_MODELS_TO_{config.peft_type}_{argument.upper()}_MAPPING"
+        names = getattr(constants, usual, {}).get(kind)
+        if isinstance(names, list):
+            names = targets.known_names(names, matrices(model))
+        if names is not None and getattr(config, argument) is None:
+            setattr(config, argument, names)
+
+
 # --- low-rank methods and IA3 ----------------------------------------------------------------------------------------
 
 

@@ -20,9 +20,19 @@ class Family(NamedTuple):
     feedforward_in: str  # the first layer that sees the feed-forward sub-layer's input
     feedforward_out: str  # the layer whose output that sub-layer returns
     feedforward: str | None = None  # that sub-layer, where it is a module of its own
+    experts: bool = False  # whether that sub-layer may be a mixture of experts, whose weights are no linear layers
 
 
 _LLAMA = Family("q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.gate_proj", r"mlp\.down_proj", "mlp")
+_MIXTURE = _LLAMA._replace(feedforward_out=r"(mlp|shared_expert)\.down_proj", experts=True)
+_LLAMA4 = _MIXTURE._replace(
+    feedforward_in=r"feed_forward\.gate_proj", feedforward_out=r"(feed_forward|shared_expert)\.down_proj"
+)
+# The encoders of images in these have layers of the same names.
+_LANGUAGE_MODEL = Family(*(rf"language_model\.(.*\.)?{name}" for name in _LLAMA[:7]))
+_QWEN3_5 = Family(  # linear attention in most layers
+    *(rf"{name}|linear_attn\.in_proj_qkv" for name in _LLAMA[:3]), r"o_proj|linear_attn\.out_proj", *_LLAMA[4:]
+)
 _BERT = Family(
     "query", "key", "value", r"attention\.output\.dense", r"intermediate\.dense", r"layer\.\d+\.output\.dense"
 )
@@ -33,7 +43,12 @@ _T5 = Family(
     "DenseReluDense",
 )
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma4_text"), _LLAMA),
+    **dict.fromkeys(("gemma3", "gemma4"), _LANGUAGE_MODEL),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MIXTURE),
+    **dict.fromkeys(("llama4", "llama4_text"), _LLAMA4),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), _QWEN3_5),
     "gpt2": Family(*["c_attn"] * 3, r"attn\.c_proj", r"mlp\.c_fc", r"mlp\.c_proj", "mlp"),
     "opt": Family("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "gpt_neox": Family(*["query_key_value"] * 3, r"attention\.dense", "dense_h_to_4h", "dense_4h_to_h", "mlp"),
