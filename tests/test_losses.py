@@ -238,14 +238,14 @@ def test_misuse_of_penalties():
 
 def test_loraplus_groups():
     model = nn.ModuleDict({"embed": nn.Embedding(4, 5), "first": LoRALinear(5, 6, rank=2), "head": nn.Linear(6, 3)})
-    groups = loraplus_groups(model, lr=1e-3, ratio=8, weight_decay=0.1, embedding_lr=1e-5)
+    groups = loraplus_groups(model, lr=1e-3, ratio=8, weight_decay=0.1)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(rates) == 5
     assert rates[id(model["first"].lora_A)] == (1e-3, 0.1)
     assert rates[id(model["first"].lora_B)] == (8e-3, 0.1)
-    assert rates[id(model["embed"].weight)] == (1e-5, 0.1)
+    assert rates[id(model["embed"].weight)] == (1e-3, 0.1)
     assert rates[id(model["head"].weight)] == (1e-3, 0.1)
-    assert rates[id(model["head"].bias)] == (1e-3, 0.0)
+    assert rates[id(model["head"].bias)] == (8e-3, 0.0)
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([group | {"weight_decay": 0.0} for group in groups])
@@ -255,6 +255,26 @@ def test_loraplus_groups():
     moved = {name: (before[name] - p).abs().max().item() for name, p in model.named_parameters()}
     assert moved["first.lora_B"] == pytest.approx(8 * moved["first.lora_A"], rel=1e-4)
     assert moved["first.weight"] == moved["first.bias"] == 0
+
+
+def test_loraplus_rates_are_those_of_peft():
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+
+    def rates(groups, model):
+        of = {id(p): group["lr"] for group in groups for p in group["params"]}
+        return sorted((of[id(p)], p.shape) for p in model.parameters() if p.requires_grad)
+
+    for options in ({"bias": "all"}, {"use_dora": True, "modules_to_save": ["2"]}):
+        base = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 6), nn.Linear(6, 3))
+        targets = ["1"] if "use_dora" in options else ["0", "1"]
+        config = peft.LoraConfig(target_modules=targets, r=2, **options)
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+        ours = pyfastpeft.adapt(base, config)
+        optimizer = create_loraplus_optimizer(theirs, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=8)
+        for model in (ours, theirs):
+            groups = loraplus_groups(model, lr=1e-3, ratio=8)
+            assert rates(groups, model) == rates(optimizer.param_groups, theirs)
 
 
 # --- transformers.Trainer --------------------------------------------------------------------------------------------

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import LoRALinear
-from ..layers.parts import LoRAPart
+from ..layers.parts import EmbeddingLoRAPart, LoRAPart
 from ..ops.checks import floating, need, need_value, values_on
 
 IGNORED = -100  # the label of a position that no loss counts
-OUTPUT_FACTORS = ("lora_B", "lora_embedding_B")  # matrices that LoRA+ trains faster
 
 
 # --- T-Few (Liu et al. 2022, section 3.2) ----------------------------------------------------------------------------
@@ -258,24 +257,26 @@ def loraplus_groups(
     lr: float,
     ratio: float = 16.0,
     weight_decay: float = 0.0,
-    embedding_lr: float | None = None,
+    embedding_lr: float = 1e-6,
 ) -> list[dict]:
     """Parameter groups for any torch optimizer: B learns `ratio` times as fast as A (Hayou et al. 2024, LoRA+).
 
-    lora_B and lora_embedding_B take ratio * lr, trainable weights of nn.Embedding embedding_lr (default: lr), the rest
-    lr. Vectors are not decayed. Raises ValueError where nothing trains, or no B does.
+    As in PEFT, lora_B and vectors (biases, DoRA's magnitudes) take ratio * lr, both factors of LoRA on an embedding
+    embedding_lr, the rest lr. Vectors are not decayed. Raises ValueError where nothing trains, or no B does.
     """
     for name, given in {"lr": lr, "ratio": ratio}.items():
         need_value(given > 0, "loraplus_groups", name, given, "> 0")
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    rates = {"rest": lr, "B": ratio * lr, "embedding": lr if embedding_lr is None else embedding_lr}
+    of_embeddings = {id(p) for m in model.modules() if isinstance(m, EmbeddingLoRAPart) for p in m.parameters()}
+    rates = {"A": lr, "B": ratio * lr, "embedding": embedding_lr}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    found = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = any(part in OUTPUT_FACTORS for part in name.split("."))
-            kind = "B" if factor else "embedding" if id(parameter) in tables else "rest"
+            factor = "lora_B" in name or "lora_embedding_B" in name
+            embedded = "lora_embedding_" in name or id(parameter) in of_embeddings
+            kind = "embedding" if embedded else "B" if factor or parameter.dim() == 1 else "A"
             groups.setdefault((kind, parameter.dim() > 1), []).append(parameter)
-    found = any(kind == "B" for kind, _ in groups)
+            found |= factor
     need(found, "loraplus_groups", "model", "without a trainable lora_B", "one whose low-rank adapters train")
     return [
         {"params": parameters, "lr": rates[kind], "weight_decay": weight_decay if decays else 0.0}
