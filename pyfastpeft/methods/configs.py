@@ -250,7 +250,8 @@ class BottleneckConfig(TargetedConfig):
     activation: "relu", "gelu" (with erf), "gelu_tanh", "silu", "tanh" or "identity".
     scaling: the factor s, a number, or "learned" (one scalar a layer, starting at 1).
     layer_norm: whether a LayerNorm of its own stands before the branch.
-    train_layer_norm: whether the model's own normalisation layers (of the chosen layers) train, too.
+    train_layer_norm: whether the model's own normalisation layers (of the chosen layers) train, too, as in the papers;
+        the head, which trains there as well, is for modules_to_save or task_type.
     init_weights: True makes up zero and down Kaiming-uniform, so that nothing changes at the start; False draws both.
     target_modules: modules of any kind, after each of which the branch stands; where parallel, beside each of which, or
     input_modules: beside the chains of layers from each of these to the corresponding target module. Both are taken in
