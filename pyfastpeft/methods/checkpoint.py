@@ -98,7 +98,7 @@ def load_adapter(
     active = model.pyfastpeft.active if hasattr(model, "pyfastpeft") else ()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with opened(path) as file:
-        _leave_out_strangers(model, config, file.keys())
+        _leave_out_unmatched(model, config, file.keys())
         adapt(model, config, name, autocast_adapter_dtype)
         try:
             _fill(uncompiled(model), config, name, file, path, strict)
@@ -127,7 +127,7 @@ def load_config(directory: str | os.PathLike) -> Config:
         raise type(why)(f"{path}: {why}") from None
 
 
-def _leave_out_strangers(model, config, keys) -> None:
+def _leave_out_unmatched(model, config, keys) -> None:
     """Take the names that mean nothing in this model, or nothing that has tensors in the file, out of a config."""
     modules = [path for path in own_modules(model) if path]
     excluded = matrices(model) if isinstance(config, (LoraConfig, IA3Config)) else modules
