@@ -531,15 +531,13 @@ def layer_inputs(t, k, n, r, dtype, lead=()):
 def exact_layer(inputs, scaling, slots=None, ranks=None, scalings=None):
     wide = {name: t if t is None else t.double() for name, t in inputs.items()}
     product = wide["x"] @ wide["weight"].T
-    if wide["lora_A"] is None:
-        pass
-    elif slots is None:
-        product += scaling * wide["x"] @ wide["lora_A"].T @ wide["lora_B"].T
-    else:
+    if slots is not None:
         branch = unfused_multi_lora(
             torch.zeros_like(product), wide["x"], wide["lora_A"], wide["lora_B"], slots, scaling * scalings, ranks
         )
         product += branch
+    elif wide["lora_A"] is not None:
+        product += scaling * wide["x"] @ wide["lora_A"].T @ wide["lora_B"].T
     if wide["scale"] is not None:
         product *= wide["scale"]
     return product if wide["bias"] is None else product + wide["bias"]
