@@ -125,6 +125,11 @@ ELSEWHERE = ("llama", "gpt2", "bert", "tree")
         ("bert", tf.ElectraModel, tf.ElectraConfig),
         ("t5", tf.MT5Model, tf.MT5Config),
         ("t5", tf.UMT5Model, tf.UMT5Config),
+        ("bart", tf.MBartModel, tf.MBartConfig),
+        ("bart", tf.PegasusModel, tf.PegasusConfig),
+        ("bart", tf.MarianModel, tf.MarianConfig),
+        ("bart", tf.M2M100Model, tf.M2M100Config),
+        ("bart", tf.WhisperModel, tf.WhisperConfig),
     ],
 )
 def test_targets_in_models_that_are_built_alike(kin, model, config):

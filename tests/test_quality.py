@@ -1,11 +1,11 @@
 """The quality benchmark: readers and templates, tokenizers, metrics, learners, the report, and runs on tiny files."""
 
+import itertools
 import json
 import math
 import os
 import re
 import struct
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,21 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from benchmarks import Misuse
 from benchmarks.quality import learners, metrics, report
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.learners import Dataset, Encoder, Generative, batches
+from benchmarks.quality.learners import Dataset, Encoder, EncoderDecoder, Generative, batches
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.tasks import TASKS, hold_out, own_task
 from benchmarks.quality.train import Budget, trained
@@ -174,7 +183,7 @@ def greedy(text):
     ids = {word: 259 + i for i, word in enumerate(WORDS)}
     pieces = list(" " + text) if text else []
     while True:
-        merges = [(-ids[a + b], i) for i, (a, b) in enumerate(pairwise(pieces)) if a + b in ids]
+        merges = [(-ids[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in ids]
         if not merges:
             break
         best = max(score for score, _ in merges)
@@ -290,6 +299,26 @@ def story_model(vocabulary, tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "tok.bin").write_bytes(vocabulary.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module", params=["t5", "bart"])
+def pair_model(request, tmp_path_factory):
+    """A directory with a tiny encoder-decoder, whose tokenizer puts [CLS] and [SEP] around all texts."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = word_tokenizer([" ".join(row.values()) for row in letters(40)], 100)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "d_model": 16, "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    if request.param == "t5":
+        config = T5Config(d_ff=24, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0, **sizes)
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    else:
+        layers = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+        feedforward = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 128, "init_std": 0.1}
+        special = {"decoder_start_token_id": tokenizer.eos_token_id, "forced_eos_token_id": None, "bos_token_id": 2}
+        BartForConditionalGeneration(BartConfig(**layers, **feedforward, **special, **sizes)).save_pretrained(folder)
     return folder
 
 
@@ -419,6 +448,63 @@ def test_every_method_learns(story_model, tmp_path, name):
     assert 0 < found["trainable"] <= sum(p.numel() for p in learner.model.parameters())
     assert found["memory"] > sum(p.nbytes for p in learner.model.parameters())
     assert not hasattr(learner.model, "pyfastpeft")
+
+
+def test_encoder_decoders_read_prompts_and_write_completions(pair_model, tmp_path):
+    task, rows = task_of("classification", tmp_path)
+    rows = rows[:6]
+    learner = learners.load(pair_model, [Dataset(task, rows, rows)], 32, 4)
+    assert isinstance(learner, EncoderDecoder)
+    first, last = (learner.tokenizer.convert_tokens_to_ids(word) for word in ("[CLS]", "[SEP]"))
+    batch = learner.training_batch([(task, rows[0], 0), (task, rows[1], 0)])
+    assert batch["input_ids"].tolist() == [[first, *learner.tokens(row["x"]), last] for row in rows[:2]]
+    assert batch["labels"].tolist() == [[first, *learner.tokens(row["y"]), last] for row in rows[:2]]
+    shots = learner.example(task, rows[0], "aa", shots=rows[1:4] * 20).prompt
+    assert 28 < len(shots) <= 32
+    assert shots[-2:] == batch["input_ids"][0].tolist()[-2:]
+
+    scores, total, count = [], 0.0, 0
+    for row in rows:
+        each = []
+        for choice in task.choices:
+            answer = [first, *learner.tokens(choice), last]
+            given = [learner.model.config.decoder_start_token_id, *answer[:-1]]
+            prompt = torch.tensor([[first, *learner.tokens(row["x"]), last]])
+            with torch.no_grad():
+                logits = learner.model(prompt, decoder_input_ids=torch.tensor([given])).logits[0].log_softmax(-1)
+            likely = [logits[t, token].item() for t, token in enumerate(answer)]
+            each.append(sum(likely) / len(likely))
+            if choice == task.completion(row):
+                total, count = total - sum(likely), count + len(likely)
+        scores.append(each)
+    assert learner.predict(task, rows, size=4) == [each.index(max(each)) for each in scores]
+    assert learner.loss(task, rows, size=4) == pytest.approx(total / count, rel=1e-5)
+
+    texts, rows = task_of("generation", tmp_path)
+    rows = [rows[0], rows[1] | {"x": "a bc abc bbc"}]
+    assert learner.predict(texts, rows, size=2) == [learner.predict(texts, [row])[0] for row in rows]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_teaches_an_encoder_decoder(pair_model, tmp_path, name):
+    task, rows = task_of("classification", tmp_path)
+    datasets = [Dataset(task, rows[:30], rows[30:])]
+    learner = learners.load(pair_model, datasets, 32, 8)
+    before = learner.loss(task, rows[30:])
+    found = trained(name, learner, datasets, Budget(12, 8), 0, 3e-2)
+    assert found["tasks"]["own"]["loss"] < before
+    assert found["trainable"] > 0
+
+
+def test_a_trained_encoder_decoder_writes_what_it_learned(pair_model, tmp_path):
+    task, rows = task_of("generation", tmp_path)
+    learner = learners.load(pair_model, [Dataset(task, rows, rows)], 32, 8)
+    optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-2)
+    for batch in itertools.islice(batches([Dataset(task, rows, rows)], 10, 0), 150):
+        learner.model(**learner.training_batch(batch)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learner.predict(task, rows[:5]) == [row["y"] for row in rows[:5]]
 
 
 def small_results():

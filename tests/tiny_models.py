@@ -42,6 +42,13 @@ def opt():
     return tf.OPTForCausalLM(tf.OPTConfig(**sizes, **BLOCKS, dropout=0.0, bos_token_id=2))
 
 
+def bart():
+    side = {"layers": 2, "attention_heads": 4, "ffn_dim": INNER}
+    sides = {f"{which}_{name}": value for which in ("encoder", "decoder") for name, value in side.items()}
+    sizes = {"d_model": HIDDEN, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "dropout": 0.0}
+    return tf.BartForConditionalGeneration(tf.BartConfig(**sides, **sizes))
+
+
 def distilbert():
     sizes = {"dim": HIDDEN, "hidden_dim": INNER, "n_layers": 2, "n_heads": 4, "vocab_size": VOCABULARY}
     return tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**sizes, **LABELS))
@@ -92,6 +99,7 @@ MODELS = {
     "roberta": Known(lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**COMMON, **LABELS)), *BERT, 19),
     "distilbert": Known(distilbert, ("q_lin", "v_lin"), ("k_lin", "v_lin"), ("ffn.lin2",), 4, 6, 14, 19),
     "t5": Known(t5, ("Attention.q", "Attention.v"), ("Attention.k", "Attention.v"), ("wo",), 12, 16, 32, 0),
+    "bart": Known(bart, ("q_proj", "v_proj"), ("k_proj", "v_proj"), ("fc2",), 12, 16, 32, 44),
     "vit": Known(
         vit, ("attention.q_proj", "attention.v_proj"), ("attention.k_proj", "attention.v_proj"), ("mlp.fc2",),
         4, 6, 13, 19,

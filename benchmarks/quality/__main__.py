@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks.quality", None, text, epilog, formatter_class=layout)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--model", type=Path, metavar="DIR", help="a transformers model: a decoder or an encoder")
+    where.add_argument("--model", type=Path, metavar="DIR", help="a transformers model of texts, of any kind")
     where.add_argument("--encoder", choices=["small"], help="an encoder trained from scratch on the task's own texts")
     parser.add_argument("--task", required=True, help=f"of {', '.join(TASKS)}, own; several with commas")
     parser.add_argument("--data", type=Path, help="a directory with the task's files, or with one such for each task")

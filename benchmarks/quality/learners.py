@@ -1,4 +1,4 @@
-"""What learns a task: a causal language model through prompts, or an encoder with a head."""
+"""What learns a task: a decoder or an encoder-decoder through prompts, or an encoder with a head."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -41,17 +42,18 @@ class Dataset:
 
 @dataclass
 class Example:
-    """One row of a batch for a causal language model: the loss counts the completion alone."""
+    """One row of a batch for a generative model: the loss counts the completion alone."""
 
     prompt: list[int]
     completion: list[int]
 
 
 class Generative:
-    """A causal language model on prompts and completions; several tasks may be mixed."""
+    """A decoder on prompts and completions; several tasks may be mixed."""
 
     head: tuple[str, ...] = ()
     family = "generative"
+    causal = True  # logits at t predict the token after t
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, new_tokens: int):
         if tokenizer.eos_token_id is None:
@@ -71,25 +73,30 @@ class Generative:
     def example(self, task: Task, row: Row, completion: str, template: int = 0, shots: Sequence[Row] = ()) -> Example:
         """A row's prompt, behind as many solved ones as fit, and a completion with its end."""
         answer = [*self.tokens(completion), self.end]
-        prompt = self.tokens(task.prompt(row, template))
         room = self.length - len(self.begin) - max(len(answer), self.new_tokens if not task.choices else 0)
+        return Example(self.begin + self._prompt(task, row, template, shots, room), answer)
+
+    def _prompt(self, task, row, template, shots, room) -> list[int]:
+        prompt = self.tokens(task.prompt(row, template))
         for shot in shots:
             solved = self.tokens(task.prompt(shot)) + self.tokens(task.completion(shot)) + self.tokens("\n")
             prompt = solved + prompt if len(solved) + len(prompt) <= room else prompt
-        return Example(self.begin + prompt[-room:], answer)
+        return prompt[-room:]
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels [B, T], padded on the right; -100 where nothing is predicted."""
-        longest = max(len(each.prompt) + len(each.completion) for each in examples)
-        ids = torch.full((len(examples), longest), self.pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for i, each in enumerate(examples):
-            start, size = len(each.prompt), len(each.prompt) + len(each.completion)
-            ids[i, :size] = torch.tensor(each.prompt + each.completion)
-            mask[i, :size] = 1
-            labels[i, start:size] = torch.tensor(each.completion)
-        device = next(self.model.parameters()).device
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+        labels = [[IGNORED] * len(each.prompt) + each.completion for each in examples]
+        return self._inputs([each.prompt + each.completion for each in examples]) | {"labels": self._padded(labels)}
+
+    def _inputs(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, Tensor]:
+        mask = self._padded([[1] * len(row) for row in rows], 0, left)
+        return {"input_ids": self._padded(rows, self.pad, left), "attention_mask": mask}
+
+    def _padded(self, rows: Sequence[Sequence[int]], filler: int = IGNORED, left: bool = False) -> Tensor:
+        longest = max(map(len, rows))
+        fill = [[filler] * (longest - len(row)) for row in rows]
+        whole = [[*more, *row] if left else [*row, *more] for row, more in zip(rows, fill)]
+        return torch.tensor(whole, device=next(self.model.parameters()).device)
 
     def training_batch(self, rows: Sequence[tuple[Task, Row, int]], choices: int = 0) -> dict[str, Tensor]:
         """A batch of (task, row, template). With `choices` every row becomes that many: one for each answer to choose
@@ -106,6 +113,10 @@ class Generative:
         batch = self.batch(examples)
         batch["labels"][torch.tensor(filler)] = IGNORED
         return batch
+
+    def outputs(self, batch: dict[str, Tensor]):
+        """The model's, with logits that nothing need be counted in."""
+        return self.model(**{**batch, "labels": None})
 
     # --- evaluation ---
 
@@ -138,36 +149,65 @@ class Generative:
                 self.example(task, row, each, shots=shots) for row in rows[i : i + size] for each in task.choices
             ]
             batch = self.batch(examples)
-            labels = batch.pop("labels").unflatten(0, (-1, len(task.choices)))
-            logits = self.model(**batch).logits[:, -labels.shape[-1] :].unflatten(0, labels.shape[:2])
+            labels = batch["labels"].unflatten(0, (-1, len(task.choices)))
+            logits = self.outputs(batch).logits[:, -labels.shape[-1] :].unflatten(0, labels.shape[:2])
             if task.is_score:
-                weights = choice_scores(logits, labels, causal=True).double().softmax(-1)
+                weights = choice_scores(logits, labels, causal=self.causal).double().softmax(-1)
                 found += (weights @ torch.tensor([float(each) for each in task.choices]).to(weights)).tolist()
             else:
-                found += rank_classification(logits, labels, causal=True).tolist()
+                found += rank_classification(logits, labels, causal=self.causal).tolist()
         return found
 
     def _generate(self, task, rows, shots, size):
         prompts = [self.example(task, row, "", shots=shots).prompt for row in rows]
-        device, texts = next(self.model.parameters()).device, {}
-        order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(rows), size):
-            places = order[start : start + size]
-            longest = max(len(prompts[i]) for i in places)
-            ids = torch.tensor([[self.pad] * (longest - len(prompts[i])) + prompts[i] for i in places])
-            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in places])
+        order, texts = sorted(range(len(rows)), key=lambda i: len(prompts[i])), {}
+        for first in range(0, len(rows), size):
+            places = order[first : first + size]
+            inputs = self._inputs([prompts[i] for i in places], left=self.causal)
             made = self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
+                **inputs,
                 max_new_tokens=self.new_tokens,
                 do_sample=False,
                 eos_token_id=self.end,
                 pad_token_id=self.pad,
             )
-            for i, row in zip(places, made[:, longest:].tolist()):
+            start = inputs["input_ids"].shape[1] if self.causal else 1
+            for i, row in zip(places, made[:, start:].tolist()):
                 row = row[: row.index(self.end)] if self.end in row else row
                 texts[i] = self.tokenizer.decode(row, skip_special_tokens=True).strip()
         return [texts[i] for i in range(len(rows))]
+
+
+class EncoderDecoder(Generative):
+    """An encoder-decoder: the encoder reads the prompt, the decoder learns the completion, each within the special
+    tokens that the tokenizer puts around a text to read and one to write."""
+
+    causal = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, new_tokens: int):
+        super().__init__(model, tokenizer, length, new_tokens)
+        self.around_prompt, self.around_completion = _around(tokenizer, "text"), _around(tokenizer, "text_target")
+
+    def example(self, task: Task, row: Row, completion: str, template: int = 0, shots: Sequence[Row] = ()) -> Example:
+        before, after = self.around_prompt
+        prompt = self._prompt(task, row, template, shots, self.length - len(before) - len(after))
+        begin, finish = self.around_completion
+        return Example([*before, *prompt, *after], [*begin, *self.tokens(completion), *(finish or [self.end])])
+
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """input_ids and attention_mask [B, S], labels [B, T], from which the model makes the decoder's input."""
+        labels = self._padded([each.completion for each in examples])
+        return self._inputs([each.prompt for each in examples]) | {"labels": labels}
+
+    def outputs(self, batch: dict[str, Tensor]):
+        return self.model(**batch)
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, side: str) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text, as an argument of the tokenizer: "text" or "text_target"."""
+    whole, bare = (tokenizer(**{side: "a"}, add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
 
 
 class Encoder:
@@ -231,12 +271,16 @@ def load(folder: Path, datasets: Sequence[Dataset], length: int, new_tokens: int
     if not (folder / "config.json").is_file():
         raise Misuse(f"--model {folder} holds no config.json; it must be the directory of a transformers model")
     try:
-        architecture = (AutoConfig.from_pretrained(folder).architectures or ["?"])[0]
+        config = AutoConfig.from_pretrained(folder)
+        architecture = (config.architectures or ["?"])[0]
+        if config.is_encoder_decoder and "Classification" not in architecture:
+            model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+            return EncoderDecoder(model.eval(), _tokenizer(folder), length, new_tokens)
         if "ForCausalLM" in architecture or "LMHead" in architecture:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             return Generative(model.eval(), _tokenizer(folder), length, new_tokens)
         if "ConditionalGeneration" in architecture:
-            raise Misuse(f"--model {folder} is a {architecture}; a decoder or an encoder is needed")
+            raise Misuse(f"--model {folder} is a {architecture}; a language model or an encoder is needed")
         task = one_task(datasets)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, num_labels=classes(task), output_loading_info=True

@@ -109,7 +109,7 @@ def apply(method: Method, learner: Generative | Encoder, lr: float, steps: int, 
     elif method.extra == "lora+":
         adapted.groups = loraplus_groups(model, lr, LORAPLUS_RATIO)
     elif method.extra == "t-few":
-        loss = TFewLoss(choices, causal=True)
+        loss = TFewLoss(choices, causal=learner.causal)
         adapted.choices = choices
-        adapted.loss = lambda batch: loss(model(**{**batch, "labels": None}), batch["labels"])
+        adapted.loss = lambda batch: loss(learner.outputs(batch), batch["labels"])
     return adapted

@@ -36,6 +36,7 @@ _QWEN3_5 = Family(  # linear attention in most layers
 _BERT = Family(
     "query", "key", "value", r"attention\.output\.dense", r"intermediate\.dense", r"layer\.\d+\.output\.dense"
 )
+_BART = Family("q_proj", "k_proj", "v_proj", r"(self_attn|encoder_attn)\.out_proj", "fc1", "fc2")
 _T5 = Family(
     *(rf"(SelfAttention|EncDecAttention)\.{name}" for name in "qkvo"),
     r"DenseReluDense\.wi(_0)?",
@@ -50,7 +51,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama4", "llama4_text"), _LLAMA4),
     **dict.fromkeys(("qwen3_5", "qwen3_5_text"), _QWEN3_5),
     "gpt2": Family(*["c_attn"] * 3, r"attn\.c_proj", r"mlp\.c_fc", r"mlp\.c_proj", "mlp"),
-    "opt": Family("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    **dict.fromkeys(("opt", "bart", "mbart", "pegasus", "marian", "m2m_100", "whisper"), _BART),
     "gpt_neox": Family(*["query_key_value"] * 3, r"attention\.dense", "dense_h_to_4h", "dense_4h_to_h", "mlp"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
     "distilbert": Family("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2", "ffn"),
