@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -174,6 +178,17 @@ Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_str
   return Tensor(view);
 }
 
+// New memory of many pages costs more to be given page by page than to be written: large outputs, as logits are, ask for
+// huge pages, which Linux gives on request where it does not by itself.
+void ask_for_huge_pages(const Tensor& y) {
+#ifdef __linux__
+  constexpr uintptr_t LARGE = 32 << 20, HUGE_PAGE = 2 << 20;  // from LARGE on malloc takes memory from the system
+  uintptr_t size = y.numel() * item_size(dtype_of(y, "y")), begin = (uintptr_t)y.const_data_ptr(), end = begin + size;
+  begin = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  if (size > LARGE) madvise((void*)begin, end / HUGE_PAGE * HUGE_PAGE - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor empty_rows(const Tensor& x, int64_t features) {
   int32_t dtype;
   AtenTensorHandle made;
@@ -184,7 +199,9 @@ Tensor empty_rows(const Tensor& x, int64_t features) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  Tensor y(made);
+  ask_for_huge_pages(y);
+  return y;
 }
 
 bool prefers_own_matmul(const Tensor& in, const Tensor& w, const Tensor& out) {

@@ -166,11 +166,12 @@ void narrow(Dtype dtype, const C* in, void* out, int64_t n) {
 // Bytes of a long row that are asked for ahead of their use: a page, since processors prefetch within pages only.
 constexpr int64_t AHEAD = 4096;
 
-// s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators. With Ahead, every
-// `passes`-th row of x from the rank / 4-th on is asked for `ahead` elements on.
+// s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators. Few tokens ask for a's
+// elements that are `next` on. With Ahead, every `passes`-th row of x from the rank / 4-th on is asked for `ahead`
+// elements on.
 template <class C, class A, int T, int R, bool Ahead>
 inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, int64_t end, C* const* s, int64_t rank,
-                     bool accumulate, int64_t passes, int64_t ahead) {
+                     bool accumulate, int64_t next, int64_t passes, int64_t ahead) {
   constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][R] = {};
   int64_t i = begin;
@@ -185,7 +186,7 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
     Vec<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(a + r * lda + i);
     if (T <= 2)  // more tokens leave time to wait
-      for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * lda + i + AHEAD / sizeof(A));
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * lda + i + next);
     if constexpr (Ahead)
       for (int64_t t = rank / 4; t < T; t += passes) __builtin_prefetch(x[t] + i + ahead, 0, 2);
     for (int t = 0; t < T; ++t) {
@@ -217,10 +218,11 @@ inline void dot_ranks(const C* const* x, const A* a, int64_t lda, int64_t ranks,
   constexpr int64_t BLOCK = 4096 / sizeof(C);  // T rows of x this long stay in the first cache for all ranks
   for (int64_t begin = 0; begin < k; begin += BLOCK) {
     int64_t end = k - begin < 2 * BLOCK ? k : begin + BLOCK, r = 0, passes = ranks / 4;
+    int64_t next = end == k ? 4 * lda - begin : AHEAD / sizeof(A);  // after the last columns the rows below come
     // The rows of the next tile come while this one's are used, a share of them in every pass.
     for (; r + 4 <= ranks; r += 4)
-      dot_tile<C, A, T, 4, Ahead>(x, a + r * lda, lda, begin, end, s, r, begin > 0, passes, T * stride);
-    for (; r < ranks; ++r) dot_tile<C, A, T, 1, false>(x, a + r * lda, lda, begin, end, s, r, begin > 0, 0, 0);
+      dot_tile<C, A, T, 4, Ahead>(x, a + r * lda, lda, begin, end, s, r, begin > 0, next, passes, T * stride);
+    for (; r < ranks; ++r) dot_tile<C, A, T, 1, false>(x, a + r * lda, lda, begin, end, s, r, begin > 0, next, 0, 0);
     if (end == k) break;
   }
 }

@@ -12,7 +12,7 @@ namespace pyfastpeft {
 namespace {
 
 constexpr int64_t TOKEN_BLOCK = 12;    // tokens of one task or one staged block: a multiple of every tile's height
-constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task
+constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task at most
 constexpr int64_t FEW_TOKENS = 4;         // up to here a transposed B does not pay
 constexpr int64_t WIDE = 96, WIDE_BACKWARD = 64;  // ranks from which torch's products, which pack, are faster
 
@@ -41,6 +41,13 @@ std::vector<Task> cut(const std::vector<Adapter>& adapters, int64_t block, Exten
       tasks.push_back({&adapters[i], (int64_t)i, begin, std::min(begin + block, size)});
   }
   return tasks;
+}
+
+// Columns of one task, of n in all: so that threads have equally many tasks, and whole vectors.
+int64_t column_block(int64_t n) {
+  constexpr int64_t VECTORS = 64;
+  int64_t threads = torch::stable::get_num_threads(), count = blocks(blocks(n, COLUMN_BLOCK), threads) * threads;
+  return std::min(COLUMN_BLOCK, blocks(blocks(n, count), VECTORS) * VECTORS);
 }
 
 template <class F>
@@ -331,7 +338,7 @@ void expand(const Branch<C>& branch, const C* s, int64_t s_stride, const Target<
     });
     return;
   }
-  auto tasks = cut(branch.adapters, COLUMN_BLOCK, [&](const Adapter&) { return n1 - n0; });
+  auto tasks = cut(branch.adapters, column_block(n1 - n0), [&](const Adapter&) { return n1 - n0; });
   parallel(tasks, multiply_adds(branch, n1 - n0), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
     int64_t rank = adapter.rank, n = task.end - task.begin;
@@ -354,7 +361,7 @@ void expand_backward(const Branch<C>& branch, Rows dy, const C* s, int64_t s_str
                      const Middle<C>& middle) {
   const auto& adapters = branch.adapters;
   int64_t n = branch.features_out;
-  auto columns_of_b = cut(adapters, COLUMN_BLOCK, [n](const Adapter&) { return n; });
+  auto columns_of_b = cut(adapters, column_block(n), [n](const Adapter&) { return n; });
   bool products = Products<C>::serve(branch, WIDE_BACKWARD, {dy});
 
   if (!ds.empty() && products) {
@@ -413,7 +420,7 @@ void shrink_backward(const Branch<C>& branch, const std::vector<Shrunk<C>>& ds, 
     if (dx) products.input_gradient(ds[0], k, from, dx);
     return;
   }
-  auto tasks = cut(branch.adapters, COLUMN_BLOCK, [k](const Adapter&) { return k; });
+  auto tasks = cut(branch.adapters, column_block(k), [k](const Adapter&) { return k; });
   parallel(tasks, multiply_adds(branch, k), [&](const Task& task) {
     const Adapter& adapter = *task.adapter;
     const Shrunk<C>& factors = ds[task.index];
