@@ -28,7 +28,7 @@ Tensor view(const Matrix<C>& m) {
 
 // A block of the weight is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS; they stay in
 // the second cache, packed by STEP. ROWS are those of a tile; up to FEW rows, or half as many, go without panels.
-constexpr int64_t DEPTH = 512, STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS;
+constexpr int64_t DEPTH = 768, STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS;
 
 bool has_unit_stride(const Tensor& w) {
   return w.stride(0) == 1 || w.stride(1) == 1 || w.size(0) == 1 || w.size(1) == 1;
