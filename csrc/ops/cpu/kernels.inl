@@ -163,7 +163,8 @@ void narrow(Dtype dtype, const C* in, void* out, int64_t n) {
 
 // --- matmul tiles ---
 
-// Bytes of a long row that are asked for ahead of their use: a page, since processors prefetch within pages only.
+// Bytes of a long row that are asked for ahead of their use: a page, since processors prefetch within pages only; into
+// the second cache, since the first waits for few lines at a time.
 constexpr int64_t AHEAD = 4096;
 
 // s[t][rank + r] (+)= x[t] . a[r] for T rows of x and R (1 or 4) rows of a: T * R accumulators. Few tokens ask for a's
@@ -186,7 +187,7 @@ inline void dot_tile(const C* const* x, const A* a, int64_t lda, int64_t begin, 
     Vec<C> row[R];
     for (int r = 0; r < R; ++r) row[r] = load(a + r * lda + i);
     if (T <= 2)  // more tokens leave time to wait
-      for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * lda + i + next);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * lda + i + next, 0, 2);
     if constexpr (Ahead)
       for (int64_t t = rank / 4; t < T; t += passes) __builtin_prefetch(x[t] + i + ahead, 0, 2);
     for (int t = 0; t < T; ++t) {
@@ -338,7 +339,7 @@ inline void project_lanes(const C* s, const C* b, int64_t ldb, int64_t rank, C* 
       V factor = load_bits<V>(s + r);
       for (int i = 0; i < 4; ++i) acc[i] += factor * load_bits<V>(b + (n + i) * ldb + r);
     }
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(b + (n + i) * ldb + AHEAD / sizeof(C));
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(b + (n + i) * ldb + AHEAD / sizeof(C), 0, 2);
     Four<C> total = sums<C>(fold<C, N>(acc[0]), fold<C, N>(acc[1]), fold<C, N>(acc[2]), fold<C, N>(acc[3]));
     store_bits(y + n, load_bits<Four<C>>(y + n) + total);
   }
