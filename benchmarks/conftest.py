@@ -32,8 +32,7 @@ def pytest_generate_tests(metafunc):
                 id=f"{case.name} {provider.name}".replace(" ", "-"),
                 marks=pytest.mark.benchmark(group=case.name, timer=replayed),
             )
-            for op in shapes.CASES
-            for case in shapes.cases(op, size, device)
+            for case in shapes.all_cases(size, device)
             for provider in providers.providers(case, device)
         ]
         metafunc.parametrize(("case", "provider"), entries)

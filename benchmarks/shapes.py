@@ -6,7 +6,7 @@ Useful work counts what the formula needs, whoever computes it, so that GFLOP/s 
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import chain, pairwise, product, zip_longest
 from math import ceil
 
 import torch
@@ -335,11 +335,22 @@ CASES = {
 
 def cases(op: str, size: str, device: str) -> list[Case]:
     """The cases of an op in one size of the suite; on CUDA each of them as a captured graph and eagerly. In the quick
-    size there, only the first of them eagerly, and graphs of a forward pass without torch.compile."""
+    size there, only the first of them eagerly, and torch.compile in lora_linear's training alone."""
     found = CASES[op](size, device)
     if device != "cuda":
         return found
     graphs, eager = ([replace(case, mode=mode) for case in found] for mode in ("graph", "eager"))
     if size == "quick":
-        return [replace(case, compiled=case.backward) for case in graphs] + eager[:1]
+        found = [replace(case, compiled=case.backward and op == "lora_linear") for case in graphs]
+        return [*found, replace(eager[0], compiled=False)]
     return graphs + eager
+
+
+def all_cases(size: str, device: str) -> list[Case]:
+    """The cases of all ops, one op after the other. On CUDA, where `make gpu` may have no time for all, the ops take
+    turns, graphs before what runs eagerly, training first: two turns of the quick size have every kind of operands."""
+    found = [cases(op, size, device) for op in CASES]
+    if device != "cuda":
+        return [*chain(*found)]
+    turns = zip_longest(*(sorted(reversed(own), key=lambda case: case.mode == "eager") for own in found))
+    return [case for turn in turns for case in turn if case]

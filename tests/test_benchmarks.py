@@ -276,9 +276,12 @@ def test_a_case_decides_all_ops_that_it_runs_unless_another_times_one_more_close
 
 
 @pytest.fixture
-def chosen(monkeypatch):
-    """choice.ranking after the quick suite has run on a GPU, the fastest backend being named after a case's M."""
-    cases = [case for op in shapes.CASES for case in shapes.cases(op, "quick", "cuda") if case.mode == "graph"]
+def chosen(monkeypatch, request):
+    """choice.ranking after the quick suite has run on a GPU, or so many turns of it, the fastest backend being named
+    after a case's M."""
+    turns = getattr(request, "param", None)
+    cases = shapes.all_cases("quick", "cuda")[: turns and turns * len(shapes.CASES)]
+    cases = [case for case in cases if case.mode == "graph"]
     benchmarks = [entry(case, f"M{case.M}", adapters, 1.0) for case in cases for adapters in ("fp32", "16bit")]
     choice._ranking.cache_clear()
     monkeypatch.setattr(choice, "measured", {"sm_90": choose.entries({"benchmarks": benchmarks})})
@@ -309,6 +312,7 @@ def asked_for(op, dtypes, M=64, L=8):
         yield tuple(given.get(name) for name in choice.NAMES[op])
 
 
+@pytest.mark.parametrize("chosen", [2, None], indirect=True)
 @pytest.mark.parametrize("op", schemas.SCHEMAS)
 def test_the_quick_suite_decides_every_kind_of_operands(op, chosen):
     found = {choice.described(op, args)[0]: chosen(op, args) for args in asked_for(op, (torch.bfloat16, torch.float16))}
