@@ -93,6 +93,7 @@ def run(command: list[str], log: Path, seconds: float) -> int | str:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
     }
     with log.open("w") as stream:
         process = subprocess.Popen(

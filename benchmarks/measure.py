@@ -3,15 +3,18 @@
 import collections
 import copy
 import gc
+import importlib
 import itertools
 import math
 import random
 import statistics
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +121,8 @@ def measure(
                 except Exception as error:  # whatever one provider raises must not take the others with it
                     if not usable(device):
                         raise
+                    if not isinstance(error, Wrong):  # whose message says it all
+                        traceback.print_exc()
                     result.refused = f"{result.provider.name} on {case.name}: {type(error).__name__}: {error}"
         for provider, seconds in interleave(runs, effort, device, tell).items():
             results[provider.name].seconds = [each / len(problems) for each in seconds]
@@ -171,6 +176,8 @@ class Measurer:
 
 
 def _serve(connection):
+    if find_spec("peft"):
+        importlib.import_module("peft")  # from a cold disk that takes longer than the patience with a provider
     serve(connection, lambda message, tell: measure(*message, tell))
 
 

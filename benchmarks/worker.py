@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -94,6 +95,7 @@ def serve(connection: Connection, answer: Callable) -> None:
         try:
             reply = "done", answer(message, tell)
         except Exception as error:
+            traceback.print_exc()
             reply = "lost", described(error)
         connection.send(reply)
         if reply[0] == "lost":

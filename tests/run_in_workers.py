@@ -58,6 +58,7 @@ def run(item) -> dict:
         try:
             torch.cuda.synchronize()
         except Exception as error:
+            print(f"--- {item.nodeid}\n{found['text']}", file=sys.stderr, flush=True)
             raise RuntimeError(f"{found['why'] or 'it passed'}; after it {described(error)}") from None
     return found | {"seconds": time.monotonic() - begin}
 
@@ -65,7 +66,9 @@ def run(item) -> dict:
 def work(connection, arguments: list[str]) -> None:
     """A process: collects the tests and runs those that it is asked to."""
     os.chdir(ROOT)
-    code = pytest.main([*arguments, "-p", "no:cacheprovider", "--no-header", "-q"], plugins=[Loop(connection)])
+    # Nothing is captured: what a process says that dies is all that tells why.
+    options = ["-p", "no:cacheprovider", "--no-header", "-q", "--capture=no"]
+    code = pytest.main([*arguments, *options], plugins=[Loop(connection)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         connection.send(("lost", f"pytest ended with {pytest.ExitCode(code).name}: its log tells why"))
 

@@ -143,10 +143,11 @@ def one_mask(problem, adapters):
         (TRAINED, broken, "RuntimeError: no kernel image"),
     ],
 )
-def test_wrong_providers_are_refused(case, build, why):
+def test_wrong_providers_are_refused(case, build, why, capsys):
     contenders = [Provider("base", providers.build_base), Provider("wrong", build, "fp32")]
     found = measure.measure(case, "cpu", TINY, contenders)
     assert why in found["wrong"].refused
+    assert ("in broken\n" in capsys.readouterr().err) == (build is broken)  # where it was raised
     assert not found["wrong"].seconds
     assert len(found["base"].seconds) == TINY.rounds
 

@@ -27,6 +27,7 @@ def test_skips():
     pytest.skip("not here")
 
 def test_dies():
+    os.write(2, b"terminate called\\n")
     os.abort()
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -49,7 +50,8 @@ def run_in_workers(tmp_path, text, *options):
     (tmp_path / "test_some.py").write_text(text)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     command = [sys.executable, ROOT / "tests" / "run_in_workers.py", tmp_path / "test_some.py", *options]
-    done = subprocess.run(list(map(str, command)), env=inherited, capture_output=True, text=True, timeout=120)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(list(map(str, command)), env=inherited, **streams, text=True, timeout=120)
     return done.returncode, done.stdout.splitlines()
 
 
@@ -67,6 +69,7 @@ def test_a_bad_test_costs_itself_alone(tmp_path):
     }
     assert "skipped 1: Skipped: not here" in said
     assert "def test_fails():" in said  # in full
+    assert "terminate called" in said
 
 
 def test_the_run_ends_in_time(tmp_path):
@@ -94,7 +97,7 @@ def answers(connection):
     serve(connection, answer)
 
 
-def test_a_process_is_kept_until_it_is_lost():
+def test_a_process_is_kept_until_it_is_lost(capfd):
     worker = Worker(answers)
     first, again = (worker.ask("hello", 60) for _ in range(2))
     assert first == again
@@ -102,6 +105,7 @@ def test_a_process_is_kept_until_it_is_lost():
     with pytest.raises(WorkerLost, match="ValueError: what is wrong") as lost:
         worker.ask("raise", 60)
     assert lost.value.at == "there"
+    assert ", in answer\n" in capfd.readouterr().err  # where it was raised
     assert worker.ask("hello", 60)[1] != first[1]
     worker.process.kill()
     with pytest.raises(WorkerLost, match="it died"):
