@@ -20,6 +20,7 @@ from tiny_models import (
     MODELS,
     VOCABULARY,
     Block,
+    bart,
     gpt2,
     inputs,
     llama,
@@ -404,6 +405,27 @@ def test_embeddings_and_tied_weights(make, tmp_path):
     unload(model)
     assert_same(snapshot(model), before)
     assert model.config.tie_word_embeddings == tied
+
+
+def test_embeddings_that_scale():
+    """BART's multiply what they look up, and what is added to it."""
+    model = bart(scale_embedding=True).eval()
+    given, table = inputs(model), model.get_decoder().embed_tokens
+    kind, plain = type(table), output(model, given)
+    adapt(model, LoraConfig(target_modules=["embed_tokens"], r=4, lora_alpha=10))
+    randomise(model)
+    ids, part = given["input_ids"], table.adapters["default"]
+    close(table(ids), (table.weight[ids] + 2.5 * part.lora_A.T[ids] @ part.lora_B.T) * HIDDEN**0.5)
+    changed = output(model, given)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    add_weighted_adapter(model, ["default"], [1.0], "same")
+    set_adapter(model, "same")
+    close(output(model, given), changed)
+    merge_adapter(model)
+    close(output(model, given), changed)
+    unload(model)
+    assert type(table) is kind
+    assert torch.equal(output(model, given), plain)
 
 
 def test_weights_that_were_tied_beside_one_that_changes(tmp_path):

@@ -16,10 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DebertaConfig,
     DebertaForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -63,6 +67,12 @@ answering = seeded(lambda: RobertaForQuestionAnswering(RobertaConfig(**SMALL)))
 t5 = seeded(lambda: T5ForConditionalGeneration(T5Config(
     vocab_size=61, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0,
 )))  # fmt: skip
+
+bart = seeded(lambda: BartForConditionalGeneration(BartConfig(
+    vocab_size=61, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=40, decoder_ffn_dim=40, scale_embedding=True,
+)))  # fmt: skip
+gemma3 = seeded(lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=6)))
 
 
 def logits(model):
@@ -115,6 +125,8 @@ CASES = {
         {**HALF, "target_modules": "all-linear", "task_type": "SEQ_CLS"},
     ),
     "lora-embedding": (llama, "LoraConfig", {**HALF, "target_modules": ["embed_tokens", "k_proj"]}),
+    "lora-scaled-embedding": (bart, "LoraConfig", {**HALF, "target_modules": ["embed_tokens", "k_proj"]}),
+    "lora-embedding-scaled-by-a-tensor": (gemma3, "LoraConfig", {**HALF, "target_modules": ["embed_tokens"]}),
     "lora-tied-embedding": (
         gpt2,
         "LoraConfig",

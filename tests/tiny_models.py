@@ -42,11 +42,11 @@ def opt():
     return tf.OPTForCausalLM(tf.OPTConfig(**sizes, **BLOCKS, dropout=0.0, bos_token_id=2))
 
 
-def bart():
+def bart(**options):
     side = {"layers": 2, "attention_heads": 4, "ffn_dim": INNER}
     sides = {f"{which}_{name}": value for which in ("encoder", "decoder") for name, value in side.items()}
     sizes = {"d_model": HIDDEN, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "dropout": 0.0}
-    return tf.BartForConditionalGeneration(tf.BartConfig(**sides, **sizes))
+    return tf.BartForConditionalGeneration(tf.BartConfig(**sides, **sizes, **options))
 
 
 def distilbert():

@@ -239,6 +239,9 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         foreign = kind.forward not in (nn.Linear.forward, BaseLinear.forward)
         own = {"plain": False if foreign else AdaptedLinear.plain, "foreign": foreign}
         return type(f"Adapted{kind.__name__}", (AdaptedMatrix, kind), own)
+    scaled = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.")
+    if scaled and issubclass(kind, nn.Embedding):
+        return type(f"Adapted{kind.__name__}", (AdaptedEmbedding, kind), {})
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return type("AdaptedConv1D", (AdaptedMatrix, kind), {"plain": AdaptedLinear.plain, "transposed": True})
     return None

@@ -61,6 +61,7 @@ class EmbeddingLoRAPart(LoRAPart):
     """LoRA on an embedding's rows [vocabulary, d]: y = E[i] + scaling * lora_B lora_A[:, i], without dropout.
 
     lora_A [r, vocabulary] is zero at the start and lora_B [d, r] normal, since gradients reach few columns of lora_A.
+    An embedding that scales what it looks up, as BART's may, scales this, too.
     """
 
     def __init__(self, embedding: nn.Embedding, r, scaling, init=True, device=None, dtype=None):
@@ -70,9 +71,11 @@ class EmbeddingLoRAPart(LoRAPart):
             nn.init.zeros_(self.lora_A)
             nn.init.normal_(self.lora_B)
         self.padding_idx = embedding.padding_idx
+        self.embed_scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
 
     def beside(self, y, x, weight):
         lora_A, lora_B, scaling = self.factors()
+        scaling *= self.embed_scale
         shrunk = F.embedding(x, lora_A.T, self.padding_idx)
         return y + (scaling * (shrunk @ lora_B.T)).to(y.dtype)
 

@@ -69,6 +69,7 @@ def _part(held: list[LoRAPart], weights: list[float], combination_type: str, r: 
     if isinstance(held[0], EmbeddingLoRAPart):
         embedding = nn.Embedding(lora_A.shape[1], len(lora_B), held[0].padding_idx, device="meta")
         part = EmbeddingLoRAPart(embedding, rank, 1.0, **like)
+        part.embed_scale = held[0].embed_scale
     else:
         part = LoRAPart(lora_A.shape[1], len(lora_B), rank, 1.0, held[0].dropout_p, **like)
     part.lora_A.copy_(lora_A)
