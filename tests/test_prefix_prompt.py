@@ -90,6 +90,13 @@ def bart(layers=3, implementation="sdpa", encoder_layers=None):
     return build(transformers.BartForConditionalGeneration, config, implementation)
 
 
+def m2m100(layers=3, implementation="sdpa"):
+    side = {"layers": layers, "attention_heads": 4, "ffn_dim": 64, "layerdrop": 0.0}
+    sides = {f"{which}_{name}": value for which in ("encoder", "decoder") for name, value in side.items()}
+    config = transformers.M2M100Config(**sides, vocab_size=VOCABULARY, d_model=32, init_std=0.3)
+    return build(transformers.M2M100ForConditionalGeneration, config, implementation)
+
+
 def vit():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     return build(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
@@ -160,7 +167,7 @@ def test_encoders_compute_what_peft_computes(make, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("make", [t5, bart])
+@pytest.mark.parametrize("make", [t5, bart, m2m100])
 def test_encoder_decoders_compute_what_peft_computes(make, implementation, kind):
     layers = 3 if implementation == "eager" else 4
     ours, theirs = pair(lambda: make(layers, implementation), kind, "SEQ_2_SEQ_LM")
@@ -172,6 +179,20 @@ def test_encoder_decoders_compute_what_peft_computes(make, implementation, kind)
     words = ours.generate(**inputs, max_new_tokens=4)
     assert torch.equal(words, theirs.generate(**inputs, max_new_tokens=4))
     assert torch.equal(words, ours.generate(**inputs, max_new_tokens=4, use_cache=False))
+
+
+def test_positions_that_a_model_counts_itself():
+    """M2M100's, of inputs_embeds and of ids with padding."""
+    model, inputs = adapted(m2m100, "prefix"), batch()
+    ids, decoder = inputs["input_ids"], model.get_decoder()
+    expected = model(**inputs, decoder_input_ids=ids).logits
+    words = decoder.embed_tokens(ids)
+    torch.testing.assert_close(model(**inputs, decoder_inputs_embeds=words).logits, expected)
+    ids[0, :3] = model.config.pad_token_id
+    shifted = decoder.embed_positions(ids), decoder.embed_positions(ids, None, 2)
+    with disable_adapter(model):
+        plain = [decoder.embed_positions(ids, past_key_values_length=past) for past in (VIRTUAL, VIRTUAL + 2)]
+    assert all(map(torch.equal, shifted, plain))
 
 
 def test_a_decoder_of_another_depth_than_the_encoder():

@@ -24,6 +24,7 @@ from ..ops import checks
 from .virtual import POSITIONS, active_parts, add_part, need_room, need_transformers, parts, position_modules, settle
 
 ATTENTION = "pyfastpeft_prefix"
+PAST = "past_key_values_length"
 
 
 def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -89,6 +90,15 @@ class Prefixes:
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": shifted}
         return (*args[: integer[0]], shifted, *args[integer[0] + 1 :]), kwargs
+
+    def shift_past(self, place, module, args, kwargs):
+        """Pre-hook of a module that counts positions itself, from its argument number `place`, what a cache holds."""
+        virtual = self.num_virtual_tokens()
+        if not virtual:
+            return None
+        if place < len(args):
+            return (*args[:place], args[place] + virtual, *args[place + 1 :]), kwargs
+        return args, {**kwargs, PAST: kwargs.get(PAST, 0) + virtual}
 
     def detach(self):
         for handle in self.handles:
@@ -208,7 +218,10 @@ def _attach(model, attentions):
         if getattr(module, "has_relative_attention_bias", False):
             module.compute_bias = partial(shifted_bias, module)
     for module in position_modules(_stack(model)):
-        prefixes.handles.append(module.register_forward_pre_hook(prefixes.shift, with_kwargs=True))
+        names, hook = list(inspect.signature(module.forward).parameters), prefixes.shift
+        if PAST in names and "position_ids" not in names:
+            hook = partial(prefixes.shift_past, names.index(PAST))
+        prefixes.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def _stack(model):
