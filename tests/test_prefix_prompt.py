@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from functools import partial
 
 import peft
 import pytest
@@ -200,6 +201,24 @@ def test_a_decoder_of_another_depth_than_the_encoder():
     assert len(part_of(model).rows) == 3
     model(**batch(), labels=batch()["input_ids"]).loss.backward()
     assert part_of(model).rows[0].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["prefix", "projection"])
+def test_rows_that_peft_counts_by_a_deeper_encoder(kind, tmp_path):
+    make = partial(bart, 2, encoder_layers=5)
+    theirs = peft.get_peft_model(make(), peft_config(kind, "SEQ_2_SEQ_LM")).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, inputs = load_adapter(make(), tmp_path), batch(padding=-4)
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+    expected = theirs(**inputs).logits
+    assert len(part_of(ours).rows) == 5
+    torch.testing.assert_close(ours(**inputs).logits, expected)
+    save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(**inputs).logits, expected)
+    torch.testing.assert_close(load_adapter(make(), tmp_path / "ours")(**inputs).logits, expected)
+    with pytest.raises(ValueError, match="num_layers is 1"):
+        adapt(make(), PrefixTuningConfig(num_layers=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,6 +42,8 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
     head_dim = head_dim or base.hidden_size // base.num_attention_heads
     layers, submodules = len(attentions), 2 if model.config.is_encoder_decoder else 1
+    if submodules == 2 and checks.whole(config.num_layers) and config.num_layers > layers:
+        layers = config.num_layers  # PEFT counts the encoder's, of which a BART may have more
     sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
     settle(config, num_transformer_submodules=submodules, **sizes)
     config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
@@ -151,7 +153,7 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
     view = module.config
     implementation = view.config._attn_implementation
     attention = view.eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-    rows = [encoder(view.layer) for encoder in view.prefixes.encoders()]
+    rows = [encoder(view.layer % encoder.num_layers) for encoder in view.prefixes.encoders()]
     if rows:
         known = attention_mask is None or isinstance(attention_mask, Tensor)
         known = known and kwargs.get("cache") is None
@@ -211,8 +213,8 @@ def _attach(model, attentions):
     prefixes = Prefixes(model)
     decoder_only = not model.config.is_encoder_decoder
     for index, module in enumerate(attentions):
-        # PEFT gives layer l of an encoder-decoder's L the rows of layer 2 l modulo L.
-        layer = index if decoder_only else 2 * index % len(attentions)
+        # PEFT gives layer l of an encoder-decoder the rows of layer 2 l modulo L, of which the prefix has rows.
+        layer = index if decoder_only else 2 * index
         eager = _forward(module).__globals__["eager_attention_forward"]
         module.config = PrefixedConfig(module.config, prefixes, layer, eager)
         if getattr(module, "has_relative_attention_bias", False):
