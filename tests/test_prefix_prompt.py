@@ -91,11 +91,16 @@ def bart(layers=3, implementation="sdpa", encoder_layers=None):
     return build(transformers.BartForConditionalGeneration, config, implementation)
 
 
-def m2m100(layers=3, implementation="sdpa"):
+def m2m100(layers=3, implementation="sdpa", name="M2M100", **options):
     side = {"layers": layers, "attention_heads": 4, "ffn_dim": 64, "layerdrop": 0.0}
     sides = {f"{which}_{name}": value for which in ("encoder", "decoder") for name, value in side.items()}
-    config = transformers.M2M100Config(**sides, vocab_size=VOCABULARY, d_model=32, init_std=0.3)
-    return build(transformers.M2M100ForConditionalGeneration, config, implementation)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "init_std": 0.3}
+    config = getattr(transformers, f"{name}Config")(**sides, **sizes, **options)
+    return build(getattr(transformers, f"{name}ForConditionalGeneration"), config, implementation)
+
+
+def nllb_moe(layers=3, _=None):  # which has no sdpa
+    return m2m100(layers, "eager", "NllbMoe", num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2)
 
 
 def vit():
@@ -168,7 +173,7 @@ def test_encoders_compute_what_peft_computes(make, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("make", [t5, bart, m2m100])
+@pytest.mark.parametrize("make", [t5, bart, m2m100, nllb_moe])
 def test_encoder_decoders_compute_what_peft_computes(make, implementation, kind):
     layers = 3 if implementation == "eager" else 4
     ours, theirs = pair(lambda: make(layers, implementation), kind, "SEQ_2_SEQ_LM")

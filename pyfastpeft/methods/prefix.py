@@ -238,8 +238,8 @@ def _attentions(model):
     kind = f"{type(model).__name__} (model_type {config.model_type!r})"
     stack, found = _stack(model), []
     for path, module in stack.named_modules():
-        cross = "Cross" in type(module).__name__ or path.endswith(("EncDecAttention", "encoder_attn"))
-        cross = cross or getattr(module, "is_cross_attention", False)
+        named = path.endswith(("EncDecAttention", "encoder_attn", "cross_attention"))
+        cross = named or "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)
         if _forward(module) is not None and hasattr(module, "config") and not cross:
             found.append(module)
     # BART counts its encoder's by the usual name.
