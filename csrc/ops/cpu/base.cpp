@@ -180,7 +180,7 @@ Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_str
 
 // New memory of many pages costs more to be given page by page than to be written: large outputs, as logits are, ask for
 // huge pages, which Linux gives on request where it does not by itself.
-void ask_for_huge_pages(const Tensor& y) {
+static void ask_for_huge_pages(const Tensor& y) {
 #ifdef __linux__
   constexpr uintptr_t LARGE = 32 << 20, HUGE_PAGE = 2 << 20;  // from LARGE on malloc takes memory from the system
   uintptr_t size = y.numel() * item_size(dtype_of(y, "y")), begin = (uintptr_t)y.const_data_ptr(), end = begin + size;
