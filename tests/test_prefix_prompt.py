@@ -187,6 +187,26 @@ def test_encoder_decoders_compute_what_peft_computes(make, implementation, kind)
     assert torch.equal(words, ours.generate(**inputs, max_new_tokens=4, use_cache=False))
 
 
+@pytest.mark.parametrize("kind", ["UMT5EncoderModel", "UMT5ForTokenClassification"])
+def test_encoders_whose_config_tells_of_a_decoder(kind, tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    make = partial(build, getattr(transformers, kind), transformers.UMT5Config(**sizes))
+    model, inputs = adapted(make, "prompt"), batch(padding=-4)
+    assert model.config.is_encoder_decoder
+    assert model(**inputs)[0].shape[:2] == inputs["input_ids"].shape
+    assert len(part_of(model).weight) == VIRTUAL
+    task = "FEATURE_EXTRACTION" if kind == "UMT5EncoderModel" else "TOKEN_CLS"
+    theirs = peft.get_peft_model(make(), peft_config("prompt", task)).eval()
+    theirs.save_pretrained(tmp_path)
+    output = load_adapter(make(), tmp_path)(**inputs)[0]
+    torch.testing.assert_close(output, theirs(**inputs)[0][:, -TOKENS:])
+    if kind == "UMT5ForTokenClassification":
+        assert model(**inputs, labels=inputs["input_ids"] % 2).loss.isfinite()
+    set_adapter(adapt(model, PrefixTuningConfig(num_virtual_tokens=VIRTUAL), "prefix"), "prefix")
+    model(**inputs)[0].square().sum().backward()
+    assert all(row.grad.any() for row in part_of(model, "prefix").rows)
+
+
 def test_positions_that_a_model_counts_itself():
     """M2M100's, of inputs_embeds and of ids with padding."""
     model, inputs = adapted(m2m100, "prefix"), batch()

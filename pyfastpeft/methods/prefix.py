@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from ..layers.prefix import PrefixEncoder
 from ..ops import checks
-from .virtual import POSITIONS, active_parts, add_part, need_room, need_transformers, parts, position_modules, settle
+from .virtual import (
+    POSITIONS,
+    active_parts,
+    add_part,
+    is_encoder_decoder,
+    need_room,
+    need_transformers,
+    parts,
+    position_modules,
+    settle,
+)
 
 ATTENTION = "pyfastpeft_prefix"
 PAST = "past_key_values_length"
@@ -41,7 +51,7 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     checks.need(isinstance(heads, int), "prefix tuning", "model", given, needed, NotImplementedError)
     head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
     head_dim = head_dim or base.hidden_size // base.num_attention_heads
-    layers, submodules = len(attentions), 2 if model.config.is_encoder_decoder else 1
+    layers, submodules = len(attentions), 2 if is_encoder_decoder(model) else 1
     if submodules == 2 and checks.whole(config.num_layers) and config.num_layers > layers:
         layers = config.num_layers  # PEFT counts the encoder's, of which a BART may have more
     sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
@@ -211,7 +221,7 @@ def _register():
 def _attach(model, attentions):
     _register()
     prefixes = Prefixes(model)
-    decoder_only = not model.config.is_encoder_decoder
+    decoder_only = not is_encoder_decoder(model)
     for index, module in enumerate(attentions):
         # PEFT gives layer l of an encoder-decoder the rows of layer 2 l modulo L, of which the prefix has rows.
         layer = index if decoder_only else 2 * index
@@ -228,7 +238,7 @@ def _attach(model, attentions):
 
 def _stack(model):
     """What gets the prefix: of an encoder-decoder, the decoder."""
-    return model.get_decoder() if model.config.is_encoder_decoder else model
+    return model.get_decoder() if is_encoder_decoder(model) else model
 
 
 def _attentions(model):

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from ..layers.prompt import PromptEmbedding
 from ..ops import checks
 from .tables import table
-from .virtual import active_parts, add_part, need_room, need_transformers, parts, position_modules, settle
+from .virtual import (
+    active_parts,
+    add_part,
+    is_encoder_decoder,
+    need_room,
+    need_transformers,
+    parts,
+    position_modules,
+    settle,
+)
 
 
 def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -33,7 +42,7 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     embeddings or inputs_embeds.
     """
     words = _words(model)
-    submodules = 2 if model.config.is_encoder_decoder else 1
+    submodules = 2 if is_encoder_decoder(model) else 1
     settle(config, token_dim=words.weight.shape[1], num_transformer_submodules=submodules)
     part = PromptEmbedding(config.num_virtual_tokens, config.token_dim, submodules)
     if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
@@ -236,7 +245,7 @@ def _attach(model):
 
 def _entrance(model):
     """The module that the virtual tokens enter."""
-    return model.get_encoder() if model.config.is_encoder_decoder else model
+    return model.get_encoder() if is_encoder_decoder(model) else model
 
 
 def _words(model):

@@ -15,6 +15,14 @@ def need_transformers(model: nn.Module, op: str) -> None:
     need(known, op, "model", f"a {type(model).__name__}", "a transformers model", TypeError)
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has both; the config of an encoder alone, as UMT5's, may say so, too."""
+    if not model.config.is_encoder_decoder:
+        return False
+    encoder = model.get_encoder()
+    return all(module is not encoder for module in model.get_decoder().modules())
+
+
 def add_part(model: nn.Module, name: str, part: nn.Module, autocast_adapter_dtype: bool) -> None:
     """Put a part at the top of the model, on its device; in its dtype, or in float32 where that is of 16 bits and
     `autocast_adapter_dtype` holds."""
