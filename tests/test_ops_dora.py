@@ -61,6 +61,14 @@ def test_dora_output_may_be_written_in_place_behind_hooks(hooks):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 40, 150])
+def test_dora_with_a_weight_of_columns(backend, dtype, tokens):
+    inputs = dora_inputs(tokens, 130, 1100, 4, dtype)
+    assert_dora(inputs | {"weight": inputs["weight"].T.contiguous().T})  # as Conv1D's
+
+
 @branch_backends
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e20, -1.0])
 def test_dora_magnitudes_of_any_size(backend, scale):

@@ -26,13 +26,20 @@ Tensor view(const Matrix<C>& m) {
                                   sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
 }
 
-// A block of the weight is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS; they stay in
-// the second cache, packed by STEP. ROWS are those of a tile; up to FEW rows, or half as many, go without panels.
-constexpr int64_t DEPTH = 768, STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS;
+// One factor is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS, packed by STEP: the input,
+// where it has up to SOME rows and those of the weight lie along the depth, else the weight. Panels stay in the second
+// cache. Up to FEW rows, or half as many, go without. ROWS are those of a tile, SHARED columns are whole tiles for all.
+// With many rows the next block of the weight is asked for during the LATE last tiles: theirs would drive it out again.
+constexpr int64_t STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS, SOME = 128, SHARED = 60, LATE = 8;
 
 bool has_unit_stride(const Tensor& w) {
   return w.stride(0) == 1 || w.stride(1) == 1 || w.size(0) == 1 || w.size(1) == 1;
 }
+
+enum class Panels { none, input, weight };
+
+// How deep panels are at most: a page of a row that is read beside them, or less for more panels of the weight.
+int64_t depth_of(Panels panels) { return panels == Panels::input ? 1024 : 768; }
 
 // The weight as [Q, P], of whose rows a product is made: itself, or for `transposed` its transpose.
 struct Factor {
@@ -50,73 +57,137 @@ struct Factor {
         stride_p(w.stride(!transposed)),
         scale(scale) {}
   bool along_p() const { return stride_p == 1 || p == 1; }
-  // Whether rows of w are read as they lie: for m too few to pay for panels, fewer where each reading casts them.
-  bool unpacked(int64_t m) const { return m <= (dtype == Dtype::f32 ? FEW : FEW / 2) && along_p() && !scale; }
+  // What panels are made of for an input of m rows: nothing, where these are too few to pay for it, or fewer where each
+  // reading casts the weight.
+  Panels panels(int64_t m, bool add) const {
+    if (!along_p() || m > SOME) return Panels::weight;
+    return m <= (dtype == Dtype::f32 ? FEW : FEW / 2) && !scale && !add ? Panels::none : Panels::input;
+  }
   const char* at(int64_t row, int64_t column) const {
     return data + (row * stride_q + column * stride_p) * item_size(dtype);
   }
 };
 
-// A block of the weight, whose cache lines are asked for in shares, while the block before it is packed and multiplied.
-class Upcoming {
+// The input in panels, transposed: [P / depth][M / width][depth][width], with zeros up to whole vectors.
+class InputPanels {
  public:
-  Upcoming(const Factor& w, int64_t q0, int64_t n, int64_t p0, int64_t depth, int64_t shares)
-      : row_(w.at(q0, p0)),
-        stride_((w.along_p() ? w.stride_q : w.stride_p) * item_size(w.dtype)),
-        rows_(w.along_p() ? n : depth),
-        lines_(blocks((w.along_p() ? depth : n) * item_size(w.dtype), LINE)),
-        share_(blocks(rows_ * lines_, shares)) {}
+  InputPanels(const Rows& in, int64_t m, const Factor& w)
+      : m_(blocks(m, k_.lanes) * k_.lanes), p_(w.p), data_(new float[m_ * p_]) {
+    int64_t across = blocks(m, k_.width), tasks = across * blocks(p_, depth_);
+    torch::stable::parallel_for(0, tasks, m * p_ < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        int64_t p0 = task / across * depth_, t0 = task % across * k_.width, n = std::min(k_.width, m - t0);
+        fill(in, t0, n, p0, std::min(depth_, p_ - p0), w.scale, columns(t0));
+      }
+    });
+  }
+  int64_t rows() const { return m_; }
+  int64_t columns(int64_t t) const { return std::min(k_.width, m_ - t); }
+  const float* at(int64_t t, int64_t p0) const { return data_.get() + p0 * m_ + t * std::min(depth_, p_ - p0); }
 
-  void ask() {
-    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
-      __builtin_prefetch(row_ + line_ * LINE, 0, 2);
-      if (++line_ == lines_) line_ = 0, --rows_, row_ += stride_;
+ private:
+  void fill(const Rows& in, int64_t t0, int64_t n, int64_t p0, int64_t depth, const float* scale, int64_t width) {
+    float* panel = const_cast<float*>(at(t0, p0));
+    k_.transpose(Dtype::f32, in.at(t0, p0), in.stride, n, depth, 1, panel, width);
+    for (int64_t i = 0; i < depth; ++i, panel += width) {
+      for (int64_t j = 0; scale && j < n; ++j) panel[j] *= scale[p0 + i];
+      std::fill(panel + n, panel + width, 0.0f);
     }
   }
 
- private:
-  static constexpr int64_t LINE = 64;  // bytes
-  const char* row_;
-  int64_t stride_, rows_, lines_, share_, line_ = 0;
+  const int64_t depth_ = depth_of(Panels::input);
+  const Kernels<float>& k_ = kernels<float>();
+  int64_t m_, p_;
+  std::unique_ptr<float[]> data_;
 };
 
 // out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS; the rows of w from next_q on, where
-// there are any, are those of the product after this one.  in, out: float32
+// there are any, are those of the product after this one.  in, out: float32; in is not read where there are panels of it
 class Product {
  public:
-  Product(const Factor& w, bool unpacked)
-      : w_(w), unpacked_(unpacked), panels_(new float[unpacked ? 0 : DEPTH * COLUMNS]) {}
+  Product(const Factor& w, Panels panels, const InputPanels* input)
+      : w_(w),
+        kind_(panels),
+        depth_(depth_of(panels)),
+        input_(input),
+        memory_(new float[panels == Panels::input    ? 2 * SHARED * input->rows() + ROWS * depth_
+                          : panels == Panels::weight ? depth_ * COLUMNS
+                                                     : 0]) {}
 
   void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add, int64_t next_q) {
-    if (unpacked_) {
+    if (kind_ == Panels::none) {
       tile(in, out, 0, m, 0, 0);
       return k_.dot(from_, 0, m, w_.dtype, w_.at(q0, 0), w_.stride_q, n, w_.p, to_);
     }
-    for (int64_t p0 = 0; p0 < w_.p; p0 += DEPTH) {
-      int64_t depth = std::min(DEPTH, w_.p - p0);
-      bool last = p0 + depth == w_.p;
-      int64_t next = last ? next_q : q0, next_p = last ? 0 : p0 + depth;
-      Upcoming upcoming(w_, next, std::min(n, w_.q - next), next_p, std::min(DEPTH, w_.p - next_p),
-                        (blocks(depth, STEP) + blocks(m, ROWS)) * blocks(n, k_.width));
-      for (int64_t j = 0; j < n; j += k_.width) {
-        for (int64_t p = 0; p < depth; p += STEP) {
-          pack(q0 + j, std::min(k_.width, n - j), p0 + p, std::min(STEP, depth - p), panel(j, depth) + p * k_.width);
-          upcoming.ask();
+    for (int64_t p0 = 0; p0 < w_.p; p0 += depth_) {
+      int64_t depth = std::min(depth_, w_.p - p0), end = p0 + depth;
+      auto upcoming = [&](int64_t shares) {
+        return end < w_.p ? block(q0, n, end, shares) : block(next_q, n, 0, shares);
+      };
+      if (input_) {
+        combine(q0, n, p0, depth, upcoming(blocks(n, ROWS) * blocks(m, k_.width)));
+      } else {
+        int64_t tiles = m / ROWS, late = std::min(tiles, LATE), packs = tiles == late ? blocks(depth, STEP) : 0;
+        Upcoming next = upcoming(blocks(n, k_.width) * (packs + late * (depth / Next::STEPS))), none;
+        for (int64_t j = 0; j < n; j += k_.width) {
+          for (int64_t p = 0; p < depth; p += STEP) {
+            pack(q0 + j, std::min(k_.width, n - j), p0 + p, std::min(STEP, depth - p), panel(j, depth) + p * k_.width);
+            if (packs) next.ask();
+          }
+        }
+        for (int64_t t = 0; t < m; t += ROWS) {
+          int64_t count = std::min(ROWS, m - t);
+          for (int64_t j = 0; j < n; j += k_.width) {
+            tile(in, out, t, count, p0, j);
+            multiply(count, panel(j, depth), depth, std::min(k_.width, n - j), add || p0 > 0,
+                     {0, ROWS * out.stride, t / ROWS < tiles - late ? &none : &next});
+          }
         }
       }
-      for (int64_t t = 0; t < m; t += ROWS) {
-        int64_t count = std::min(ROWS, m - t);
-        for (int64_t j = 0; j < n; j += k_.width) {
-          upcoming.ask();
-          tile(in, out, t, count, p0, j);
-          multiply(count, panel(j, depth), depth, std::min(k_.width, n - j), add || p0 > 0);
-        }
+    }
+    if (input_) transpose(m, n, out, add);
+  }
+
+ private:
+  // Rows of the weight that are read after those of now.
+  Upcoming block(int64_t q0, int64_t n, int64_t p0, int64_t shares) const {
+    int64_t depth = std::min(depth_, w_.p - p0), size = item_size(w_.dtype);
+    n = std::min(n, w_.q - q0);
+    if (w_.along_p()) return {w_.at(q0, p0), w_.stride_q * size, n, depth * size, shares};
+    return {w_.at(q0, p0), w_.stride_p * size, depth, n * size, shares};
+  }
+
+  // The transpose of the block of out, with rows of whole vectors.
+  void combine(int64_t q0, int64_t n, int64_t p0, int64_t depth, Upcoming next) {
+    float *sums = memory_.get(), *wide = sums + 2 * SHARED * input_->rows();
+    const float* from[ROWS];
+    float* to[ROWS];
+    for (int64_t j = 0; j < n; j += ROWS) {
+      int64_t count = std::min(ROWS, n - j);
+      for (int64_t i = 0; i < count; ++i) {
+        const char* row = w_.at(q0 + j + i, p0);
+        from[i] = w_.dtype == Dtype::f32 ? reinterpret_cast<const float*>(row) : wide + i * depth;
+        if (w_.dtype != Dtype::f32) k_.widen(w_.dtype, row, wide + i * depth, depth);
+      }
+      for (int64_t t = 0; t < input_->rows(); t += k_.width) {
+        int64_t width = input_->columns(t);
+        for (int64_t i = 0; i < count; ++i) to[i] = sums + (j + i) * input_->rows() + t;
+        k_.axpy(from, 1, count, input_->at(t, p0), width, depth, to, width, p0 > 0, {});
+        if (w_.dtype != Dtype::f32) next.ask();  // rows that are cast, since that leaves no time to wait for others
       }
     }
   }
 
- private:
-  float* panel(int64_t j, int64_t depth) { return panels_.get() + j * depth; }
+  void transpose(int64_t m, int64_t n, const Rows& out, bool add) {
+    float *to = reinterpret_cast<float*>(out.data), *sums = memory_.get() + n * input_->rows();
+    int64_t stride = add ? n : out.stride;
+    for (int64_t t = 0; t < m; t += 8)  // rows of out; more evict one another where they lie a power of two apart
+      k_.transpose(Dtype::f32, memory_.get() + t, input_->rows(), n, std::min<int64_t>(8, m - t), 1,
+                   (add ? sums : to) + t * stride, stride);
+    for (int64_t t = 0; add && t < m; ++t) k_.add(to + t * out.stride, sums + t * n, n);
+  }
+
+  float* panel(int64_t j, int64_t depth) { return memory_.get() + j * depth; }
 
   void tile(const Rows& in, const Rows& out, int64_t t, int64_t count, int64_t p, int64_t j) {
     for (int64_t i = 0; i < count; ++i) {
@@ -141,9 +212,9 @@ class Product {
     }
   }
 
-  void multiply(int64_t count, const float* panel, int64_t depth, int64_t n, bool add) {
+  void multiply(int64_t count, const float* panel, int64_t depth, int64_t n, bool add, Next next) {
     int64_t width = k_.width;
-    if (n == width) return k_.axpy(from_, 1, count, panel, width, depth, to_, n, add, {});
+    if (n == width) return k_.axpy(from_, 1, count, panel, width, depth, to_, n, add, next);
     float whole[ROWS * COLUMNS];  // the kernel's vectors are faster than what it does with a rest of columns
     float* rows[ROWS];
     for (int64_t i = 0; i < count; ++i) rows[i] = whole + i * width;
@@ -156,16 +227,19 @@ class Product {
 
   const Kernels<float>& k_ = kernels<float>();
   const Factor& w_;
-  bool unpacked_;
-  std::unique_ptr<float[]> panels_;
+  Panels kind_;
+  int64_t depth_;  // of a panel
+  const InputPanels* input_;
+  std::unique_ptr<float[]> memory_;  // panels of the weight; with those of the input, sums, twice, and cast rows
   const float* from_[FEW];
   float* to_[FEW];
 };
 
-// Columns of a block: fewer than COLUMNS where these would leave threads idle.
-int64_t block_columns(int64_t q, bool unpacked) {
-  int64_t block = COLUMNS, least = unpacked ? 16 : kernels<float>().width, threads = torch::stable::get_num_threads();
-  while (block > least && blocks(q, block) < 2 * threads) block /= 2;
+// Columns of a block: fewer than usual where these would leave threads idle.
+int64_t block_columns(int64_t q, Panels panels) {
+  int64_t block = panels == Panels::input ? SHARED : COLUMNS, threads = torch::stable::get_num_threads();
+  int64_t least = panels == Panels::weight ? kernels<float>().width : 15;
+  while (block / 2 >= least && blocks(q, block) < 2 * threads) block /= 2;
   return block;
 }
 
@@ -224,15 +298,16 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
     STD_TORCH_CHECK(start.dtype == Dtype::f32, "bias must be float32");
   }
   if (m == 0) return;
-  bool unpacked = weight.unpacked(m) && !start;
+  Panels panels = weight.panels(m, bool(start));
+  std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(in, m, weight) : nullptr);
   // Rows are shared out, too, where columns leave threads idle, or where so many are in no cache.
-  int64_t width = block_columns(q, unpacked), columns = blocks(q, width), threads = torch::stable::get_num_threads();
+  int64_t width = block_columns(q, panels), columns = blocks(q, width), threads = torch::stable::get_num_threads();
   int64_t parts = std::max(blocks(m, 1024), std::min(blocks(2 * threads, columns), blocks(m, 8 * ROWS)));
-  int64_t height = blocks(blocks(m, parts), ROWS) * ROWS;
+  int64_t height = input ? m : blocks(blocks(m, parts), ROWS) * ROWS;
   parts = blocks(m, height);
   int64_t work = m * q * weight.p, tasks = columns * parts;
   torch::stable::parallel_for(0, tasks, work < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
-    Product product(weight, unpacked);
+    Product product(weight, panels, input.get());
     for (int64_t task = begin; task < end; ++task) {
       int64_t q0 = task / parts * width, n = std::min(width, q - q0), t0 = task % parts * height;
       int64_t count = std::min(height, m - t0);
@@ -268,10 +343,11 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   if (!has_unit_stride(w)) return matmul_upcast(in, m, torch::stable::contiguous(w), transposed, done);
   Factor weight(w, transposed);
   Rows rows{Dtype::f32, reinterpret_cast<char*>(const_cast<float*>(in)), weight.p};
-  bool unpacked = weight.unpacked(m);
-  int64_t width = block_columns(weight.q, unpacked);
+  Panels panels = weight.panels(m, false);
+  std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(rows, m, weight) : nullptr);
+  int64_t width = block_columns(weight.q, panels);
   torch::stable::parallel_for(0, blocks(weight.q, width), 1, [&](int64_t begin, int64_t end) {
-    Product product(weight, unpacked);
+    Product product(weight, panels, input.get());
     Buffer<float> sums(m, width);
     for (int64_t block = begin; block < end; ++block) {
       int64_t q0 = block * width, n = std::min(width, weight.q - q0);

@@ -1,5 +1,6 @@
 // The kernels that are compiled once per instruction set, as a table chosen at run time.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 namespace pyfastpeft {
@@ -11,15 +12,41 @@ enum class Activation : int { relu, gelu, gelu_tanh, silu, tanh, identity };
 
 inline int64_t item_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
-// Elements from a row to the one that is used a call later, which is asked for meanwhile; 0: none is.
+// Rows of memory, whose cache lines are asked for in shares while other memory is used.
+class Upcoming {
+ public:
+  Upcoming() = default;
+  Upcoming(const char* row, int64_t stride, int64_t rows, int64_t bytes, int64_t shares)
+      : row_(row), stride_(stride), rows_(rows), lines_((bytes + LINE - 1) / LINE) {
+    share_ = (rows_ * lines_ + shares - 1) / std::max<int64_t>(shares, 1);
+  }
+
+  void ask(int64_t shares = 1) {
+    for (int64_t i = shares * share_; i > 0 && rows_ > 0; --i) {
+      __builtin_prefetch(row_ + line_ * LINE, 0, 2);
+      if (++line_ == lines_) line_ = 0, --rows_, row_ += stride_;
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;  // bytes
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0, lines_ = 0, share_ = 0, line_ = 0;
+};
+
+// What is asked for meanwhile. c, y: rows used a call later, by the elements from this call's to them; 0: none are. block:
+// a share for every STEPS of the depth, and the rows of y once.
 struct Next {
+  static constexpr int64_t STEPS = 16;
   int64_t c = 0, y = 0;
+  Upcoming* block = nullptr;
 };
 
 // Sums are formed in C: double for f64, float for all others.
 template <class C>
 struct Kernels {
   int64_t width;  // columns of y for which axpy reads c once
+  int64_t lanes;  // elements of a vector
   // out[i] = in[i] for i < n; in is of the given dtype.
   void (*widen)(Dtype, const void* in, C* out, int64_t n);
   // out[i] = in[i], rounded to nearest even; out is of the given dtype.

@@ -245,26 +245,26 @@ void dot(const C* const* x, int64_t stride, int64_t tokens, Dtype dtype, const v
   });
 }
 
-enum class Ask { nothing, c, y };
+enum class Ask { nothing, c, y, block };
 
-// T rows of y, W vectors wide, from column n. The rows of c or of y that lie `ahead` elements on are asked for.
+// T rows of y, W vectors wide, from column n.
 template <class C, int T, int W, bool Accumulate, Ask ask = Ask::nothing>
 inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y, int64_t n,
-                      int64_t ahead = 0) {
+                      Next next = {}) {
   constexpr int64_t L = Simd<C>::lanes;
   Vec<C> acc[T][W];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) acc[t][w] = Vec<C>{};
-  for (int64_t q = 0; q < depth; ++q) {
+  auto add = [&](int64_t q) {
     Vec<C> v[W];
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) v[w] = load(c + q * ldc + n + w * L);
-    if constexpr (ask != Ask::nothing) {
-      const C* row = ask == Ask::c ? c + q * ldc : y[q < T ? q : 0];
+    if constexpr (ask == Ask::c || ask == Ask::y) {
+      const C* row = ask == Ask::c ? c + q * ldc + next.c : y[q < T ? q : 0] + next.y;
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) __builtin_prefetch(row + ahead + n + w * L, 0, ask == Ask::c ? 2 : 3);
+      for (int w = 0; w < W; ++w) __builtin_prefetch(row + n + w * L, 0, ask == Ask::c ? 2 : 3);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -272,7 +272,18 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) acc[t][w] += factor * v[w];
     }
+  };
+  int64_t q = 0;
+  if constexpr (ask == Ask::block) {
+    constexpr int64_t SHARES = BYTES == 64 ? 1 : 16;  // where a step takes less time, a loop's end costs more
+    for (int64_t t = 0; q + SHARES * Next::STEPS <= depth; t += 2) {
+      for (int64_t end = q + SHARES * Next::STEPS; q < end; ++q) add(q);
+      next.block->ask(SHARES);
+      for (int64_t i = t; i < t + 2 && i < T; ++i)
+        for (int w = 0; w < W; ++w) __builtin_prefetch(y[i] + next.y + n + w * L, 0, 3);
+    }
   }
+  for (; q < depth; ++q) add(q);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
@@ -292,12 +303,15 @@ inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, 
   constexpr int W = WIDTH<C> / L;
   int64_t n = 0;
   if constexpr (T == 6) {
+    if (next.block)
+      for (; n + W * L <= columns; n += W * L)
+        axpy_tile<C, T, W, Accumulate, Ask::block>(s, step, c, ldc, depth, y, n, next);
     if (next.c)
       for (; n + W * L <= columns; n += W * L)
-        axpy_tile<C, T, W, Accumulate, Ask::c>(s, step, c, ldc, depth, y, n, next.c);
+        axpy_tile<C, T, W, Accumulate, Ask::c>(s, step, c, ldc, depth, y, n, next);
     if (next.y)
       for (; n + W * L <= columns; n += W * L)
-        axpy_tile<C, T, W, Accumulate, Ask::y>(s, step, c, ldc, depth, y, n, next.y);
+        axpy_tile<C, T, W, Accumulate, Ask::y>(s, step, c, ldc, depth, y, n, next);
   }
   for (; n + W * L <= columns; n += W * L) axpy_tile<C, T, W, Accumulate>(s, step, c, ldc, depth, y, n);
   for (; n + L <= columns; n += L) axpy_tile<C, T, 1, Accumulate>(s, step, c, ldc, depth, y, n);
@@ -314,7 +328,7 @@ template <class C, bool Accumulate>
 inline void axpy_all(const C* const* s, int64_t step, int64_t rows, const C* c, int64_t ldc, int64_t depth, C* const* y,
                      int64_t columns, Next next) {
   int64_t t = 0;
-  auto own = [&] { return Next{t ? 0 : next.c, next.y}; };  // rows of c are the same for all
+  auto own = [&] { return Next{t ? 0 : next.c, next.y, next.block}; };  // rows of c are the same for all
   for (; t + 6 <= rows; t += 6) axpy_rows<C, 6, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
   for (; t + 4 <= rows; t += 4) axpy_rows<C, 4, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
   for (; t + 2 <= rows; t += 2) axpy_rows<C, 2, Accumulate>(s + t, step, c, ldc, depth, y + t, columns, own());
@@ -661,8 +675,8 @@ void slope(Activation activation, C* x, int64_t n) {
 }
 
 template <class C>
-constexpr Kernels<C> table = {WIDTH<C>,  widen<C>,    narrow<C>,       dot<C>,  axpy<C>,     project<C>, transpose<C>,
-                              add<C>,    multiply<C>, multiply_add<C>, drop<C>, activate<C>, slope<C>};
+constexpr Kernels<C> table = {WIDTH<C>,     Simd<C>::lanes, widen<C>,  narrow<C>, dot<C>,      axpy<C>,         project<C>,
+                              transpose<C>, add<C>,         multiply<C>, multiply_add<C>, drop<C>, activate<C>, slope<C>};
 #undef SHUFFLE
 
 }  // namespace pyfastpeft::ISA
