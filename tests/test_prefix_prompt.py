@@ -207,6 +207,44 @@ def test_encoders_whose_config_tells_of_a_decoder(kind, tmp_path):
     assert all(row.grad.any() for row in part_of(model, "prefix").rows)
 
 
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2"])
+def test_encoders_of_audio(kind, monkeypatch):
+    """Their frames stay where they are; Whisper has positions for no more, and counts its decoder's layers, too."""
+    if kind == "whisper":
+        side = {"attention_heads": 4, "ffn_dim": 64}
+        sides = {f"{which}_{name}": value for which in ("encoder", "decoder") for name, value in side.items()}
+        sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "num_mel_bins": 8, "max_source_positions": 8}
+        config = transformers.WhisperConfig(**sides, **sizes, pad_token_id=0, init_std=0.3)
+        model, frames = build(transformers.WhisperForAudioClassification, config), torch.randn(2, 8, 16)
+    else:
+        sizes = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
+        sizes |= {"num_conv_pos_embedding_groups": 2, "intermediate_size": 64, "initializer_range": 0.3}
+        config = transformers.Wav2Vec2Config(**WIDE | {"num_hidden_layers": 3}, **sizes)
+        model, frames = build(transformers.Wav2Vec2ForSequenceClassification, config), torch.randn(2, 60)
+    plain = model(frames).logits
+    adapt(model, PrefixTuningConfig(num_virtual_tokens=VIRTUAL))
+    output = model(frames).logits
+    assert not torch.allclose(output, plain, atol=1e-3)
+    output.sum().backward()
+    rows = part_of(model).rows
+    assert len(rows) == 3
+    assert all(row.grad.any() for row in rows)
+
+    def attention(self, hidden_states, *_, **__):
+        prefix = next(remaining).view(VIRTUAL, 2, 32).expand(2, -1, -1, -1).unbind(2)
+        key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        key, value = (torch.cat(pair, 1).unflatten(2, (4, 8)) for pair in zip(prefix, (key, value)))
+        query = self.q_proj(hidden_states).unflatten(2, (4, 8))
+        weights = (torch.einsum("bthd,bshd->bhts", query, key) / 8**0.5).softmax(-1)
+        return self.out_proj(torch.einsum("bhts,bshd->bthd", weights, value).flatten(2)), None
+
+    remaining = iter(list(rows))
+    layer = next(module for module in model.modules() if hasattr(module, "q_proj"))
+    monkeypatch.setattr(type(layer), "forward", attention)
+    with disable_adapter(model):
+        torch.testing.assert_close(model(frames).logits, output)
+
+
 def test_positions_that_a_model_counts_itself():
     """M2M100's, of inputs_embeds and of ids with padding."""
     model, inputs = adapted(m2m100, "prefix"), batch()

@@ -7,7 +7,8 @@ it, so that cached and uncached generation, padding, beams and checkpointing are
 
 The rows take the first V positions, as PEFT's do, which puts them into the cache: the real tokens' positions and T5's
 distances are shifted by V where they are used, and a sliding window moves away from the rows as from any token. It does
-so by position, so that padding on the left changes nothing. In an encoder-decoder the decoder gets the prefix, with
+so by position, so that padding on the left changes nothing. The frames of audio and the patches of images stay where
+they are. In an encoder-decoder the decoder gets the prefix, with
 PEFT's order of rows, which leaves those of every other layer unused where the number of layers is even; there
 DistributedDataParallel wants find_unused_parameters=True.
 """
@@ -229,7 +230,7 @@ def _attach(model, attentions):
         module.config = PrefixedConfig(module.config, prefixes, layer, eager)
         if getattr(module, "has_relative_attention_bias", False):
             module.compute_bias = partial(shifted_bias, module)
-    for module in position_modules(_stack(model)):
+    for module in position_modules(_stack(model)) if _reads_tokens(_stack(model)) else ():
         names, hook = list(inspect.signature(module.forward).parameters), prefixes.shift
         if PAST in names and "position_ids" not in names:
             hook = partial(prefixes.shift_past, names.index(PAST))
@@ -239,6 +240,11 @@ def _attach(model, attentions):
 def _stack(model):
     """What gets the prefix: of an encoder-decoder, the decoder."""
     return model.get_decoder() if is_encoder_decoder(model) else model
+
+
+def _reads_tokens(stack):
+    """Whether what goes in are tokens, not images or audio."""
+    return getattr(stack, "main_input_name", "input_ids") == "input_ids"
 
 
 def _attentions(model):
@@ -253,12 +259,14 @@ def _attentions(model):
         if _forward(module) is not None and hasattr(module, "config") and not cross:
             found.append(module)
     # BART counts its encoder's by the usual name.
-    layers = getattr(stack.config, "decoder_layers", None) or getattr(stack.config, "num_hidden_layers", None)
+    alone = config.is_encoder_decoder and not is_encoder_decoder(model)
+    names = ("num_hidden_layers",) if alone else ("decoder_layers", "num_hidden_layers")
+    layers = next((count for name in names if (count := getattr(stack.config, name, None))), None)
     given = f"{kind}, in which {len(found)} self-attention modules use transformers' attention interface"
     needed = f"a model of one stack, in which {'all' if layers is None else f'all {layers}'} layers do"
     checks.need(found and len(found) == layers, "prefix tuning", "model", given, needed, NotImplementedError)
     relative = hasattr(found[0], "has_relative_attention_bias")
-    placed = relative or position_modules(stack) or getattr(model, "main_input_name", None) == "pixel_values"
+    placed = relative or position_modules(stack) or not _reads_tokens(stack)
     needed = f"a model whose tokens' positions are found: modules called {', '.join(POSITIONS)}, or T5's bias"
     checks.need(placed, "prefix tuning", "model", kind, needed, NotImplementedError)
     upcast = getattr(found[0], "reorder_and_upcast_attn", False) and config._attn_implementation == "eager"
