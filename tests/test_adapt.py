@@ -45,6 +45,7 @@ from pyfastpeft import (
     count_parameters,
     delete_adapter,
     disable_adapter,
+    load_adapter,
     merge_adapter,
     merged_adapters,
     set_adapter,
@@ -428,19 +429,62 @@ def test_embeddings_that_scale():
     assert torch.equal(output(model, given), plain)
 
 
-def test_weights_that_were_tied_beside_one_that_changes(tmp_path):
-    """Stored once, they would not be found by their other names in a model without ties."""
+def marian():
     sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     sizes |= {"vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 1}
     tokens = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-    model = tf.MarianMTModel(tf.MarianConfig(**sizes, **tokens, max_position_embeddings=32)).eval()
+    return tf.MarianMTModel(tf.MarianConfig(**sizes, **tokens, max_position_embeddings=32))
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (marian, LoraConfig(target_modules=["lm_head"])),
+        (marian, LoraConfig(target_modules=["embed_tokens"])),
+        (t5, SelectiveConfig(target_parameters=["embed_tokens.weight"])),
+        (bart, LoraConfig(target_modules=["decoder.embed_tokens"])),
+        (bart, SelectiveConfig(target_parameters=["embed_tokens.weight"])),
+    ],
+)
+def test_weights_that_were_tied_beside_one_that_changes(make, config, tmp_path):
+    """Stored once, they would not be found by their other names in a model without ties."""
+    model = make().eval()
     given = inputs(model)
-    adapt(model, LoraConfig(target_modules=["lm_head"]))
+    plain = output(model, given)
+    adapt(model, config)
     randomise(model)
     changed = output(model, given)
+    assert not torch.allclose(changed, plain, atol=1e-3)
     unload(model, merge=True).save_pretrained(tmp_path)
     close(output(model, given), changed)
-    assert torch.equal(output(tf.MarianMTModel.from_pretrained(tmp_path).eval(), given), output(model, given))
+    assert torch.equal(output(type(model).from_pretrained(tmp_path).eval(), given), output(model, given))
+
+
+@pytest.mark.parametrize("make", [t5, bart, marian])
+def test_tables_that_nothing_calls(make, tmp_path):
+    model = make().eval()
+    given, before = inputs(model), snapshot(model)
+    for config in (
+        LoraConfig(target_modules=["shared"]),
+        LoraConfig(modules_to_save=["shared"]),
+        SelectiveConfig(target_parameters=["shared.weight"]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"config is one that changes '(model\.)?shared', .* one that names \['\S*en"
+        ):
+            adapt(model, config)
+        assert_same(snapshot(model), before)
+    adapt(model, LoraConfig(target_modules=["shared", "embed_tokens"]))  # one of those that are called is there
+    unload(model)
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(make().eval(), peft.LoraConfig(target_modules=["shared"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "adapter")
+    plain = output(model, given)
+    with pytest.warns(UserWarning, match="'(model.)?shared', .* no effect"):
+        load_adapter(model, tmp_path / "adapter")
+    assert torch.equal(output(model, given), plain)
+    unload(model, merge=True).save_pretrained(tmp_path)
+    assert torch.equal(output(type(model).from_pretrained(tmp_path).eval(), given), plain)
 
 
 def test_models_that_ask_whether_weights_are_tied():

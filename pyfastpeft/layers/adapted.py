@@ -324,6 +324,11 @@ def _parts(module) -> dict[str, Parts]:
     return {kind: held for kind in ("adapters", "replaced") if isinstance(held := module._modules.get(kind), Parts)}
 
 
+def adapters_in(module: nn.Module) -> list[str]:
+    """The names of the adapters that have something in a module."""
+    return [name for parts in _parts(module).values() for name in parts]
+
+
 def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     """Give `module` a part of adapter `name`, which does not run yet; its class is swapped where a `Part` needs it."""
     kind = "replaced" if isinstance(part, Replacement) else "adapters"

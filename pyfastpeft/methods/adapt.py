@@ -13,6 +13,7 @@ from ..layers.adapted import (
     AdaptedMatrix,
     Parts,
     activate,
+    adapters_in,
     attach,
     carriers,
     detach,
@@ -61,7 +62,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     theirs = [type(m) for m in model.modules() if any(c.__module__.startswith("peft.") for c in type(m).__mro__)]
     needed = "a plain one, as PEFT's unload() leaves it; accelerate is for models that PEFT adapted"
     need(not theirs, op, "model", f"one with {len(theirs)} modules of PEFT's, {theirs[:2]} …", needed)
-    strange = [path for path, module in carriers(model) if not set(_names(module)) <= set(known.configs)]
+    strange = [path for path, module in carriers(model) if not {*adapters_in(module)} <= set(known.configs)]
     need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -154,13 +155,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
-    """The plain model again, without any adapter; with `merge`, with the active ones merged into its weights. Where
-    they change one of two tied weights, no weights of a transformers model are tied any more.
+    """The plain model again, without any adapter; with `merge`, with the active ones merged into its weights. Those
+    that were tied to a weight that changes are copies then; where that is the head or the table of words alone, so are
+    all tied weights of a transformers model.
 
     Returns the model. Raises as `merge_adapter` does; TypeError for a model that would compute something else then.
     """
     known = adaptation(model, "unload")
-    kept, made = {}, {}
+    kept, made, together = {}, {}, {}
     if merge:
         before = merged_adapters(model)
         if not before:
@@ -179,15 +181,22 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     for name in list(known.configs):
         delete_adapter(model, name)
     tied = _is_tied(model)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                together.setdefault(parameter, []).append((module._parameters, name))
     for (path, name), value in kept.items():
         # A new parameter: the old one may be tied to another layer's, which nothing was merged into.
         owner = model.get_submodule(path)._parameters
         if value not in made:
             made[value] = nn.Parameter(value.detach(), owner[name] is None or owner[name].requires_grad)
         owner[name] = made[value]
-    if tied and not _is_tied(model):
+    untied = tied and not _is_tied(model)
+    if untied:
         model.config.tie_word_embeddings = False  # or what is saved is tied again when it is loaded
-        _untie(model)
+    for places in together.values():
+        if untied or len({owner[name] for owner, name in places}) > 1:
+            _untie(places)
     return model
 
 
@@ -208,14 +217,13 @@ def _is_tied(model) -> bool:
     return head is not None and head.weight is table.weight
 
 
-def _untie(model):
+def _untie(places):
     """Copies of parameters that several modules share: stored once, they would not be found by their other names."""
     seen = set()
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter in seen:
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            seen.add(parameter)
+    for owner, name in places:
+        if owner[name] in seen:
+            owner[name] = nn.Parameter(owner[name].detach().clone(), owner[name].requires_grad)
+        seen.add(owner[name])
 
 
 def merge_adapter(model: nn.Module, *names: str) -> None:
@@ -341,11 +349,6 @@ def adaptation(model: nn.Module, op: str) -> Adaptation:
 
 def _need_module(model, op):
     need_value(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
-
-
-def _names(module) -> list[str]:
-    """The names of the adapters that have something in a module."""
-    return [name for kind in ("adapters", "replaced") for name in getattr(module, kind, ())]
 
 
 def need_adapter(known: Adaptation, op: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from ..layers.adapted import (
     Parts,
     Replacement,
     adapted_class,
+    adapters_in,
     attach,
     carriers,
     uncompiled,
@@ -41,12 +43,37 @@ def inject(model: nn.Module, config: Config, name: str, autocast_adapter_dtype: 
     """Attach the parts of adapter `name`, none of which runs yet."""
     _save_modules(model, config, name)
     INJECT[type(config)](model, config, name, autocast_adapter_dtype)
+    _need_effect(model, config, name)
     for layer in _transformer_layers(model):
         if isinstance(layer, nn.TransformerEncoder):
             layer.nested_before = layer.__dict__.get("nested_before", layer.use_nested_tensor)
             layer.use_nested_tensor = False
         elif _calls_layers not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_calls_layers)
+
+
+def _need_effect(model, config, name):
+    """Raise ValueError where a new adapter changes a table of words that nothing calls, as T5's and BART's `shared`,
+    whose weight the encoder and the decoder have in tables of their own, and none of those. A warning where it is
+    loaded: PEFT writes such adapters, which have no effect there either."""
+    modules = own_modules(model)
+    tables = {path: module for path, module in modules.items() if is_embedding(module)}
+    changed = {path for path, module in tables.items() if name in adapters_in(module)}
+    for path in changed:
+        owner = path.rpartition(".")[0]
+        if not type(modules[owner]).__module__.startswith("transformers."):
+            continue
+        begin = f"{owner}.".removeprefix(".")
+        inside = [p for p in tables if p.startswith(begin) and p.rpartition(".")[0] != owner]
+        called = [p for p in inside if tables[p].weight is tables[path].weight]
+        if not called or changed & {*called}:
+            continue
+        given = f"one that changes {path!r}, which only holds the weight of {called} and is never called"
+        needed = f"one that names {called} instead"
+        if config.inference_mode:
+            warnings.warn(f"adapt: config is {given}; it has no effect there", stacklevel=4)
+        else:
+            need(False, "adapt", "config", given, needed)
 
 
 def eject(model: nn.Module) -> None:
