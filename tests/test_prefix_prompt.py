@@ -285,6 +285,31 @@ def test_rows_that_peft_counts_by_a_deeper_encoder(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [t5, bart])
+def test_encoder_decoders_without_a_head_have_one_set_of_rows(make, kind, tmp_path):
+    """PEFT's prefix is right but for its cache, in which a layer that reads the encoder finds the decoder's tokens."""
+    kind_of_model = transformers.T5Model if make is t5 else transformers.BartModel
+    bare = partial(build, kind_of_model, make().config)
+    ours, theirs = pair(bare, kind, "FEATURE_EXTRACTION")
+    inputs = batch(padding=-4 if kind == "prompt" else 0)
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+    assert part_of(ours).prompt_embeddings().shape == theirs.get_prompt_embedding_to_save("default").shape
+    if kind != "prompt":
+        rows, cache = theirs.get_prompt, transformers.EncoderDecoderCache
+        theirs.get_prompt = lambda *args: cache(rows(*args), transformers.DynamicCache())
+    expected = theirs(**inputs)[0]
+    torch.testing.assert_close(ours(**inputs)[0], expected)
+    ours(**inputs)[0].square().sum().backward()
+    assert all(p.grad.abs().amax() > 0 for p in adapter_parameters(ours, "default").values())
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_adapter(bare(), tmp_path)(**inputs)[0], expected)
+    save_adapter(ours, tmp_path / "ours")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "ours")
+    assert (config.num_transformer_submodules, config.task_type) == (1, "FEATURE_EXTRACTION")
+    assert len(part_of(adapted(bare, kind)).prompt_embeddings()) == VIRTUAL
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_loss_curve_is_pefts(family, kind):
     options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}

@@ -21,6 +21,8 @@ class PrefixEncoder(nn.Module):
         num_virtual_tokens, num_layers, num_heads, head_dim: V, L, H (of the keys, where queries are grouped) and D.
         encoder_hidden_size: M, the width of the MLP; None: no projection.
         init_weights: None draws everything from PEFT's distributions in PEFT's order; "zero" has rows of zeros.
+        num_transformer_submodules: S; layer l gets rows[S l modulo L], as in PEFT, which has S = 2 for the decoders of
+            encoder-decoders.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -33,6 +35,7 @@ class PrefixEncoder(nn.Module):
         head_dim: int,
         encoder_hidden_size: int | None = None,
         init_weights: str | None = None,
+        num_transformer_submodules: int = 1,
     ):
         super().__init__()
         sizes = {
@@ -41,6 +44,7 @@ class PrefixEncoder(nn.Module):
             "num_heads": num_heads,
             "head_dim": head_dim,
             "encoder_hidden_size": 1 if encoder_hidden_size is None else encoder_hidden_size,
+            "num_transformer_submodules": num_transformer_submodules,
         }
         op = "PrefixEncoder"
         for argument, size in sizes.items():
@@ -48,6 +52,7 @@ class PrefixEncoder(nn.Module):
         checks.need_value(init_weights in (None, "zero"), op, "init_weights", init_weights, 'None or "zero"')
         self.num_virtual_tokens, self.num_layers = num_virtual_tokens, num_layers
         self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_submodules = num_transformer_submodules
         self._encoded = {}
         width, row = num_heads * head_dim, 2 * num_heads * head_dim
         if encoder_hidden_size is None:
@@ -73,6 +78,7 @@ class PrefixEncoder(nn.Module):
 
     def forward(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and the values of one layer, [H, V, D] each."""
+        layer = layer * self.num_submodules % self.num_layers
         rows = self._project(layer) if self.projected else self.rows[layer]
         return rows.view(-1, 2, self.num_heads, self.head_dim).permute(1, 2, 0, 3).unbind(0)
 

@@ -25,6 +25,7 @@ from .configs import (
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
 from .inject import matrices, of_pattern, own_modules, saved_names
 from .targets import known_names, matches, need_pattern
+from .virtual import task_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -289,8 +290,8 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
         del fields["layers_to_transform"], fields["layers_pattern"]
     if isinstance(config, AdaLoraConfig) and config.total_step is None:
         fields["total_step"] = config.tinit + config.tfinal + 1  # PEFT wants a schedule even to load
-    if isinstance(config, VirtualTokensConfig) and config.task_type is None and _generates(model):
-        fields["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if isinstance(config, VirtualTokensConfig):
+        fields["task_type"] = task_of(model, config)
     if fields["task_type"] is None:
         kind = type(model)
         fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -308,10 +309,6 @@ def _sortable_patterns(model, config, name) -> dict:
         if any(of_pattern(path, dict(sorted(given.items())), None) != value for path, value in meant.items()):
             found[argument] = {re.escape(path): value for path, value in meant.items() if value is not None}
     return found
-
-
-def _generates(model) -> bool:
-    return hasattr(model, "can_generate") and model.can_generate()
 
 
 def _named_targets(model, config, name) -> dict:

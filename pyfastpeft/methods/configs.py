@@ -303,8 +303,8 @@ class VirtualTokensConfig(Config):
 class PrefixTuningConfig(VirtualTokensConfig):
     """Prefix tuning (Li & Liang 2021): trainable keys and values before those of every layer.
 
-    In an encoder-decoder of L layers, layer l reads the rows of layer 2 l modulo L, as in PEFT, so that with an even L
-    half of the rows never train.
+    In an encoder-decoder of L layers that generates, layer l reads the rows of layer 2 l modulo L, as in PEFT, so that
+    with an even L half of the rows never train.
 
     prefix_projection: whether an MLP over a smaller matrix makes them during training; encoder_hidden_size: its width
     (default: the keys'). init_weights: "zero" starts from rows of zeros, None from random ones.

@@ -8,9 +8,9 @@ it, so that cached and uncached generation, padding, beams and checkpointing are
 The rows take the first V positions, as PEFT's do, which puts them into the cache: the real tokens' positions and T5's
 distances are shifted by V where they are used, and a sliding window moves away from the rows as from any token. It does
 so by position, so that padding on the left changes nothing. The frames of audio and the patches of images stay where
-they are. In an encoder-decoder the decoder gets the prefix, with
-PEFT's order of rows, which leaves those of every other layer unused where the number of layers is even; there
-DistributedDataParallel wants find_unused_parameters=True.
+they are. In an encoder-decoder the decoder gets the prefix; where it generates, with PEFT's order of rows, which leaves
+those of every other layer unused if the number of layers is even; there DistributedDataParallel wants
+find_unused_parameters=True.
 """
 
 import inspect
@@ -29,6 +29,7 @@ from .virtual import (
     is_encoder_decoder,
     need_room,
     need_transformers,
+    num_submodules,
     parts,
     position_modules,
     settle,
@@ -52,14 +53,14 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     checks.need(isinstance(heads, int), "prefix tuning", "model", given, needed, NotImplementedError)
     head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
     head_dim = head_dim or base.hidden_size // base.num_attention_heads
-    layers, submodules = len(attentions), 2 if is_encoder_decoder(model) else 1
-    if submodules == 2 and checks.whole(config.num_layers) and config.num_layers > layers:
+    layers, submodules = len(attentions), num_submodules(model, config)
+    if is_encoder_decoder(model) and checks.whole(config.num_layers) and config.num_layers > layers:
         layers = config.num_layers  # PEFT counts the encoder's, of which a BART may have more
     sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
     settle(config, num_transformer_submodules=submodules, **sizes)
     config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
     hidden = config.encoder_hidden_size if config.prefix_projection and not config.inference_mode else None
-    encoder = PrefixEncoder(config.num_virtual_tokens, layers, heads, head_dim, hidden, config.init_weights)
+    encoder = PrefixEncoder(config.num_virtual_tokens, layers, heads, head_dim, hidden, config.init_weights, submodules)
     if not parts(model, PrefixEncoder):
         _attach(model, attentions)
     add_part(model, name, encoder, autocast_adapter_dtype)
@@ -164,7 +165,7 @@ def prefixed_attention(module, query, key, value, attention_mask, **kwargs):
     view = module.config
     implementation = view.config._attn_implementation
     attention = view.eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-    rows = [encoder(view.layer % encoder.num_layers) for encoder in view.prefixes.encoders()]
+    rows = [encoder(view.layer) for encoder in view.prefixes.encoders()]
     if rows:
         known = attention_mask is None or isinstance(attention_mask, Tensor)
         known = known and kwargs.get("cache") is None
@@ -222,10 +223,7 @@ def _register():
 def _attach(model, attentions):
     _register()
     prefixes = Prefixes(model)
-    decoder_only = not is_encoder_decoder(model)
-    for index, module in enumerate(attentions):
-        # PEFT gives layer l of an encoder-decoder the rows of layer 2 l modulo L, of which the prefix has rows.
-        layer = index if decoder_only else 2 * index
+    for layer, module in enumerate(attentions):
         eager = _forward(module).__globals__["eager_attention_forward"]
         module.config = PrefixedConfig(module.config, prefixes, layer, eager)
         if getattr(module, "has_relative_attention_bias", False):

@@ -28,6 +28,7 @@ from .virtual import (
     is_encoder_decoder,
     need_room,
     need_transformers,
+    num_submodules,
     parts,
     position_modules,
     settle,
@@ -42,7 +43,7 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     embeddings or inputs_embeds.
     """
     words = _words(model)
-    submodules = 2 if is_encoder_decoder(model) else 1
+    submodules = num_submodules(model, config)
     settle(config, token_dim=words.weight.shape[1], num_transformer_submodules=submodules)
     part = PromptEmbedding(config.num_virtual_tokens, config.token_dim, submodules)
     if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:

@@ -23,6 +23,22 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return all(module is not encoder for module in model.get_decoder().modules())
 
 
+def task_of(model: nn.Module, config) -> str | None:
+    """The task type of a config, or else that of a model that generates text."""
+    if config.task_type is not None or not (hasattr(model, "can_generate") and model.can_generate()):
+        return config.task_type
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def num_submodules(model: nn.Module, config) -> int:
+    """num_transformer_submodules: in an encoder-decoder what `config` says, or else what PEFT takes, which is two for
+    text that is generated."""
+    if not is_encoder_decoder(model):
+        return 1
+    usual = 2 if task_of(model, config) == "SEQ_2_SEQ_LM" else 1
+    return config.num_transformer_submodules if config.num_transformer_submodules in (1, 2) else usual
+
+
 def add_part(model: nn.Module, name: str, part: nn.Module, autocast_adapter_dtype: bool) -> None:
     """Put a part at the top of the model, on its device; in its dtype, or in float32 where that is of 16 bits and
     `autocast_adapter_dtype` holds."""
