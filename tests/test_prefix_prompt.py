@@ -371,11 +371,40 @@ def test_sizes_of_the_config_are_pefts():
     for kind in KINDS:
         ours, theirs = pair(lambda: decoder("llama"), kind)
         mine, peers = ours.pyfastpeft.configs["default"], theirs.peft_config["default"]
-        names = ["token_dim", "num_transformer_submodules"]
-        names += ["num_layers", "num_attention_heads", "encoder_hidden_size"] if kind != "prompt" else []
+        names = ["token_dim", "num_transformer_submodules", "num_layers", "num_attention_heads"]
+        names += ["encoder_hidden_size"] if kind != "prompt" else []
         assert [getattr(mine, name) for name in names] == [getattr(peers, name) for name in names]
         trained = sum(p.numel() for p in ours.parameters() if p.requires_grad)
         assert trained == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+SIDES = {f"num_{which}_{what}": 2 for which in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+UNKNOWN = {  # to PEFT, which does not find how many layers or heads these have
+    "ProphetNetForConditionalGeneration": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": 0.3,
+        **SIDES,
+    },
+    "T5GemmaForConditionalGeneration": {which: {**GROUPED, "head_dim": 8} for which in ("encoder", "decoder")},
+    "MambaForCausalLM": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_prompts_of_models_whose_sizes_peft_does_not_find(name, tmp_path):
+    kind = getattr(transformers, name)
+    make = partial(build, kind, kind.config_class(**UNKNOWN[name]), "eager")
+    task, inputs = "CAUSAL_LM" if kind is transformers.MambaForCausalLM else "SEQ_2_SEQ_LM", batch()
+    if task == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    plain = make()(**inputs).logits
+    with pytest.raises(ValueError, match="Please specify `num_"):
+        peft.get_peft_model(make(), peft_config("prompt", task))
+    ours = adapted(make, "prompt")
+    output = ours(**inputs).logits
+    assert not torch.allclose(output, plain, atol=1e-3)
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(theirs(**inputs).logits[:, -TOKENS:], output)
 
 
 def test_zero_init_is_pefts():

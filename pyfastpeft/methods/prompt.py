@@ -45,6 +45,10 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     words = _words(model)
     submodules = num_submodules(model, config)
     settle(config, token_dim=words.weight.shape[1], num_transformer_submodules=submodules)
+    text = model.config.get_text_config()
+    for field, given in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
+        if getattr(config, field) is None:  # PEFT reads no prompt without, and finds them in fewer models
+            setattr(config, field, getattr(text, given, None) or 1)
     part = PromptEmbedding(config.num_virtual_tokens, config.token_dim, submodules)
     if config.prompt_tuning_init != "RANDOM" and not config.inference_mode:
         ids = _initial_ids(config, words, len(part.weight))
