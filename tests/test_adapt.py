@@ -1121,6 +1121,20 @@ def test_a_compiled_model_sees_merging(method):
         torch.compiler.reset()
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(merged, strict):
+    model = gpt2().eval()
+    ids = {"input_ids": inputs(model)["input_ids"], "use_cache": False}
+    adapt(model, LoraConfig(bias="lora_only"))
+    randomise(model)
+    expected = output(model, ids)
+    if merged:
+        merge_adapter(model)
+    exported = torch.export.export(model, (), ids, strict=strict).module()
+    close(output(exported, ids), expected)
+
+
 def test_a_compiled_model_is_adapted_as_the_model():
     model = tree()
     model[1].up.weight.requires_grad_(False)

@@ -4,7 +4,9 @@ For a token, with the parts that are active, a linear layer computes the one law
 y = d_out * (W (d_in * x) + sum of low-rank branches of d_in * x + b), each factor one where no part sets it.
 """
 
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,8 @@ class AdaptedMatrix(Mergeable, Adapted):
 
     transposed = False  # whether the weight is stored as [K, N]
     foreign = False  # whether the class computes something of its own from its weight
+    # While merged, the weight and the bias of before. torch.export takes no Parameter among buffers.
+    originals: Mapping[str, nn.Parameter] = MappingProxyType({})
 
     def matrix(self) -> Tensor:
         return self.weight.T if self.transposed else self.weight
@@ -150,32 +154,29 @@ class AdaptedMatrix(Mergeable, Adapted):
                 matrix, shift = part.merged_around(matrix, shift)
         merged = (matrix.T if self.transposed else matrix).to(self.weight.dtype).contiguous()
         # The very Parameter is kept, which may be tied to another layer's.
-        self.register_buffer("unmerged_weight", self.weight, persistent=False)
+        self.originals = {"weight": self.weight}
         self.weight = nn.Parameter(merged, requires_grad=False)
         if bias is not None:
-            self.register_buffer("unmerged_bias", bias, persistent=False)
+            self.originals["bias"] = bias
             self.bias = nn.Parameter(shift.to(bias.dtype), requires_grad=False)
         self.merged = tuple(names)
 
     def _apply(self, fn, recurse=True):
         # Moved or cast as parameters are, originals stay what they were: tied, in the model's or an adapter's hands.
-        names = [name for name, held in self._buffers.items() if isinstance(held, nn.Parameter)]
-        self._parameters |= {name: self._buffers.pop(name) for name in names}
+        self._parameters |= {f"unmerged_{name}": held for name, held in self.originals.items()}
         try:
             return super()._apply(fn, recurse)
         finally:
-            self._buffers |= {name: self._parameters.pop(name) for name in names}
+            for name in self.originals:
+                self.originals[name] = self._parameters.pop(f"unmerged_{name}")
 
     def unmerge(self) -> None:
         """Put the original weight (and bias) back, bit for bit. Does nothing where nothing is merged."""
         if not self.merged:
             return
-        for name in ("weight", "bias"):
-            original = self._buffers.pop(f"unmerged_{name}", None)
-            if original is not None:
-                kept = isinstance(original, nn.Parameter)
-                setattr(self, name, original if kept else nn.Parameter(original, requires_grad=False))
-        del self.merged
+        for name, original in self.originals.items():
+            setattr(self, name, original)
+        del self.merged, self.originals
 
 
 class AdaptedLinear(AdaptedMatrix, nn.Linear):
@@ -304,10 +305,12 @@ class Replacement(nn.Module):
         self.installed = not self.installed
 
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The adapter's own parameters, wherever they are; while something is merged into one, it is among buffers."""
+        """The adapter's own parameters, wherever they are; while something is merged into one, it is the layer's
+        original."""
         if not self.installed:
             return {name: self._parameters[name] for name in self.names}
-        return {name: module._buffers.get(f"unmerged_{name}", module._parameters[name]) for name in self.names}
+        originals = getattr(module, "originals", {})
+        return {name: originals.get(name, module._parameters[name]) for name in self.names}
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
