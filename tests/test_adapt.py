@@ -487,6 +487,62 @@ def test_tables_that_nothing_calls(make, tmp_path):
     assert torch.equal(output(type(model).from_pretrained(tmp_path).eval(), given), plain)
 
 
+STATES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2}
+JAMBA = {**GROUPED, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+CONVOLUTION = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+CONVOLUTION |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "uncalled"),
+    [
+        ("MambaForCausalLM", STATES, "dt_proj"),
+        ("FalconMambaForCausalLM", STATES, "dt_proj"),
+        ("JambaForCausalLM", JAMBA, "dt_proj"),
+        ("WavLMForCTC", {**COMMON, **CONVOLUTION}, "q_proj"),
+        ("MobileBertForMaskedLM", {**COMMON, "embedding_size": 16}, "predictions.dense"),
+    ],
+)
+def test_layers_whose_weights_alone_are_read(kind, sizes, uncalled):
+    """An adapter beside them would have no effect before it is merged, and one after it."""
+    kind = getattr(tf, kind)
+    model = kind(kind.config_class(**sizes)).eval()
+    given = (
+        {"input_values": torch.randn(2, 60)} if "WavLM" in kind.__name__ else {"input_ids": torch.arange(14).view(2, 7)}
+    )
+    plain, before = output(model, given), snapshot(model)
+    for config in (LoraConfig(target_modules=[uncalled]), IA3Config(target_modules=[uncalled], feedforward_modules=[])):
+        with pytest.raises(
+            TypeError, match=rf"holding \['{uncalled}'\].*a Linear; it must be of linear layers.* called"
+        ):
+            adapt(model, config)
+    with pytest.raises(ValueError, match=rf"holding '{uncalled}', which means nothing"):
+        adapt(model, BottleneckConfig(target_modules=[uncalled]))
+    assert_same(snapshot(model), before)
+    adapt(model, LoraConfig(target_modules="all-linear", r=4))
+    randomise(model)
+    changed = output(model, given)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    model(**given).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in adapter_parameters(model, "default").values())
+    close(output(unload(model, merge=True), given), changed)
+
+
+def test_adapters_of_pefts_on_layers_whose_weights_alone_are_read(tmp_path):
+    """There, too, they have no effect, but are merged."""
+    peft = pytest.importorskip("peft")
+    model = tf.JambaForCausalLM(tf.JambaConfig(**JAMBA)).eval()
+    config = peft.LoraConfig(target_modules=["dt_proj", "in_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"dt_proj.lora_A.weight, .* or loaded with strict=False"):
+        load_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="dt_proj.* left out"):
+        load_adapter(model, tmp_path, strict=False)
+    given = {"input_ids": torch.arange(14).view(2, 7)}
+    close(output(model, given), output(theirs, given))
+
+
 def test_models_that_ask_whether_weights_are_tied():
     """UMT5 scales what its head reads if its config says that the head is tied."""
     sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}

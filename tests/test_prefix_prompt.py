@@ -79,7 +79,7 @@ def t5(layers=3, implementation="sdpa"):
     return build(transformers.T5ForConditionalGeneration, config, implementation)
 
 
-def bart(layers=3, implementation="sdpa", encoder_layers=None):
+def bart(layers=3, implementation="sdpa", encoder_layers=None, **options):
     sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     sizes |= {
         "vocab_size": VOCABULARY,
@@ -87,7 +87,7 @@ def bart(layers=3, implementation="sdpa", encoder_layers=None):
         "encoder_layers": encoder_layers or layers,
         "decoder_layers": layers,
     }
-    config = transformers.BartConfig(**sizes, init_std=0.3)
+    config = transformers.BartConfig(**sizes | options, init_std=0.3)
     return build(transformers.BartForConditionalGeneration, config, implementation)
 
 
@@ -106,6 +106,27 @@ def nllb_moe(layers=3, _=None):  # which has no sdpa
 def vit():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     return build(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
+
+
+def whisper():
+    sides = {"encoder_attention_heads": 4, "decoder_attention_heads": 2, "encoder_layers": 3, "decoder_layers": 2}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8, "max_source_positions": 8}
+    config = transformers.WhisperConfig(**sides, **sizes, pad_token_id=0, init_std=0.3)
+    return build(transformers.WhisperForAudioClassification, config)
+
+
+def wav2vec2():
+    sizes = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
+    sizes |= {"num_conv_pos_embedding_groups": 2, "intermediate_size": 64, "initializer_range": 0.3}
+    config = transformers.Wav2Vec2Config(**WIDE | {"num_hidden_layers": 3}, **sizes)
+    return build(transformers.Wav2Vec2ForSequenceClassification, config)
+
+
+def deepseek():
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    widths = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(**WIDE, **experts, **widths, moe_intermediate_size=16)
+    return build(transformers.DeepseekV3ForCausalLM, config)
 
 
 def peft_config(kind, task):
@@ -207,20 +228,10 @@ def test_encoders_whose_config_tells_of_a_decoder(kind, tmp_path):
     assert all(row.grad.any() for row in part_of(model, "prefix").rows)
 
 
-@pytest.mark.parametrize("kind", ["whisper", "wav2vec2"])
-def test_encoders_of_audio(kind, monkeypatch):
-    """Their frames stay where they are; Whisper has positions for no more, and counts its decoder's layers, too."""
-    if kind == "whisper":
-        side = {"attention_heads": 4, "ffn_dim": 64}
-        sides = {f"{which}_{name}": value for which in ("encoder", "decoder") for name, value in side.items()}
-        sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "num_mel_bins": 8, "max_source_positions": 8}
-        config = transformers.WhisperConfig(**sides, **sizes, pad_token_id=0, init_std=0.3)
-        model, frames = build(transformers.WhisperForAudioClassification, config), torch.randn(2, 8, 16)
-    else:
-        sizes = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
-        sizes |= {"num_conv_pos_embedding_groups": 2, "intermediate_size": 64, "initializer_range": 0.3}
-        config = transformers.Wav2Vec2Config(**WIDE | {"num_hidden_layers": 3}, **sizes)
-        model, frames = build(transformers.Wav2Vec2ForSequenceClassification, config), torch.randn(2, 60)
+@pytest.mark.parametrize("make", [whisper, wav2vec2])
+def test_encoders_of_audio(make, monkeypatch):
+    """Their frames stay where they are; Whisper has positions for no more, and its config tells of a decoder, too."""
+    model, frames = make(), torch.randn(2, 8, 16) if make is whisper else torch.randn(2, 60)
     plain = model(frames).logits
     adapt(model, PrefixTuningConfig(num_virtual_tokens=VIRTUAL))
     output = model(frames).logits
@@ -260,8 +271,9 @@ def test_positions_that_a_model_counts_itself():
 
 
 def test_a_decoder_of_another_depth_than_the_encoder():
-    model = adapted(lambda: bart(3, encoder_layers=2), "prefix")
+    model = adapted(lambda: bart(3, encoder_layers=2, decoder_attention_heads=2), "prefix")
     assert len(part_of(model).rows) == 3
+    assert (part_of(model).num_heads, part_of(model).head_dim) == (2, 16)
     model(**batch(), labels=batch()["input_ids"]).loss.backward()
     assert part_of(model).rows[0].grad.abs().max() > 0
 
@@ -901,7 +913,9 @@ def bloom():
         (bloom, "prefix", "bloom.*attention interface"),
         (swin, "prefix", r"a SwinModel with \[2, 2\] heads; .* the same number"),
         (lambda: decoder("gpt2", "eager", reorder_and_upcast_attn=True), "prefix", "reorder_and_upcast_attn"),
+        (deepseek, "prefix", r"latent keys and values \(kv_lora_rank 8\)"),
         (vit, "prompt", "embedded words"),
+        (wav2vec2, "prompt", "embedded words"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "prefix", "transformers model"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "prompt", "transformers model"),
     ],

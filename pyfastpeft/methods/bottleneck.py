@@ -1,7 +1,6 @@
 """Bottleneck adapters in a model: after its sub-layers, or beside them."""
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..layers.adapted import attach
 from ..layers.bottleneck import EntrancePart, ExitPart, ParallelPart, Passage, SerialPart
@@ -18,6 +17,7 @@ from .inject import (
     replace,
     sizes,
     target_matrices,
+    uncalled_layers,
 )
 
 OP = "BottleneckConfig"
@@ -83,14 +83,10 @@ def _chains(model, config) -> list[tuple[str, str]]:
 
 
 def _modules(model) -> list[str]:
-    """The paths of all modules that are called: no lists, nor what nn.MultiheadAttention only reads a weight from."""
-    return [
-        path
-        for path, module in own_modules(model).items()
-        if path
-        and type(module).forward is not nn.Module.forward
-        and not isinstance(module, NonDynamicallyQuantizableLinear)
-    ]
+    """The paths of all modules that are called: no lists, nor layers of which only the weights are read."""
+    modules, uncalled = own_modules(model), uncalled_layers(model)
+    called = [path for path, module in modules.items() if type(module).forward is not nn.Module.forward]
+    return [path for path in called if path and path not in uncalled]
 
 
 def _select(model, config, target) -> list[str]:

@@ -23,7 +23,7 @@ from .configs import (
     from_fields,
 )
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
-from .inject import matrices, of_pattern, own_modules, saved_names
+from .inject import matrices, of_pattern, own_modules, saved_names, uncalled_layers
 from .targets import known_names, matches, need_pattern
 from .virtual import task_of
 
@@ -130,7 +130,7 @@ def load_config(directory: str | os.PathLike) -> Config:
 
 def _leave_out_unmatched(model, config, keys) -> None:
     """Take the names that mean nothing in this model, or nothing that has tensors in the file, out of a config."""
-    modules = [path for path in own_modules(model) if path]
+    modules = [path for path in own_modules(model) if path and path not in uncalled_layers(model)]
     excluded = matrices(model) if isinstance(config, (LoraConfig, IA3Config)) else modules
     places = dict.fromkeys(("target_modules", "feedforward_modules", "modules_to_save"), modules)
     for argument, paths in (places | {"exclude_modules": excluded}).items():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..layers.adapted import (
     AdaptedMatrix,
@@ -129,11 +130,28 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
     """path -> module of the layers that can carry a matrix adapter."""
-    return {
-        path: module
-        for path, module in own_modules(model).items()
-        if isinstance(module, AdaptedMatrix) or adapted_class(type(module)) is not None
-    }
+    modules, uncalled = own_modules(model), uncalled_layers(model)
+    fits = {p: isinstance(m, AdaptedMatrix) or adapted_class(type(m)) is not None for p, m in modules.items()}
+    return {path: module for path, module in modules.items() if fits[path] and path not in uncalled}
+
+
+# As `class of the parent.name`.
+_UNCALLED = re.compile(
+    r"\w*(MambaMixer\.dt_proj|WavLMAttention\.(q|k|v|out)_proj|MHAttentionMap\.k_(proj|linear)|TDNNLayer\.kernel"
+    r"|MobileBertLMPredictionHead\.(dense|decoder))"
+)
+
+
+def uncalled_layers(model: nn.Module) -> set[str]:
+    """The paths of layers whose weights torch's nn.MultiheadAttention and models of transformers read instead of
+    calling them: what an adapter adds to their outputs would have no effect until it is merged."""
+    modules, found = own_modules(model), set()
+    for path, module in modules.items():
+        owner, _, name = path.rpartition(".")
+        known = _UNCALLED.fullmatch(f"{type(modules[owner]).__name__}.{name}")
+        if known or isinstance(module, NonDynamicallyQuantizableLinear):
+            found.add(path)
+    return found
 
 
 def is_embedding(module):

@@ -48,11 +48,14 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     """
     attentions = _attentions(model)
     base = attentions[0].config
-    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+    latent, needed = getattr(base, "kv_lora_rank", None), "one whose keys and values are projected from its states"
+    given = f"a {type(model).__name__} with latent keys and values (kv_lora_rank {latent})"
+    checks.need(latent is None, "prefix tuning", "model", given, needed, NotImplementedError)
+    heads = _count(model, base, "num_key_value_heads", "decoder_attention_heads", "num_attention_heads")
     given, needed = f"a {type(model).__name__} with {heads} heads", "one whose layers have the same number of heads"
     checks.need(isinstance(heads, int), "prefix tuning", "model", given, needed, NotImplementedError)
     head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
-    head_dim = head_dim or base.hidden_size // base.num_attention_heads
+    head_dim = head_dim or base.hidden_size // _count(model, base, "decoder_attention_heads", "num_attention_heads")
     layers, submodules = len(attentions), num_submodules(model, config)
     if is_encoder_decoder(model) and checks.whole(config.num_layers) and config.num_layers > layers:
         layers = config.num_layers  # PEFT counts the encoder's, of which a BART may have more
@@ -240,6 +243,14 @@ def _stack(model):
     return model.get_decoder() if is_encoder_decoder(model) else model
 
 
+def _count(model, config, *names):
+    """The first of these numbers that the config of what gets the prefix has. BART counts its encoder's by the usual
+    name; an encoder alone, as of Whisper, may have its decoder's in its config, too."""
+    alone = model.config.is_encoder_decoder and not is_encoder_decoder(model)
+    counts = [getattr(config, name, None) for name in names if not (alone and name.startswith("decoder_"))]
+    return next(filter(None, counts), None)
+
+
 def _reads_tokens(stack):
     """Whether what goes in are tokens, not images or audio."""
     return getattr(stack, "main_input_name", "input_ids") == "input_ids"
@@ -256,10 +267,7 @@ def _attentions(model):
         cross = named or "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)
         if _forward(module) is not None and hasattr(module, "config") and not cross:
             found.append(module)
-    # BART counts its encoder's by the usual name.
-    alone = config.is_encoder_decoder and not is_encoder_decoder(model)
-    names = ("num_hidden_layers",) if alone else ("decoder_layers", "num_hidden_layers")
-    layers = next((count for name in names if (count := getattr(stack.config, name, None))), None)
+    layers = _count(model, stack.config, "decoder_layers", "num_hidden_layers")
     given = f"{kind}, in which {len(found)} self-attention modules use transformers' attention interface"
     needed = f"a model of one stack, in which {'all' if layers is None else f'all {layers}'} layers do"
     checks.need(found and len(found) == layers, "prefix tuning", "model", given, needed, NotImplementedError)

@@ -255,7 +255,10 @@ def _entrance(model):
 
 def _words(model):
     need_transformers(model, "prompt tuning")
-    words = model.get_input_embeddings()
+    try:
+        words = model.get_input_embeddings()
+    except NotImplementedError:  # of audio
+        words = None
     needed = "a model whose inputs are embedded words"
     checks.need(isinstance(words, nn.Embedding), "prompt tuning", "model", type(model).__name__, needed, TypeError)
     return words
