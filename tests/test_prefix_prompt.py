@@ -473,6 +473,22 @@ def test_generation_needs_no_cache_and_sees_no_padding(family, kind):
         assert torch.equal(words[0, 5:], theirs.generate(input_ids=alone, **GENERATION)[0])
 
 
+def test_positions_that_begin_at_one():
+    """PaliGemma's, in generation: a gap before them would be an offset, and without a cache the end of a text."""
+    text = transformers.GemmaConfig(**GROUPED, head_dim=8, initializer_range=0.3)
+    vision = transformers.SiglipVisionConfig(hidden_size=32, intermediate_size=64, image_size=16, patch_size=8,
+        num_hidden_layers=1, num_attention_heads=4)  # fmt: skip
+    config = transformers.PaliGemmaConfig(text_config=text, vision_config=vision, image_token_id=VOCABULARY - 1)
+    make = partial(build, transformers.PaliGemmaForConditionalGeneration, config)
+    ours, theirs = pair(make, "prompt")
+    inputs, options = batch(), {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    logits = torch.stack(ours.generate(**inputs, **options).logits)
+    torch.testing.assert_close(logits[0], ours(**inputs).logits[:, -1])
+    torch.testing.assert_close(logits, torch.stack(theirs.generate(**inputs, **options).logits))
+    torch.testing.assert_close(logits, torch.stack(ours.generate(**inputs, **options, use_cache=False).logits))
+
+
 def test_cached_logits_are_the_uncached_ones():
     for kind in KINDS:
         model = adapted(lambda: decoder("llama"), kind)

@@ -8,7 +8,8 @@ hidden states there keep the virtual tokens, which the decoder attends to.
 As in PEFT, the virtual tokens stand before any padding, a BERT's pooler sees the first virtual token, and the
 classifiers on top of decoders, which then cannot see where padding is on the right, want it on the left. Unlike there,
 positions that are given (which generate does) stay the real tokens' own, so that padding on the left changes nothing,
-but in a model with a sliding window, which padding moves away from the virtual tokens.
+but in a model with a sliding window, which padding moves away from the virtual tokens, or with recurrent states, as
+Mamba, in which it fades them.
 """
 
 import inspect
@@ -116,7 +117,8 @@ class Prompts:
         prompt = prompt.to(inputs).expand(batch, -1, -1)
         kwargs["inputs_embeds"] = torch.cat([prompt, inputs], 1)
         if positions is not None:
-            first = torch.arange(virtual, device=positions.device).expand(*positions.shape[:-1], virtual)
+            start = positions.amin(-1, keepdim=True)  # PaliGemma counts from 1
+            first = start + torch.arange(virtual, device=positions.device)
             kwargs["position_ids"] = torch.cat([first, positions + virtual], -1)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (virtual, 0))
