@@ -278,6 +278,20 @@ def test_a_decoder_of_another_depth_than_the_encoder():
     assert part_of(model).rows[0].grad.abs().max() > 0
 
 
+def test_attention_that_is_narrower_than_the_model():
+    sizes = {"embedding_size": 16, "intra_bottleneck_size": 16, "initializer_range": 0.1}
+    make = partial(
+        build, transformers.MobileBertForSequenceClassification, transformers.MobileBertConfig(**ENCODER, **sizes)
+    )
+    model, inputs = adapted(make, "prefix"), batch(padding=-4)
+    assert (part_of(model).num_heads, part_of(model).head_dim) == (4, 4)
+    output = model(**inputs).logits
+    output.sum().backward()
+    assert all(row.grad.any() for row in part_of(model).rows)
+    with disable_adapter(model):
+        assert not torch.allclose(model(**inputs).logits, output, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["prefix", "projection"])
 def test_rows_that_peft_counts_by_a_deeper_encoder(kind, tmp_path):
     make = partial(bart, 2, encoder_layers=5)

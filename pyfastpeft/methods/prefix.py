@@ -55,6 +55,7 @@ def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = T
     given, needed = f"a {type(model).__name__} with {heads} heads", "one whose layers have the same number of heads"
     checks.need(isinstance(heads, int), "prefix tuning", "model", given, needed, NotImplementedError)
     head_dim = getattr(base, "head_dim", None) or getattr(base, "d_kv", None)
+    head_dim = head_dim or getattr(attentions[0], "attention_head_size", None)  # MobileBERT's is narrower than the rest
     head_dim = head_dim or base.hidden_size // _count(model, base, "decoder_attention_heads", "num_attention_heads")
     layers, submodules = len(attentions), num_submodules(model, config)
     if is_encoder_decoder(model) and checks.whole(config.num_layers) and config.num_layers > layers:
