@@ -34,9 +34,9 @@ def ia3(feedforward: bool) -> None:
     ops.ia3_linear(x, weight, None, ia3_l, feedforward).square().sum().backward()
 
 
-def fused_layer(tokens: int, features: int) -> None:
+def fused_layer(tokens: int, features: int, dtype: torch.dtype) -> None:
     x, weight = random(tokens, 1032, dtype=torch.bfloat16), random(features, 1032, dtype=torch.bfloat16)
-    lora_A, lora_B = random(2, 16, 1032, dtype=torch.bfloat16), random(2, features, 16, dtype=torch.bfloat16)
+    lora_A, lora_B = random(2, 16, 1032, dtype=dtype), random(2, features, 16, dtype=dtype)
     routing = ops.route([t % 3 - 1 for t in range(tokens)], 2)
     y, s = x.new_empty(tokens, features), x.new_empty(tokens, 16, dtype=torch.float32)
     torch.ops.pyfastpeft_emulated.fused_layer(
@@ -75,6 +75,6 @@ if __name__ == "__main__":
         lora(80, torch.float32)
         dora()
         with torch.no_grad():
-            fused_layer(20, 72)
-            fused_layer(50, 136)
+            fused_layer(20, 72, torch.float32)
+            fused_layer(50, 136, torch.bfloat16)
     print("all ran")

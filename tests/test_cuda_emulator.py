@@ -319,7 +319,7 @@ def test_multi_lora(dtype, adapter_dtype, shape):
     assert_multi_lora(multi_lora_inputs(*shape, dtype, adapter_dtype), slots, torch.randn(shape[-1]))
 
 
-# Few tokens of adapters of the base layer's dtype go through one kernel, if all sides are multiples of 8.
+# Few tokens go through one kernel, if all sides are multiples of 8.
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), ADAPTERS)
 @pytest.mark.parametrize("shape", [(9, 33, 20, 5, 3), (37, 136, 72, 8, 4), (70, 72, 136, 24, 3), (150, 96, 130, 8, 3)])
 def test_multi_lora_linear(dtype, adapter_dtype, shape):
@@ -517,14 +517,14 @@ def fused_layer(inputs, scaling=1.0, slots=None, ranks=None, scalings=None, scal
     return (y, s) if took else None
 
 
-def layer_inputs(t, k, n, r, dtype, lead=()):
+def layer_inputs(t, k, n, r, dtype, adapter_dtype=None, lead=()):
     return {
         "x": random(t, k, dtype=dtype, grad=False),
         "weight": random(n, k, dtype=dtype, grad=False),
         "bias": random(n, dtype=dtype, grad=False),
         "scale": random(n, grad=False) * n**0.5,
-        "lora_A": random(*lead, r, k, dtype=dtype, grad=False),
-        "lora_B": random(*lead, n, r, dtype=dtype, grad=False),
+        "lora_A": random(*lead, r, k, dtype=adapter_dtype or dtype, grad=False),
+        "lora_B": random(*lead, n, r, dtype=adapter_dtype or dtype, grad=False),
     }
 
 
@@ -549,10 +549,10 @@ def assert_close(ours, exact):
     assert (ours.double() - exact).norm() <= bound
 
 
-@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), ADAPTERS)
 @pytest.mark.parametrize("shape", [(1, 8, 8, 8), (13, 1032, 136, 16), (32, 640, 72, 24), (64, 200, 264, 136)])
-def test_fused_layer(dtype, shape):
-    inputs = layer_inputs(*shape, dtype)
+def test_fused_layer(dtype, adapter_dtype, shape):
+    inputs = layer_inputs(*shape, dtype, adapter_dtype)
     y, s = fused_layer(inputs, 0.7)
     assert_close(y, exact_layer(inputs, 0.7))
     torch.testing.assert_close(s, (inputs["x"].double() @ inputs["lora_A"].double().T).float(), rtol=1e-4, atol=1e-4)
@@ -560,10 +560,11 @@ def test_fused_layer(dtype, shape):
     assert_close(fused_layer(inputs, -1.3)[0], exact_layer(inputs, -1.3))
 
 
-@pytest.mark.parametrize("shape", [(5, 136, 72, 16, 3), (64, 1096, 264, 24, 9), (64, 1100 // 4 * 4, 64, 32, 64)])
-def test_fused_layer_with_an_adapter_for_each_token(monkeypatch, shape):
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 136, 72, 16, 3), (64, 1096, 264, 24, 9), (64, 1096, 64, 32, 64)])
+def test_fused_layer_with_an_adapter_for_each_token(monkeypatch, adapter_dtype, shape):
     t, k, n, r, num_adapters = shape
-    inputs = layer_inputs(t, k // 8 * 8, n, r, torch.bfloat16, (num_adapters,))
+    inputs = layer_inputs(t, k, n, r, torch.bfloat16, adapter_dtype, (num_adapters,))
     slots, ranks = torch.randint(-1, num_adapters, (t,)), torch.randint(0, r + 1, (num_adapters,))
     options = {"slots": slots, "ranks": ranks, "scalings": torch.randn(num_adapters)}
     for a in range(num_adapters):
@@ -599,8 +600,13 @@ def test_fused_layer_of_the_base_alone():
     assert_close(y, unshifted + inputs["bias"].double() * inputs["scale"].double())
 
 
+def test_fused_layer_takes_float32_adapters_of_ranks_that_fill_16_bytes():
+    inputs = layer_inputs(20, 72, 40, 12, torch.bfloat16, torch.float32)
+    assert_close(fused_layer(inputs, 0.7)[0], exact_layer(inputs, 0.7))
+
+
 def test_fused_layer_without_a_branch_for_any_token():
-    inputs = layer_inputs(4, 64, 64, 8, torch.bfloat16, (2,))
+    inputs = layer_inputs(4, 64, 64, 8, torch.bfloat16, lead=(2,))
     slots = torch.full((4,), -1)
     y, _ = fused_layer(inputs, slots=slots, scalings=torch.ones(2))
     assert_close(y, exact_layer(inputs, 1.0, slots, scalings=torch.ones(2)))

@@ -12,7 +12,8 @@ namespace pyfastpeft {
 namespace {
 
 constexpr int kDepth = 64;     // features of a step: a row of it is 128 bytes in shared memory
-constexpr int kSlices = 4;     // of 16 ranks, whichever adapters', that a step of the tail has
+template <class F>
+constexpr int kSlices = kDepth / 8 / sizeof(F);  // of 16 ranks, whichever adapters', that a step of the tail has
 constexpr int kPass = kThreads / (kDepth * 2 / 16);  // rows of a step that all threads together load at a time
 constexpr int kWanted = 128;   // items that a launch aims at, whatever the device
 constexpr int kFirstCounter = 3;
@@ -28,7 +29,7 @@ struct CutFor {
   static constexpr size_t kStage = (kRows + kColumns) * kDepth * 2;                                 // bytes
 };
 
-template <class T>
+template <class T, class F>
 struct Layer {
   Matrix<const T> x;  // [T, K]
   const T* weight;    // [N, K]
@@ -36,8 +37,8 @@ struct Layer {
   const T* bias;       // [N] or null
   const float* scale;  // [N] or null
   bool scales_bias;
-  const T* lora_A;     // [L, R, K]
-  const T* lora_B;     // [L, N, R]
+  const F* lora_A;     // [L, R, K]
+  const F* lora_B;     // [L, N, R]
   float scaling;
   const float* scalings;  // [L] or null
   Routing routing;
@@ -56,7 +57,7 @@ struct Adapted {
 };
 
 // Shared memory of fused_kernel, in order.
-template <int token_tiles, int count>
+template <int token_tiles>
 struct FusedShared {
   using Cut = CutFor<token_tiles>;
   size_t tokens, adapted, tiles, slices, ranks, ring, total;
@@ -68,16 +69,20 @@ struct FusedShared {
         slices(tiles + most_tiles * sizeof(Tile)),
         ranks(rounded(slices + most_tiles * ((rank + 15) / 16) * sizeof(int))),
         ring(rounded(ranks + (Cut::kRows + 1) * padded(rank) * 2)),
-        total(ring + most(Cut::kStages * Cut::kStage, kWarps * kTile * 8 * count * sizeof(float))) {}
+        total(ring + Cut::kStages * Cut::kStage) {}
 
   // Elements of a row of s: as many 16 bytes that eight rows fall on all banks.
   __host__ __device__ static int padded(int rank) { return (rank + 15) / 16 * 16 + 8; }
   __host__ __device__ static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
-  __host__ __device__ static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 };
 
-// Where 16 bytes, number `run` of a row, lie in a stage: eight neighbouring rows are on different banks.
-__device__ __forceinline__ int swizzled(int row, int run) { return row * kDepth + (run ^ row % 8) * 8; }
+// Where 16 bytes, number `run` of a row, lie in a stage of elements E: a run of eight neighbouring rows, or two runs of
+// four rows of float32, are on different banks.
+template <class E>
+__device__ __forceinline__ int swizzled(int row, int run) {
+  constexpr int size = 16 / sizeof(E);
+  return (row * 8 + (run ^ row * int(sizeof(E) / 2) % 8)) * size;
+}
 
 // y = scale * (x weight^T + scaling * s lora_B^T) + bias, s = x lora_A^T, by adapters; or scale * (.. + bias).
 //
@@ -86,12 +91,13 @@ __device__ __forceinline__ int swizzled(int row, int run) { return row * kDepth 
 // lora_B; before the first of these meets s it waits until the shrink is done. The last part of the same columns adds
 // up all parts in their order. An item waits only for items that were taken before it, so that no block has to be
 // resident for another to end. Positions, not tokens, are rows: those of one adapter lie next to each other.
-template <class T, int token_tiles, int count>
-__global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* counters, int most_tiles) {
+template <class T, class F, int token_tiles, int count>
+__global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T, F> a, int* counters, int most_tiles) {
   using Cut = CutFor<token_tiles>;
+  static_assert(kWarps * kTile * 8 * count * sizeof(float) <= Cut::kStages * Cut::kStage, "shrink_item's sums");
   constexpr int rows = Cut::kRows, kColumns = Cut::kColumns, kStages = Cut::kStages, kEights = Cut::kEights;
   auto* memory = shared_memory<char>();
-  FusedShared<token_tiles, count> shared(a.routing.rank, most_tiles);
+  FusedShared<token_tiles> shared(a.routing.rank, most_tiles);
   auto* numbers = reinterpret_cast<int*>(memory);
   auto* tokens = reinterpret_cast<int*>(memory + shared.tokens);
   auto* adapted = reinterpret_cast<Adapted*>(memory + shared.adapted);
@@ -161,15 +167,16 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
     int part = item / column_items, column = item % column_items * kColumns;
     int step = steps * part / a.parts, base_steps = steps * (part + 1) / a.parts - step;
     int slice = slice_count * part / a.parts, own_slices = slice_count * (part + 1) / a.parts - slice;
-    int all_steps = base_steps + (own_slices + kSlices - 1) / kSlices;
+    int all_steps = base_steps + (own_slices + kSlices<F> - 1) / kSlices<F>;
 
     // Asks for what step i needs: rows of x, and behind them rows of weight or slices of lora_B. What a copy of no bytes
     // would read may lie anywhere.
     const T* weight_rows = a.weight + (column + loaded_row) * a.weight_stride + 8 * run;
     int columns_left = a.y.columns - column - loaded_row;
     auto load = [&](int i) {
-      T* to = ring + i % kStages * (Cut::kStage / sizeof(T)) + swizzled(loaded_row, run);
+      T* stage = ring + i % kStages * (Cut::kStage / sizeof(T));
       if (i < base_steps) {
+        T* to = stage + swizzled<T>(loaded_row, run);
         int k = (step + i) * kDepth, size = k + 8 * run < a.x.columns ? 16 : 0;
 #pragma unroll
         for (int pass = 0; pass < x_passes; ++pass)
@@ -180,17 +187,19 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
         for (int row = 0; row < kColumns; row += kPass, from += kPass * a.weight_stride)
           copy_async(to + (rows + row) * kDepth, from, row < columns_left ? size : 0);
       } else if (i < all_steps) {
-        int number = (i - base_steps) * kSlices + run / 2, size = 0;
-        const T* from = a.lora_B;
+        constexpr int runs = sizeof(F);  // of a slice: 16 elements of 16 bytes
+        int number = (i - base_steps) * kSlices<F> + run / runs, size = 0;
+        F* to = reinterpret_cast<F*>(stage) + swizzled<F>(rows + loaded_row, run);
+        const F* from = a.lora_B;
         if (number < own_slices) {
-          int of_tile = slices[slice + number], j = of_tile % 256 * 16 + run % 2 * 8;
+          int of_tile = slices[slice + number], j = (of_tile % 256 * runs + run % runs) * (16 / runs);
           Tile tile = tiles[of_tile / 256];
-          size = max(0, min(16, (tile.rank - j) * 2));
+          size = max(0, min(16, (tile.rank - j) * int(sizeof(F))));
           from += (int64_t(tile.adapter) * a.y.columns + column + loaded_row) * rank + j;
         }
 #pragma unroll
         for (int row = 0; row < kColumns; row += kPass, from += kPass * rank)
-          copy_async(to + (rows + row) * kDepth, from, row < columns_left ? size : 0);
+          copy_async(to + row * (kDepth * 2 / runs), from, row < columns_left ? size : 0);
       }
       commit_async();
     };
@@ -202,7 +211,21 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
       for (int pair = 0; pair < (kEights + 1) / 2; ++pair) {
         // Matrices: rows 0 to 7 of the first 8 terms, of the last 8; rows 8 to 15 of both.
         int row = min(first_column + 16 * pair + lane / 16 * 8 + lane % 8, kColumns - 1);
-        ldmatrix(w[pair], stage + swizzled(rows + row, 2 * sixteen + lane / 8 % 2));
+        ldmatrix(w[pair], stage + swizzled<T>(rows + row, 2 * sixteen + lane / 8 % 2));
+      }
+    };
+    // The same of a slice, rounded to T.
+    auto load_slice = [&](uint32_t (&w)[(kEights + 1) / 2][4], const T* stage, int sixteen) {
+      if constexpr (std::is_same_v<T, F>) {
+        load_columns(w, stage, sixteen);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2 * kEights; ++i) {
+          int row = rows + first_column + i / 2 * 8 + g, run = 4 * sixteen + i % 2 * 2 + t / 2;
+          const float* from = reinterpret_cast<const float*>(stage) + swizzled<float>(row, run) + t % 2 * 2;
+          float2 two = *reinterpret_cast<const float2*>(from);
+          w[i / 4][i % 4] = pack<T>(two.x, two.y);
+        }
       }
     };
     // sums += 16 terms: rows of the left begin at the addresses that lanes bring.
@@ -232,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
           load_columns(w, stage, sixteen);
 #pragma unroll
           for (int tile = 0; tile < Cut::kRowTiles; ++tile)
-            multiply(own[tile], stage + swizzled(first_row + kTile * tile + lane % 16, 2 * sixteen + lane / 16), w);
+            multiply(own[tile], stage + swizzled<T>(first_row + kTile * tile + lane % 16, 2 * sixteen + lane / 16), w);
         }
         continue;
       }
@@ -257,12 +280,12 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T> a, int* cou
         }
         __syncthreads();
       }
-      int first = (i - base_steps) * kSlices;
-      for (int sixteen = 0; sixteen < kSlices && first + sixteen < own_slices; ++sixteen) {
+      int first = (i - base_steps) * kSlices<F>;
+      for (int sixteen = 0; sixteen < kSlices<F> && first + sixteen < own_slices; ++sixteen) {
         int number = slices[slice + first + sixteen];
         Tile of = tiles[number / 256];
         auto has = [&](int row) { return row >= of.first && row < of.first + of.count; };
-        load_columns(w, stage, sixteen);
+        load_slice(w, stage, sixteen);
 #pragma unroll
         for (int tile = 0; tile < Cut::kRowTiles; ++tile) {
           int top = first_row + kTile * tile, row = top + lane % 16;
@@ -338,15 +361,12 @@ bool in_runs(const Tensor& t, int64_t columns) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Calls f<token_tiles, count>() with those of a kernel for so many tokens and ranks.
+// Calls f<token_tiles>() with that of a kernel for so many tokens.
 template <class F>
-void by_size(int64_t tokens, int64_t rank, F f) {
-  auto chosen = [&]<int token_tiles>() {
-    rank <= 16 ? f.template operator()<token_tiles, 2>() : f.template operator()<token_tiles, 4>();
-  };
-  tokens <= 16   ? chosen.template operator()<1>()
-  : tokens <= 32 ? chosen.template operator()<2>()
-                 : chosen.template operator()<4>();
+void by_tokens(int64_t tokens, F f) {
+  tokens <= 16   ? f.template operator()<1>()
+  : tokens <= 32 ? f.template operator()<2>()
+                 : f.template operator()<4>();
 }
 
 int64_t adapters_of(const FusedLayer& a) { return !a.lora_A ? 0 : a.lora_A->dim() == 3 ? a.lora_A->size(0) : 1; }
@@ -360,13 +380,11 @@ int most_tiles(const FusedLayer& a) {
 // Whether a block may have the shared memory that it takes.
 bool fits(const FusedLayer& a) {
   size_t shared = 0;
-  by_size(a.x.size(0), a.rank(), [&]<int token_tiles, int count>() {
-    shared = FusedShared<token_tiles, count>(a.rank(), most_tiles(a)).total;
-  });
+  by_tokens(a.x.size(0), [&]<int token_tiles>() { shared = FusedShared<token_tiles>(a.rank(), most_tiles(a)).total; });
   return shared <= shared_limit();
 }
 
-template <class T>
+template <class T, class F>
 void run(const FusedLayer& a, cudaStream_t stream) {
   int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.rank();
   int64_t adapters = adapters_of(a);
@@ -381,35 +399,41 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                   static_cast<int>(rank),
                   static_cast<int>(tokens)};
   int tiles = most_tiles(a);
-  by_size(tokens, rank, [&]<int token_tiles, int count>() {
+  auto sized = [&]<int token_tiles, int count>() {
     constexpr int rows = CutFor<token_tiles>::kRows, kColumns = CutFor<token_tiles>::kColumns;
     int64_t column_items = (n + kColumns - 1) / kColumns, steps = (k + kDepth - 1) / kDepth;
     int64_t parts = std::clamp<int64_t>(kWanted / column_items, 1, std::clamp<int64_t>(steps / 8, 1, 8));
     ShrinkItems shrinks(routing.rank, k, count);
     Tensor shrink_planes = scratch(a.x, {shrinks.parts, tokens, rank}, ScalarType::Float);
     Tensor base_planes = scratch(a.x, {parts - 1, rows, column_items * kColumns}, ScalarType::Float);
-    Layer<T> layer{{static_cast<const T*>(a.x.const_data_ptr()), a.x.stride(0), static_cast<int>(k)},
-                   static_cast<const T*>(a.weight.const_data_ptr()),
-                   a.weight.stride(0),
-                   a.bias ? static_cast<const T*>(a.bias->const_data_ptr()) : nullptr,
-                   a.scale ? sums<float>(*a.scale, {n}, "scale") : nullptr,
-                   a.scales_bias,
-                   a.lora_A ? static_cast<const T*>(a.lora_A->const_data_ptr()) : nullptr,
-                   a.lora_B ? static_cast<const T*>(a.lora_B->const_data_ptr()) : nullptr,
-                   static_cast<float>(a.scaling),
-                   a.scalings ? sums<float>(*a.scalings, {adapters}, "scaling") : nullptr,
-                   routing,
-                   {static_cast<T*>(a.y.mutable_data_ptr()), a.y.stride(0), static_cast<int>(n)},
-                   reinterpret_cast<float*>(s.data),
-                   s.stride,
-                   static_cast<float*>(shrink_planes.mutable_data_ptr()),
-                   static_cast<float*>(base_planes.mutable_data_ptr()),
-                   static_cast<int>(parts)};
-    size_t shared = FusedShared<token_tiles, count>(routing.rank, tiles).total;
-    auto kernel = fused_kernel<T, token_tiles, count>;
+    Layer<T, F> layer{{static_cast<const T*>(a.x.const_data_ptr()), a.x.stride(0), static_cast<int>(k)},
+                      static_cast<const T*>(a.weight.const_data_ptr()),
+                      a.weight.stride(0),
+                      a.bias ? static_cast<const T*>(a.bias->const_data_ptr()) : nullptr,
+                      a.scale ? sums<float>(*a.scale, {n}, "scale") : nullptr,
+                      a.scales_bias,
+                      a.lora_A ? static_cast<const F*>(a.lora_A->const_data_ptr()) : nullptr,
+                      a.lora_B ? static_cast<const F*>(a.lora_B->const_data_ptr()) : nullptr,
+                      static_cast<float>(a.scaling),
+                      a.scalings ? sums<float>(*a.scalings, {adapters}, "scaling") : nullptr,
+                      routing,
+                      {static_cast<T*>(a.y.mutable_data_ptr()), a.y.stride(0), static_cast<int>(n)},
+                      reinterpret_cast<float*>(s.data),
+                      s.stride,
+                      static_cast<float*>(shrink_planes.mutable_data_ptr()),
+                      static_cast<float*>(base_planes.mutable_data_ptr()),
+                      static_cast<int>(parts)};
+    size_t shared = FusedShared<token_tiles>(routing.rank, tiles).total;
+    auto kernel = fused_kernel<T, F, token_tiles, count>;
     int64_t blocks =
         std::min(tiles * shrinks.of_tile() + column_items * parts, resident_blocks(kernel, kThreads, shared));
     launch(kernel, dim3(blocks), dim3(kThreads), shared, stream, layer, zeros, tiles);
+  };
+  // As many bytes of lora_A, whatever its dtype: those of 32 ranks at most, or of 16 in float32.
+  by_tokens(tokens, [&]<int token_tiles>() {
+    if constexpr (std::is_same_v<T, F>)
+      if (rank > 16) return sized.template operator()<token_tiles, 4>();
+    sized.template operator()<token_tiles, 2>();
   });
 }
 
@@ -418,16 +442,21 @@ void run(const FusedLayer& a, cudaStream_t stream) {
 bool takes(const FusedLayer& a) {
   int64_t tokens = a.x.size(0), k = a.x.size(1), n = a.weight.size(0), rank = a.rank();
   Dtype dtype = dtype_of(a.x, "x");
+  Dtype adapters = a.lora_A ? dtype_of(*a.lora_A, "lora_A") : dtype;
   auto same = [&](const OptionalTensor& t) { return !t || dtype_of(*t, "tensor") == dtype; };
   auto whole = [](const OptionalTensor& t) { return !t || (t->is_contiguous() && aligned(t->const_data_ptr())); };
-  return item_size(dtype) == 2 && same(a.weight) && same(a.lora_A) && same(a.lora_B) && same(a.y) && same(a.bias) &&
-         tokens > 0 && tokens <= kFusedTokens && k % 8 == 0 && n % 8 == 0 && rank % 8 == 0 && rank <= 256 &&
-         bool(a.lora_A) == (rank > 0) && in_runs(a.x, k) && in_runs(a.weight, k) && in_runs(a.y, n) &&
+  return item_size(dtype) == 2 && same(a.weight) && same(a.y) && same(a.bias) &&
+         (adapters == dtype || adapters == Dtype::f32) && (!a.lora_B || dtype_of(*a.lora_B, "lora_B") == adapters) &&
+         tokens > 0 && tokens <= kFusedTokens && k % 8 == 0 && n % 8 == 0 && rank * item_size(adapters) % 16 == 0 &&
+         rank <= 256 && bool(a.lora_A) == (rank > 0) && in_runs(a.x, k) && in_runs(a.weight, k) && in_runs(a.y, n) &&
          whole(a.lora_A) && whole(a.lora_B) && whole(a.bias) && whole(a.scale) && fits(a);
 }
 
 void fused_layer(const FusedLayer& a, cudaStream_t stream) {
-  dtype_of(a.x, "x") == Dtype::bf16 ? run<__nv_bfloat16>(a, stream) : run<__half>(a, stream);
+  auto typed = [&]<class T>(T) {
+    a.lora_A && a.lora_A->scalar_type() == ScalarType::Float ? run<T, float>(a, stream) : run<T, T>(a, stream);
+  };
+  dtype_of(a.x, "x") == Dtype::bf16 ? typed(__nv_bfloat16{}) : typed(__half{});
 }
 
 }  // namespace pyfastpeft

@@ -9,8 +9,9 @@ namespace pyfastpeft {
 constexpr int64_t kFusedTokens = 64;
 
 // y[t] = scale * (x[t] weight^T + scaling[a] * s[t] lora_B[a]^T) + bias,  s[t] = x[t] lora_A[a]^T,  for adapter a's
-// tokens t; without the branch for tokens of no adapter. Where the bias is scaled, too, it stands in the brackets. All matrices are of one 16-bit dtype, sums are float32; y is
-// rounded once.
+// tokens t; without the branch for tokens of no adapter. Where the bias is scaled, too, it stands in the brackets. All
+// matrices are of one 16-bit dtype, but lora_A and lora_B may be of float32: then s is as good as float32's, and lora_B
+// is rounded as s is, where they meet. Sums are float32; y is rounded once.
 struct FusedLayer {
   Tensor x, weight;  // [T, K], [N, K]: rows at a stride
   OptionalTensor bias, scale;  // [N]; scale is float32
