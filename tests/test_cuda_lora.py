@@ -156,6 +156,23 @@ def test_torch_multiplies_by_weight_on_other_gpus(monkeypatch, p):
     assert_dropout_is_the_references(brain, single, 3, p)
 
 
+@pytest.mark.parametrize("capability", ["8", "9"])
+def test_a_small_branch_costs_the_gradient_of_x_no_rounding(monkeypatch, capability):
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", capability)
+    inputs = {n: t.detach() for n, t in lora_inputs(67, 264, 136, 8, brain, single).items()}
+    dy = random(67, 136, dtype=brain, grad=False)
+
+    def gradient(x, **rest):
+        torch.manual_seed(9)
+        y = ops.lora_linear(x.requires_grad_(), **rest, scaling=1e-3, dropout_p=0.25)
+        return torch.autograd.grad(y, x, dy.to(y))[0].double()
+
+    with ops.use_backend("reference"):
+        exact = gradient(**{name: tensor.double() for name, tensor in inputs.items()})
+    once = exact.to(brain).double()
+    assert (gradient(**inputs) - exact).norm() <= 1.1 * (once - exact).norm()
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8, 8), (37, 584, 72, 24)])
 def test_few_tokens_go_through_one_kernel(shape):
     inputs = lora_inputs(*shape, brain)

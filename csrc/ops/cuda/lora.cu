@@ -799,34 +799,32 @@ void input_gradient(const Place& place, const Tensor& dy, const OptionalTensor& 
                     const Tensor& ds, const Dropout& dropout, Tensor dx) {
   int64_t m = dy.size(0), n = dy.size(1), k = lora_A.size(1), rank = lora_A.size(0);
   Activation16 in = activation(dy, m, n, "dy"), out = activation(dx, m, k, "dx");
-  bool own = weight && gemm_pays(m, k), fused = own && !dropout.seed;  // a mask has to meet the branch alone
   Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
   STD_TORCH_CHECK(!weight || w.dtype == dtype_of(dy, "dy"), "weight must be of the activations' dtype");
-  if (own) {
-    Tensor factor = fused ? tail<Type>(place, lora_A, rank, k) : lora_A;
-    multiply({.bfloat16 = Type::dtype == ScalarType::BFloat16,
-              .backward = true,
-              .rows = m,
-              .columns = k,
-              .depth = n,
-              .rank = fused ? rank : 0,
-              .left = in.data,
-              .right = w.data,
-              .tail_left = ds.const_data_ptr(),
-              .tail_right = factor.const_data_ptr(),
-              .left_stride = in.stride,
-              .right_stride = w.stride,
-              .tail_left_stride = ds.size(1),
-              .tail_right_stride = k,
-              .out = const_cast<void*>(out.data),
-              .out_stride = out.stride},
-             place.stream);
-  } else if (weight) {
-    base_backward(dy, *weight, dx);
+  if (!weight || dropout.seed || !gemm_pays(m, k)) {  // a mask has to meet the branch alone
+    // The branch first: it is the smaller one to be rounded by itself.
+    expand<Type>(place, out, ds, pointer<typename Type::Factor>(lora_A), k, 1, rank, dropout, false);
+    if (weight) base_backward(dy, *weight, dx, true);
+    return;
   }
-  if (!fused) {
-    expand<Type>(place, out, ds, pointer<typename Type::Factor>(lora_A), k, 1, rank, dropout, bool(weight));
-  }
+  Tensor factor = tail<Type>(place, lora_A, rank, k);
+  multiply({.bfloat16 = Type::dtype == ScalarType::BFloat16,
+            .backward = true,
+            .rows = m,
+            .columns = k,
+            .depth = n,
+            .rank = rank,
+            .left = in.data,
+            .right = w.data,
+            .tail_left = ds.const_data_ptr(),
+            .tail_right = factor.const_data_ptr(),
+            .left_stride = in.stride,
+            .right_stride = w.stride,
+            .tail_left_stride = ds.size(1),
+            .tail_right_stride = k,
+            .out = const_cast<void*>(out.data),
+            .out_stride = out.stride},
+           place.stream);
 }
 
 // The half of a backward pass that reads dy [M, N]: ds where it has a place, and the parts of dlora_B / scaling, where s
