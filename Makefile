@@ -19,8 +19,8 @@ lint: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
-# On a machine with a GPU, without network or pip: everything with the Python that it has, in at most nine minutes. A CUDA
-# library that was built elsewhere is used as it is.
+# On a machine with a GPU, without network or pip: everything with the Python that it has, in at most nine minutes.
+# Libraries that were built elsewhere from the same sources are used as they are.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 

@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 def build(out: Path, seconds: int) -> list[str]:
-    return ["csrc/libraries.py"]
+    return ["csrc/libraries.py", "--missing"]
 
 
 def look(out: Path, seconds: int) -> list[str]:
@@ -86,10 +86,8 @@ def main() -> int:
 
 def run(command: list[str], log: Path, seconds: float) -> int | str:
     """The exit status of a command, or what became of it; its processes are ended after so many seconds."""
-    prebuilt = (ROOT / "pyfastpeft" / "_ops_cuda.so").exists()
     environment = {
         "PYFASTPEFT_REQUIRE_NATIVE": "0",
-        **({"PYFASTPEFT_CUDA": "0"} if prebuilt else {}),  # what was built elsewhere is used as it is
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PYTHONUNBUFFERED": "1",

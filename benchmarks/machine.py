@@ -119,23 +119,20 @@ def _output(*command: str) -> str:
 
 
 def main() -> int:
-    """Tells what the benchmarks and the GPU tests have here; 1 where that is no GPU, or CUDA kernels that are not
-    of these sources or do not load."""
+    """Tells what the benchmarks and the GPU tests have here; 1 where that is no GPU, or kernels of other sources."""
     found = describe()
     print(title(found))
     for name in dispatch.BACKENDS:
         ops = sum(any(row.backend == name for row in rows) for rows in dispatch.TABLE.values())
         print(f"{name}: {dispatch.UNAVAILABLE.get(name) or f'{ops} of {len(dispatch.TABLE)} ops'}")
-    root = Path(__file__).parent.parent
     if native.CUDA_AVAILABLE:
-        built = torch.ops.pyfastpeft.cuda_capability()
-        print(f"_ops_cuda: {built}")
-        if f"sources {libraries.state(root)}" not in built:
-            print("pyfastpeft/_ops_cuda.so was built from other sources: remove it, or build it again")
+        print(f"_ops_cuda: {torch.ops.pyfastpeft.cuda_capability()}")
+    root = Path(__file__).parent.parent
+    for name, available in (("_ops", native.AVAILABLE), ("_ops_cuda", native.CUDA_AVAILABLE)):
+        library = root / "pyfastpeft" / libraries.file_name(name)
+        if available and not libraries.current(name, library, root):
+            print(f"pyfastpeft/{library.name} was built from other sources: remove it, or build it again")
             return 1
-    elif (root / "pyfastpeft" / libraries.file_name("_ops_cuda")).exists():
-        print(f"pyfastpeft/_ops_cuda.so is of no use here: {native.CUDA_WHY_NOT}")
-        return 1
     if found["device"] == "cuda":
         return 0
     try:

@@ -1,11 +1,12 @@
 """How the libraries of csrc/ are compiled and linked, with ninja. setup.py calls this; run by itself it builds all of
-them in place, for which no setuptools is needed.
+them in place, for which no setuptools is needed, with --missing those that are not there or of no use here.
 
 CXX and CXXFLAGS mean what they always do; nvcc reads NVCC_APPEND_FLAGS instead of the latter. The CUDA kernels are
 built where nvcc is present and torch is one for CUDA; PYFASTPEFT_CUDA=1 or 0 decides instead, PYFASTPEFT_CUDA_ARCHS="80
 90a" for which GPUs. Files *_sm90.cu are for Hopper alone and need CUTLASS's headers (package nvidia-cutlass).
 """
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -23,6 +24,11 @@ FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HOPPER = "_sm90.cu"
 SOURCES = {"_ops": "csrc/ops/**/*.cpp", "_ops_cuda": "csrc/ops/cuda/*.cu", "_host": "csrc/host/*.cpp"}
+HEADERS = {
+    "_ops": ("csrc/*.h", "csrc/ops/*.h", "csrc/ops/cpu/*"),
+    "_ops_cuda": ("csrc/ops/*.h", "csrc/ops/cuda/*", "csrc/ops/cpu/kernels.h"),
+    "_host": ("csrc/*.h",),
+}
 
 
 def file_name(name: str) -> str:
@@ -30,10 +36,25 @@ def file_name(name: str) -> str:
     return f"{name}{sysconfig.get_config_var('EXT_SUFFIX') if name == '_host' else '.so'}"
 
 
-def state(root: Path = Path()) -> str:
-    """A word that changes with the sources of the CUDA library; the library tells of which it is."""
-    files = [*root.glob("csrc/ops/*.h"), *root.glob("csrc/ops/cuda/*"), root / "csrc/ops/cpu/kernels.h"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:8]
+def state(name: str, root: Path = Path()) -> str:
+    """Hexadecimal digits that change with the sources of the library `name`, which holds them as its build ID."""
+    files = {path for pattern in (SOURCES[name], *HEADERS[name]) for path in root.glob(pattern)}
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:32]
+
+
+def current(name: str, library: Path, root: Path = Path()) -> bool:
+    """Whether this file is the library `name`, built from the sources that are here."""
+    return bytes.fromhex(state(name, root)) in library.read_bytes()
+
+
+def loads(library: Path) -> bool:
+    import torch  # noqa: F401  brings what ours are linked with
+
+    try:
+        ctypes.CDLL(str(library.absolute()))
+    except OSError:
+        return False
+    return True
 
 
 def built(name: str, sources: list[str], kept: Path | None = None) -> str | None:
@@ -82,8 +103,7 @@ rule link
 build {folder}/library.so: link {" ".join(objects)}
 """
     for it, source in objects.items():
-        more = f" -DPYFASTPEFT_SOURCES={state()}" if source.endswith("capability.cu") else ""
-        rules += f"build {it}: compile {source}\n  gpus = {gpus(source)}{more}\n"
+        rules += f"build {it}: compile {source}\n  gpus = {gpus(source)}\n"
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "build.ninja").write_text(rules)
     if subprocess.run([ninja, "-f", f"{folder}/build.ninja"]).returncode:
@@ -95,17 +115,18 @@ def _commands(name: str, compiler: list[str]) -> tuple[list[str], str]:
     """What compiles a source of library `name`, and ninja's command that links it."""
     common = ["-std=c++20", "-DNDEBUG", "-Icsrc"]
     flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    link = f"-shared $in -Xlinker --build-id=0x{state(name)} -o $out"
     if name == "_host":
         includes = ["-isystem", _folder("pybind11", "include"), "-isystem", sysconfig.get_path("include")]
-        return [*compiler, *flags, *common, *includes], f"{shlex.join(compiler)} -shared $in -o $out"
+        return [*compiler, *flags, *common, *includes], f"{shlex.join(compiler)} {link}"
     common += ["-isystem", _folder("torch", "include"), *STABLE_ABI]
     library = shlex.quote(f"-L{_folder('torch', 'lib')}")
     if name == "_ops":
-        return [*compiler, *flags, *common], f"{shlex.join(compiler)} -shared $in {library} -ltorch_cpu -o $out"
+        return [*compiler, *flags, *common], f"{shlex.join(compiler)} {link} {library} -ltorch_cpu"
     nvcc = [_nvcc(), "-ccbin", compiler[0], "--cudart=static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     # libtorch brings what tells the current stream, where it is one for CUDA.
     links = f"{library} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
-    return [*nvcc, *common, *cuda_flags()], f"{shlex.join(nvcc)} -shared $in {links} -o $out"
+    return [*nvcc, *common, *cuda_flags()], f"{shlex.join(nvcc)} {link} {links}"
 
 
 def cuda_flags() -> list[str]:
@@ -151,6 +172,12 @@ def main() -> int:
     missing = False
     for name, pattern in SOURCES.items():
         target = Path("pyfastpeft", file_name(name))
+        if "--missing" in sys.argv and target.exists():
+            if current(name, target) and loads(target):
+                print(f"{target} is used as it is", flush=True)
+                continue
+            kept = target.rename(target.with_suffix(".old"))
+            print(f"\n*** {target} is of other sources or does not load: it is {kept} now\n", flush=True)
         if library := built(name, sorted(map(str, Path().glob(pattern))), target):
             shutil.copy(library, target)
         missing |= not target.exists()

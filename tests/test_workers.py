@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.worker import Worker, WorkerLost, serve
+from csrc import libraries
 
 ROOT = Path(__file__).parent.parent
 
@@ -286,20 +287,52 @@ def test_every_part_of_make_gpu_has_its_turn(parts, capsys, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["build.log", "figures.log", "tests.log"]
 
 
-@pytest.mark.parametrize("state", [None, "00000000"])
-def test_cuda_kernels_of_other_sources_are_told(monkeypatch, capsys, state):
+def test_make_gpu_uses_what_was_built_from_these_sources(tmp_path):
+    """And puts aside what was not, or does not load. What it cannot build is missing then."""
+    script = f"""
+import sys
+from csrc import libraries
+libraries.__file__ = {str(tmp_path / "csrc/libraries.py")!r}
+libraries.built = lambda name, sources, kept: {{"_host": __file__}}.get(name)
+sys.exit(libraries.main())
+"""
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    (tmp_path / "pyfastpeft").mkdir()
+    path = {name: tmp_path / "pyfastpeft" / libraries.file_name(name) for name in libraries.SOURCES}
+    library = (ROOT / "pyfastpeft/_ops.so").read_bytes()
+    path["_ops"].write_bytes(library)
+    path["_ops_cuda"].write_bytes(bytes.fromhex(libraries.state("_ops_cuda", ROOT)))  # and nothing that loads
+    path["_host"].write_bytes(library)
+    (tmp_path / "build.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "build.py", "--missing"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("is used as it is") == 1
+    assert done.stdout.count("is of other sources or does not load") == 2
+    assert path["_ops"].read_bytes() == library
+    assert path["_host"].read_text() == script
+    assert not path["_ops_cuda"].exists()
+    assert path["_ops_cuda"].with_suffix(".old").exists()
+
+
+@pytest.mark.parametrize("stale", [None, "_ops", "_ops_cuda"])
+def test_kernels_of_other_sources_are_told(monkeypatch, capsys, stale):
     import torch
 
     from benchmarks import machine
 
-    known = state or machine.libraries.state(ROOT)
-    monkeypatch.setattr(machine, "native", types.SimpleNamespace(CUDA_AVAILABLE=True))
-    told = f"CUDA 13.0, CUTLASS, sources {known}; sm_90"
-    monkeypatch.setattr(torch.ops.pyfastpeft, "cuda_capability", lambda: told, raising=False)
+    monkeypatch.setattr(machine, "native", types.SimpleNamespace(AVAILABLE=True, CUDA_AVAILABLE=True))
+    monkeypatch.setattr(torch.ops.pyfastpeft, "cuda_capability", lambda: "CUDA 13.0, CUTLASS; sm_90", raising=False)
+    monkeypatch.setattr(machine.libraries, "current", lambda name, *paths: name != stale)
     monkeypatch.setattr(machine, "describe", lambda: {"device": "cuda"})
     monkeypatch.setattr(machine, "title", lambda found: "a GPU")
-    assert machine.main() == (state is not None)
-    assert ("was built from other sources" in capsys.readouterr().out) == (state is not None)
+    assert machine.main() == (stale is not None)
+    told = f"pyfastpeft/{stale}.so was built from other sources"
+    assert (told in capsys.readouterr().out) == (stale is not None)
 
 
 def test_make_gpu_stops_where_there_is_no_gpu(parts, capsys):

@@ -8,9 +8,6 @@ namespace pyfastpeft {
 
 namespace {
 
-#define TEXT_OF(word) #word
-#define TEXT(word) TEXT_OF(word)
-
 // What this library was built with, and the device that it runs on or why there is none.
 std::string cuda_capability() {
 #ifdef PYFASTPEFT_CUTLASS
@@ -19,9 +16,6 @@ std::string cuda_capability() {
   std::string built = "no CUTLASS";
 #endif
   built = "CUDA " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) + ", " + built;
-#ifdef PYFASTPEFT_SOURCES
-  built += ", sources " TEXT(PYFASTPEFT_SOURCES);  // libraries.py: state
-#endif
   cudaDeviceProp device;
   cudaError_t error = cudaGetDeviceProperties(&device, 0);
   if (error != cudaSuccess) {
