@@ -355,3 +355,29 @@ def test_a_captured_graph_serves_slots_that_change(backend, tokens, included):
     if backend == "addmm" and tokens * 8 * (256 + 136) > addmm.GATHERED:
         pytest.skip("adapters that come one after the other are looked up on the host")
     assert_serves_slots_that_change(tokens, included, "cuda", captured)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [9, 64])
+def test_two_graphs_are_replayed_at_once(backend, tokens, adapter_dtype):
+    """Blocks of each launch wait for each other, and not for those of the other stream."""
+    if backend == "addmm":
+        pytest.skip("torch's own kernels wait for nobody")
+    shape, streams, calls = (tokens, 1024, 520, 16, 8), [torch.cuda.Stream() for _ in range(2)], []
+    for _ in streams:
+        inputs = multi_layer_inputs(*shape, torch.bfloat16, adapter_dtype, device="cuda")
+        inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+        slots = ops.route(torch.randint(-1, 8, (tokens,), device="cuda"), 8)
+        run = functools.partial(ops.multi_lora_linear, **inputs, slots=slots, scaling=0.5)
+        expected = run()
+        out = torch.empty_like(expected)
+        calls.append((expected, out, captured(lambda run=run, out=out: out.copy_(run()))))
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, (_, out, replay) in zip(streams, calls):
+            with torch.cuda.stream(stream):
+                out.fill_(float("nan"))
+                for _ in range(10):
+                    replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, expected) for expected, out, _ in calls)
