@@ -69,6 +69,24 @@ def test_lora_linear_group(dtype, adapter_dtype, rows, layers):
     assert_error_rule(group, plain_group, group_inputs(rows, 136, layers, dtype, adapter_dtype))
 
 
+@pytest.mark.parametrize(("layers", "roundings"), [(3, 1), (4, 2)])
+def test_the_products_of_a_group_are_summed_in_one_accumulator(layers, roundings):
+    """On Hopper, of three layers: the fourth is added to their sum."""
+    shapes = [(136, 8), (72, 16), (64, 5), (40, 8)][:layers]
+    inputs = {n: t.detach() for n, t in group_inputs(67, 264, shapes, brain).items()}
+    run = functools.partial(ops.lora_linear_group, scalings=[0.1] * layers)
+    dy = random(67, sum(n for n, _ in shapes), dtype=brain, grad=False)
+
+    def gradient(x, **rest):
+        y = grouped(run, x.requires_grad_(), **rest)
+        return torch.autograd.grad(y, x, dy.to(y))[0].double()
+
+    with ops.use_backend("reference"):
+        exact = gradient(**{name: tensor.double() for name, tensor in inputs.items()})
+    once = exact.to(brain).double()
+    assert (gradient(**inputs) - exact).norm() <= 1.2 * roundings**0.5 * (once - exact).norm()
+
+
 @pytest.mark.parametrize("only", ["x", "lora_A0", "lora_A1", "lora_B2"])
 def test_a_group_forms_one_gradient_alone(only):
     inputs = group_inputs(40, 72, [(64, 8), (40, 5), (24, 20)], brain, single)

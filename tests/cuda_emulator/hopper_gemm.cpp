@@ -24,7 +24,7 @@ void product(const Gemm& g) {
   };
   for (int64_t m = 0; m < g.rows; ++m) {
     std::vector<float> sums(g.columns);
-    add(sums, g.left, g.left_stride, g.right, g.right_stride, g.depth, m);
+    for (const Gemm::Product& it : g.products) add(sums, it.left, it.left_stride, it.right, it.right_stride, it.depth, m);
     int64_t tail = g.tail_of_block ? g.tail_of_block[m / kTailBlock] : 0;
     const T* tail_right = static_cast<const T*>(g.tail_right) + tail * g.tail_right_distance;
     bool there = tail >= 0 && tail < g.tails;
@@ -45,10 +45,14 @@ bool aligned(const void* pointer, int64_t stride) {
 
 template <bool kBfloat16, bool kBackward>
 const char* hopper_gemm(const Gemm& g, cudaStream_t) {
-  if (!aligned(g.left, g.left_stride) || !aligned(g.right, g.right_stride) || !aligned(g.out, g.out_stride) ||
-      (g.rank && !(aligned(g.tail_left, g.tail_left_stride) && aligned(g.tail_right, g.tail_right_stride))) ||
-      g.tail_right_distance % 8)
-    return "TMA takes multiples of 16 bytes only";
+  auto both = [](const void* left, int64_t left_stride, const void* right, int64_t right_stride) {
+    return aligned(left, left_stride) && aligned(right, right_stride);
+  };
+  bool taken = aligned(g.out, g.out_stride) && g.tail_right_distance % 8 == 0;
+  taken &= !g.rank || both(g.tail_left, g.tail_left_stride, g.tail_right, g.tail_right_stride);
+  for (const Gemm::Product& it : g.products)
+    taken &= !it.depth || both(it.left, it.left_stride, it.right, it.right_stride);
+  if (!taken) return "TMA takes multiples of 16 bytes only";
   product<std::conditional_t<kBfloat16, __nv_bfloat16, __half>, kBackward>(g);
   return nullptr;
 }

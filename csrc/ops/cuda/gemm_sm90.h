@@ -11,21 +11,23 @@
 
 namespace pyfastpeft {
 
-// A collective whose sum runs over the depth of a first product, then over the rank of a second one of the same shape:
-// the producer turns to the second one's operands when the first one's tiles are loaded. Of the last of these tiles the
-// consumers multiply no more than the rank fills.
+// A collective whose sum runs over the depths of some products, then over the rank of another one of the same shape: the
+// producer turns to the next one's operands when one's tiles are loaded. Of the very last of these tiles the consumers
+// multiply no more than the rank fills.
 template <class Single>
 struct WithTail : Single {
   struct Arguments {
-    typename Single::Arguments base, tail;
-    int depth, rank, tails;
+    typename Single::Arguments products[kProducts], tail;
+    int depths[kProducts], rank, tails;  // 0: none
     const int* tail_of_block;
   };
 
-  struct Params : Single::Params {
-    typename Single::Params tail;
-    int base_tiles, rank, blocks;
+  struct Params : Single::Params {  // of the first product
+    typename Single::Params others[kProducts - 1], tail;
+    int tiles[kProducts], base_tiles, rank, blocks;  // base_tiles: the sum of tiles
     const int* tail_of_block;
+
+    CUTLASS_HOST_DEVICE const typename Single::Params& product(int i) const { return i ? others[i - 1] : *this; }
   };
 
   static constexpr int kDepth = cute::size<2>(typename Single::TileShape{});
@@ -41,13 +43,21 @@ struct WithTail : Single {
     auto described = [&](int depth, int batches, const typename Single::Arguments& operands) {
       return Single::to_underlying_arguments(cute::make_shape(rows, columns, depth, batches), operands, workspace);
     };
-    typename Single::Params base = described(it.depth, batch, it.base);
-    return {base, it.rank ? described(it.rank, it.tails, it.tail) : base, tiles(it.depth), it.rank,
-            (rows + kTailBlock - 1) / kTailBlock, it.tail_of_block};
+    Params params{described(it.depths[0], batch, it.products[0])};
+    params.tail = it.rank ? described(it.rank, it.tails, it.tail) : params.product(0);
+    for (int i = 0; i < kProducts; ++i) {
+      if (i) params.others[i - 1] = it.depths[i] ? described(it.depths[i], batch, it.products[i]) : params.product(0);
+      params.base_tiles += params.tiles[i] = tiles(it.depths[i]);
+    }
+    params.rank = it.rank;
+    params.blocks = (rows + kTailBlock - 1) / kTailBlock;
+    params.tail_of_block = it.tail_of_block;
+    return params;
   }
 
   CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
-    Single::prefetch_tma_descriptors(params);
+    for (int i = 0; i < kProducts; ++i)
+      if (params.tiles[i]) Single::prefetch_tma_descriptors(params.product(i));
     Single::prefetch_tma_descriptors(params.tail);
   }
 
@@ -71,8 +81,12 @@ struct WithTail : Single {
     auto to_batch = cute::make_coord(cute::_0{}, cute::_0{}, cute::_0{}, cute::_0{}, batch);  // of (N, K, n, k, l)
     auto base = cute::make_tuple(cute::get<0>(inputs), cute::get<1>(inputs));
     auto tail = cute::make_tuple(cute::get<2>(inputs), cute::domain_offset(to_batch, cute::get<3>(inputs)));
-    Single::load(params, pipeline, state, base, block, tile, params.base_tiles, thread, rank_in_cluster, shared);
-    state.advance(params.base_tiles);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < kProducts && params.tiles[i]; ++i) {
+      Single::load(params.product(i), pipeline, state, base, block, tile, params.tiles[i], thread, rank_in_cluster,
+                   shared);
+      state.advance(params.tiles[i]);
+    }
     Single::load(params.tail, pipeline, state, tail, block, tile, tiles - params.base_tiles, thread, rank_in_cluster,
                  shared);
   }
@@ -168,18 +182,22 @@ struct HopperGemm {
           static_cast<const Element*>(left), strides<typename Single::StrideA>(left_stride, left_stride),
           static_cast<const Element*>(right), strides<typename Single::StrideB>(right_stride, apart)};
     };
-    int depth = static_cast<int>(gemm.depth), rank = static_cast<int>(gemm.rank);
-    int whole = (WithTail<Single>::tiles(depth) + WithTail<Single>::tiles(rank)) * WithTail<Single>::kDepth;
+    using Mainloop = WithTail<Single>;
+    int rank = static_cast<int>(gemm.rank), tiles = Mainloop::tiles(rank);
     typename Device::Arguments it{};
+    it.mainloop.tail = operands(gemm.tail_left, gemm.tail_left_stride, gemm.tail_right, gemm.tail_right_stride,
+                                gemm.tail_right_distance);
+    for (int i = 0; i < kProducts; ++i) {
+      const Gemm::Product& product = gemm.products[i];
+      it.mainloop.products[i] = operands(product.left, product.left_stride, product.right, product.right_stride, 0);
+      it.mainloop.depths[i] = static_cast<int>(product.depth);
+      tiles += Mainloop::tiles(it.mainloop.depths[i]);
+    }
+    it.mainloop.rank = rank;
+    it.mainloop.tails = static_cast<int>(gemm.tails);
+    it.mainloop.tail_of_block = gemm.tail_of_block;
     it.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-    it.problem_shape = {static_cast<int>(gemm.rows), static_cast<int>(gemm.columns), whole, 1};
-    it.mainloop = {operands(gemm.left, gemm.left_stride, gemm.right, gemm.right_stride, 0),
-                   operands(gemm.tail_left, gemm.tail_left_stride, gemm.tail_right, gemm.tail_right_stride,
-                            gemm.tail_right_distance),
-                   depth,
-                   rank,
-                   static_cast<int>(gemm.tails),
-                   gemm.tail_of_block};
+    it.problem_shape = {static_cast<int>(gemm.rows), static_cast<int>(gemm.columns), tiles * Mainloop::kDepth, 1};
     auto per_column = [](const void* vector) {
       return typename PerColumn<Element>::Arguments{static_cast<const Element*>(vector), Element(0.0f)};
     };
@@ -195,6 +213,7 @@ template <bool kBfloat16, bool kBackward>
 const char* hopper_gemm(const Gemm& gemm, cudaStream_t stream) {
   using Types = HopperGemm<cute::conditional_t<kBfloat16, cutlass::bfloat16_t, cutlass::half_t>, kBackward>;
   static_assert(Types::Kernel::SharedStorageSize <= 227 * 1024);  // what a block of sm_90 may have
+  static_assert(sizeof(typename Types::Kernel::Params) <= 4096);  // what every driver takes along with a launch
   typename Types::Device device;
   cutlass::Status status = device.initialize(Types::arguments(gemm), nullptr, stream);
   if (status == cutlass::Status::kSuccess) status = device.run(stream);

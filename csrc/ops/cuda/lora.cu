@@ -720,14 +720,10 @@ void output(const Place& place, const Tensor& x, const LoraLayer& layer, const T
   multiply({.bfloat16 = Type::dtype == ScalarType::BFloat16,
             .rows = m,
             .columns = n,
-            .depth = k,
             .rank = rank,
-            .left = in.data,
-            .right = layer.weight->const_data_ptr(),
+            .products = {{k, in.data, layer.weight->const_data_ptr(), in.stride, layer.weight->stride(0)}},
             .tail_left = scaled.const_data_ptr(),
             .tail_right = factor.const_data_ptr(),
-            .left_stride = in.stride,
-            .right_stride = layer.weight->stride(0),
             .tail_left_stride = scaled.size(1),
             .tail_right_stride = factor.size(1),
             .scale = scale,
@@ -793,38 +789,39 @@ bool forward(const Tensor& x, const std::vector<LoraLayer>& layers, Tensor lora_
   return true;
 }
 
-// dx = dy weight + drop'(ds lora_A), without weight the second term alone.  ds: [M, round_up(rank)] of T
+// dx = the sum of dy weight + drop'(ds lora_A), without weight the second term alone.
+// dys: of every layer [M, N];  ds: [M, round_up(rank)] of T
 template <class Type>
-void input_gradient(const Place& place, const Tensor& dy, const OptionalTensor& weight, const Tensor& lora_A,
-                    const Tensor& ds, const Dropout& dropout, Tensor dx) {
-  int64_t m = dy.size(0), n = dy.size(1), k = lora_A.size(1), rank = lora_A.size(0);
-  Activation16 in = activation(dy, m, n, "dy"), out = activation(dx, m, k, "dx");
-  Rows w = weight ? aligned_rows(*weight, n, k, "weight") : Rows{};
-  STD_TORCH_CHECK(!weight || w.dtype == dtype_of(dy, "dy"), "weight must be of the activations' dtype");
-  if (!weight || dropout.seed || !gemm_pays(m, k)) {  // a mask has to meet the branch alone
+void input_gradient(const Place& place, const std::vector<Tensor>& dys, const std::vector<LoraLayer>& layers,
+                    const Tensor& lora_A, const Tensor& ds, const Dropout& dropout, Tensor dx) {
+  int64_t m = dx.size(0), k = lora_A.size(1), rank = lora_A.size(0);
+  Activation16 out = activation(dx, m, k, "dx");
+  size_t summed = 0;  // layers whose product is in dx
+  if (!layers[0].weight || dropout.seed || !gemm_pays(m, k)) {  // a mask has to meet the branch alone
     // The branch first: it is the smaller one to be rounded by itself.
     expand<Type>(place, out, ds, pointer<typename Type::Factor>(lora_A), k, 1, rank, dropout, false);
-    if (weight) base_backward(dy, *weight, dx, true);
-    return;
-  }
-  Tensor factor = tail<Type>(place, lora_A, rank, k);
-  multiply({.bfloat16 = Type::dtype == ScalarType::BFloat16,
+  } else {
+    Tensor factor = tail<Type>(place, lora_A, rank, k);
+    Gemm it{.bfloat16 = Type::dtype == ScalarType::BFloat16,
             .backward = true,
             .rows = m,
             .columns = k,
-            .depth = n,
             .rank = rank,
-            .left = in.data,
-            .right = w.data,
             .tail_left = ds.const_data_ptr(),
             .tail_right = factor.const_data_ptr(),
-            .left_stride = in.stride,
-            .right_stride = w.stride,
             .tail_left_stride = ds.size(1),
             .tail_right_stride = k,
             .out = const_cast<void*>(out.data),
-            .out_stride = out.stride},
-           place.stream);
+            .out_stride = out.stride};
+    for (; summed < std::min<size_t>(layers.size(), kProducts); ++summed) {
+      const Tensor &dy = dys[summed], &weight = *layers[summed].weight;
+      it.products[summed] = {weight.size(0), dy.const_data_ptr(), weight.const_data_ptr(), dy.stride(0),
+                             weight.stride(0)};
+    }
+    multiply(it, place.stream);
+  }
+  for (; summed < layers.size(); ++summed)
+    if (layers[summed].weight) base_backward(dys[summed], *layers[summed].weight, dx, true);
 }
 
 // The half of a backward pass that reads dy [M, N]: ds where it has a place, and the parts of dlora_B / scaling, where s
@@ -915,8 +912,7 @@ void backward(const std::vector<Tensor>& dys, const OptionalTensor& x, std::vect
   STD_TORCH_CHECK(first == ranks, "the rows of lora_A must be as many as the columns of every lora_B");
   if (dx) {
     if (!alone) ds_rounded = rounded<Type>(place, pointer<float>(ds), ranks, m, ranks, 1);
-    input_gradient<Type>(place, scaled_dy ? *scaled_dy : dys[0], layers[0].weight, lora_A, *ds_rounded, dropout, *dx);
-    for (size_t i = 1; i < layers.size(); ++i) base_backward(dys[i], *layers[i].weight, *dx, true);
+    input_gradient<Type>(place, scaled_dy ? std::vector{*scaled_dy} : dys, layers, lora_A, *ds_rounded, dropout, *dx);
   }
   if (dlora_A) {
     Shrunk of{.rank = static_cast<int>(ranks)};

@@ -151,30 +151,34 @@ long wrong_orders(int base_tiles, int tiles, int rank) {
   return wrong;
 }
 
-// How much of a product is wrong, with an adapter for every block of rows or, without them, one for all.
+// How much of the sum of products of these depths is wrong, with an adapter for every block of rows or, without them, one
+// for all.
 template <bool kBackward>
-long wrong(const int* tail_of_block, int64_t r) {
+long wrong(const std::vector<int64_t>& depths, const int* tail_of_block, int64_t r) {
   using Types = pyfastpeft::HopperGemm<Element, kBackward>;
   using Mainloop = pyfastpeft::WithTail<typename Types::Single>;
   using Pipeline = typename Mainloop::MainloopPipeline;
-  constexpr int64_t m = 600, n = 264, k = 72, adapters = 4;
+  constexpr int64_t m = 600, n = 264, adapters = 4;
   auto right_of = [](int64_t depth, int64_t stride) {
     return kBackward ? Matrix(depth, n, stride) : Matrix(n, depth, stride);
   };
   auto at = [](const Matrix& right, int64_t j, int64_t column) {
     return kBackward ? right.at(j, column) : right.at(column, j);
   };
-  Matrix left(m, k, k + 16), right = right_of(k, 280), tail_left(m, r, (r + 7) / 8 * 8 + 8);
-  std::vector<Matrix> tails;
+  Matrix tail_left(m, r, (r + 7) / 8 * 8 + 8);
+  std::vector<Matrix> lefts_of, rights_of, tails;  // lefts and rights of products
   std::vector<Element> tail_elements;
   for (int a = 0; a < adapters; ++a) {
     tails.push_back(right_of(r, 264));
     if (a == 2) std::fill(tails[a].elements.begin(), tails[a].elements.end(), Element(NAN));  // nobody's
     tail_elements.insert(tail_elements.end(), tails[a].elements.begin(), tails[a].elements.end());
   }
-  pyfastpeft::Gemm gemm{.backward = kBackward, .rows = m, .columns = n, .depth = k, .rank = r};
-  gemm.left = left.elements.data(), gemm.left_stride = left.stride;
-  gemm.right = right.elements.data(), gemm.right_stride = right.stride;
+  pyfastpeft::Gemm gemm{.backward = kBackward, .rows = m, .columns = n, .rank = r};
+  for (size_t i = 0; i < depths.size(); ++i) {
+    lefts_of.emplace_back(m, depths[i], depths[i] + 16), rights_of.push_back(right_of(depths[i], 280 + 8 * i));
+    gemm.products[i] = {depths[i], lefts_of[i].elements.data(), rights_of[i].elements.data(), lefts_of[i].stride,
+                        rights_of[i].stride};
+  }
   gemm.tail_left = tail_left.elements.data(), gemm.tail_left_stride = tail_left.stride;
   gemm.tail_right = tail_elements.data(), gemm.tail_right_stride = tails[0].stride;
   gemm.tail_of_block = tail_of_block, gemm.tails = adapters, gemm.tail_right_distance = tails[0].elements.size();
@@ -229,7 +233,8 @@ long wrong(const int* tail_of_block, int64_t r) {
           double expected = 0;
           if (row < m && to < n) {
             int tail = tail_of_block ? tail_of_block[row / pyfastpeft::kTailBlock] : 0;
-            for (int64_t j = 0; j < k; ++j) expected += left.at(row, j) * at(right, j, to);
+            for (size_t p = 0; p < depths.size(); ++p)
+              for (int64_t j = 0; j < depths[p]; ++j) expected += lefts_of[p].at(row, j) * at(rights_of[p], j, to);
             for (int64_t j = 0; j < r && tail >= 0; ++j) expected += tail_left.at(row, j) * at(tails[tail], j, to);
           }
           count += sum != expected;  // NaN counts, too
@@ -244,10 +249,15 @@ long wrong(const int* tail_of_block, int64_t r) {
 int main() {
   int tail_of_block[] = {3, -1, 1};
   long all = 0;
-  for (int rank : {100, 90, 72, 8})
+  struct {
+    std::vector<int64_t> depths;
+    int rank;
+  } cases[] = {{{72}, 100}, {{72}, 90}, {{72}, 72}, {{72}, 8}, {{24, 72}, 24}, {{64, 8, 40}, 40}, {{16, 72, 24}, 0}};
+  for (const auto& [depths, rank] : cases)
     for (const int* tails : {static_cast<const int*>(nullptr), static_cast<const int*>(tail_of_block)}) {
-      long forward = wrong<false>(tails, rank), backward = wrong<true>(tails, rank);
-      std::printf("rank %d%s, wrong: forward %ld, backward %ld\n", rank, tails ? " by block" : "", forward, backward);
+      long forward = wrong<false>(depths, tails, rank), backward = wrong<true>(depths, tails, rank);
+      std::printf("%zu products, rank %d%s, wrong: forward %ld, backward %ld\n", depths.size(), rank,
+                  tails ? " by block" : "", forward, backward);
       all += forward + backward;
     }
   return all > 0;
