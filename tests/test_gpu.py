@@ -120,10 +120,23 @@ def test_lora_linear_group(dtype, adapter_dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1030, 520, 264, 5), (2048, 1024, 1032, 64), (1500, 72, 2056, 256)])
+@pytest.mark.parametrize(
+    "shape", [(1030, 520, 264, 5), (2048, 1024, 1032, 64), (1500, 72, 2056, 256), (2048, 2056, 264, 16)]
+)
 def test_lora_linear_of_many_tokens(dtype, shape):
     """By tensor descriptors, where the GPU has them; the last tile of every side is a partial one."""
     assert_error_rule(lora, plain_lora, gpu_lora_inputs(*shape, dtype))
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_lora_linear_group_of_many_tokens(count):
+    """The gradient of x comes from one accumulator, where a kernel has one for so many layers."""
+    ours, theirs = (
+        functools.partial(grouped, functools.partial(f, scalings=[0.7, -1.3, 0.4, 1.5][:count]))
+        for f in (ops.lora_linear_group, unfused_group)
+    )
+    layers = [(264, 16), (136, 5), (72, 64), (200, 8)][:count]
+    assert_error_rule(ours, theirs, group_inputs(2048, 2056, layers, torch.bfloat16, torch.float32, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
