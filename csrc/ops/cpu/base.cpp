@@ -235,13 +235,16 @@ class Product {
   float* to_[FEW];
 };
 
-// Columns of a block: fewer than usual where these would leave threads idle.
-int64_t block_columns(int64_t q, Panels panels) {
-  int64_t block = panels == Panels::input ? SHARED : COLUMNS, threads = torch::stable::get_num_threads();
-  int64_t least = panels == Panels::weight ? kernels<float>().width : 15;
-  while (block / 2 >= least && blocks(q, block) < 2 * threads) block /= 2;
-  return block;
-}
+// How columns are shared out among threads: `unit` of them at a time, of which one product takes up to `together`.
+struct Columns {
+  int64_t unit, together = 1;
+
+  Columns(int64_t q, Panels panels) : unit(COLUMNS) {
+    if (panels == Panels::input) unit = ROWS, together = SHARED / ROWS;
+    int64_t least = panels == Panels::weight ? kernels<float>().width : 16, threads = torch::stable::get_num_threads();
+    while (unit > least && blocks(q, unit) < 2 * threads) unit /= 2;
+  }
+};
 
 }  // namespace
 
@@ -301,20 +304,22 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
   Panels panels = weight.panels(m, bool(start));
   std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(in, m, weight) : nullptr);
   // Rows are shared out, too, where columns leave threads idle, or where so many are in no cache.
-  int64_t width = block_columns(q, panels), columns = blocks(q, width), threads = torch::stable::get_num_threads();
-  int64_t parts = std::max(blocks(m, 1024), std::min(blocks(2 * threads, columns), blocks(m, 8 * ROWS)));
+  Columns columns(q, panels);
+  int64_t across = blocks(q, columns.unit), least = blocks(2 * torch::stable::get_num_threads(), across);
+  int64_t parts = std::max(blocks(m, 1024), std::min(least, blocks(m, 8 * ROWS)));
   int64_t height = input ? m : blocks(blocks(m, parts), ROWS) * ROWS;
   parts = blocks(m, height);
-  int64_t work = m * q * weight.p, tasks = columns * parts;
+  int64_t work = m * q * weight.p, tasks = across * parts;
   torch::stable::parallel_for(0, tasks, work < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
     Product product(weight, panels, input.get());
-    for (int64_t task = begin; task < end; ++task) {
-      int64_t q0 = task / parts * width, n = std::min(width, q - q0), t0 = task % parts * height;
-      int64_t count = std::min(height, m - t0);
+    for (int64_t task = begin, next; task < end; task = next) {
+      next = std::min(task + columns.together, end);
+      int64_t q0 = task / parts * columns.unit, n = std::min((next - task) * columns.unit, q - q0);
+      int64_t t0 = task % parts * height, count = std::min(height, m - t0);
       Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
       if (start && start.data != out.data)
         for (int64_t t = 0; t < count; ++t) std::memcpy(to.at(t), start.at(t0 + t, q0), n * sizeof(float));
-      product(from, count, q0, n, to, bool(start), task + 1 < end ? (task + 1) / parts * width : q);
+      product(from, count, q0, n, to, bool(start), next < end ? next / parts * columns.unit : q);
       for (int64_t t = 0; shift && t < count; ++t)
         kernels<float>().add(reinterpret_cast<float*>(to.at(t)), shift + q0, n);
     }
@@ -345,13 +350,14 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   Rows rows{Dtype::f32, reinterpret_cast<char*>(const_cast<float*>(in)), weight.p};
   Panels panels = weight.panels(m, false);
   std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(rows, m, weight) : nullptr);
-  int64_t width = block_columns(weight.q, panels);
-  torch::stable::parallel_for(0, blocks(weight.q, width), 1, [&](int64_t begin, int64_t end) {
+  Columns columns(weight.q, panels);
+  torch::stable::parallel_for(0, blocks(weight.q, columns.unit), 1, [&](int64_t begin, int64_t end) {
     Product product(weight, panels, input.get());
-    Buffer<float> sums(m, width);
-    for (int64_t block = begin; block < end; ++block) {
-      int64_t q0 = block * width, n = std::min(width, weight.q - q0);
-      product(rows, m, q0, n, sums.rows(), false, block + 1 < end ? q0 + width : weight.q);
+    Buffer<float> sums(m, columns.unit * columns.together);
+    for (int64_t block = begin, next; block < end; block = next) {
+      next = std::min(block + columns.together, end);
+      int64_t q0 = block * columns.unit, n = std::min((next - block) * columns.unit, weight.q - q0);
+      product(rows, m, q0, n, sums.rows(), false, next < end ? q0 + n : weight.q);
       done(q0, n, sums.rows());
     }
   });
