@@ -1,6 +1,7 @@
 // LoRA on 16-bit CUDA tensors (reference.py has the formulas): two kernels that read an activation once, which is what
 // they take their time for, small ones that finish, and the product of gemm.h, which takes the branch along as a tail;
-// without it torch's, to which a kernel adds the branch. Few tokens are left to decode.h.
+// without it torch's, to which a kernel adds the branch, or which adds to the branch in dx, as always under dropout.
+// Few tokens are left to decode.h.
 //
 // Where adapters are 16-bit, the tensor cores multiply 16-bit operands; where they are float32, see exact.h.
 #include <torch/csrc/stable/library.h>
