@@ -26,7 +26,7 @@ def test_bottleneck(backend, dtype, adapter_dtype, activation, shape):
 
 @branch_backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 9, 8, 1), (30, 150, 131, 33), (3, 40, None, 150)])
+@pytest.mark.parametrize("shape", [(1, 9, 8, 1), (30, 150, 131, 33), (3, 40, None, 150), (20, 40, None, 1)])
 def test_bottleneck_without_biases(backend, dtype, adapter_dtype, shape):
     assert_bottleneck(bottleneck_inputs(*shape, dtype, adapter_dtype, biases=False), activation="gelu")
 
