@@ -26,9 +26,10 @@ Tensor view(const Matrix<C>& m) {
                                   sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
 }
 
-// One factor is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS, packed by STEP: the input,
-// where it has up to SOME rows and those of the weight lie along the depth, else the weight. Panels stay in the second
-// cache. Up to FEW rows, or half as many, go without. ROWS are those of a tile, SHARED columns are whole tiles for all.
+// One factor is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS, those of the weight packed
+// by STEP: the input, where it has up to SOME rows and those of the weight lie along the depth, else mostly the weight.
+// Panels stay in the second cache. Up to FEW rows, or half as many, go without. ROWS are those of a tile, of which up to
+// SHARED are read beside panels of the input.
 // With many rows the next block of the weight is asked for during the LATE last tiles: theirs would drive it out again.
 constexpr int64_t STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS, SOME = 128, SHARED = 60, LATE = 8;
 
@@ -58,10 +59,11 @@ struct Factor {
         scale(scale) {}
   bool along_p() const { return stride_p == 1 || p == 1; }
   // What panels are made of for an input of m rows: nothing, where these are too few to pay for it, or fewer where each
-  // reading casts the weight.
+  // reading casts the weight; of the smaller factor, where its panels are as wide as tiles.
   Panels panels(int64_t m, bool add) const {
     if (!along_p() || m > SOME) return Panels::weight;
-    return m <= (dtype == Dtype::f32 ? FEW : FEW / 2) && !scale && !add ? Panels::none : Panels::input;
+    if (m <= (dtype == Dtype::f32 ? FEW : FEW / 2) && !scale && !add) return Panels::none;
+    return q < m && q % kernels<float>().width == 0 ? Panels::weight : Panels::input;
   }
   const char* at(int64_t row, int64_t column) const {
     return data + (row * stride_q + column * stride_p) * item_size(dtype);
@@ -74,7 +76,7 @@ class InputPanels {
   InputPanels(const Rows& in, int64_t m, const Factor& w)
       : m_(blocks(m, k_.lanes) * k_.lanes), p_(w.p), data_(new float[m_ * p_]) {
     int64_t across = blocks(m, k_.width), tasks = across * blocks(p_, depth_);
-    torch::stable::parallel_for(0, tasks, m * p_ < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, tasks, m * p_ < 4 * SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t p0 = task / across * depth_, t0 = task % across * k_.width, n = std::min(k_.width, m - t0);
         fill(in, t0, n, p0, std::min(depth_, p_ - p0), w.scale, columns(t0));
@@ -244,6 +246,10 @@ struct Columns {
     int64_t least = panels == Panels::weight ? kernels<float>().width : 16, threads = torch::stable::get_num_threads();
     while (unit > least && blocks(q, unit) < 2 * threads) unit /= 2;
   }
+  // Where the product that begins with one of a thread's units ends: all are about as wide.
+  int64_t next(int64_t begin, int64_t end) const {
+    return begin + blocks(end - begin, blocks(end - begin, together));
+  }
 };
 
 }  // namespace
@@ -313,7 +319,7 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
   torch::stable::parallel_for(0, tasks, work < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
     Product product(weight, panels, input.get());
     for (int64_t task = begin, next; task < end; task = next) {
-      next = std::min(task + columns.together, end);
+      next = columns.next(task, end);
       int64_t q0 = task / parts * columns.unit, n = std::min((next - task) * columns.unit, q - q0);
       int64_t t0 = task % parts * height, count = std::min(height, m - t0);
       Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
@@ -355,7 +361,7 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
     Product product(weight, panels, input.get());
     Buffer<float> sums(m, columns.unit * columns.together);
     for (int64_t block = begin, next; block < end; block = next) {
-      next = std::min(block + columns.together, end);
+      next = columns.next(block, end);
       int64_t q0 = block * columns.unit, n = std::min((next - block) * columns.unit, weight.q - q0);
       product(rows, m, q0, n, sums.rows(), false, next < end ? q0 + n : weight.q);
       done(q0, n, sums.rows());

@@ -55,8 +55,8 @@ inline bool upcasts(Dtype dtype) { return item_size(dtype) == 2 && !fast_matmul(
 // out = in w^T (+ bias), or in w for `transposed`.  in: [M, K];  w: [N, K];  out: [M, N];  transposed: in [M, N], out [M, K]
 void matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out);
 
-// The same in float32 by our own loops, and whether these are to be preferred to torch's. With `scale`, w's columns or,
-// for `transposed`, its rows are multiplied by it first.  scale: [K], transposed [N]
+// The same in float32 by our own loops, and whether these are to be preferred to torch's. With `scale`, as if w's columns or,
+// for `transposed`, its rows were multiplied by it first.  scale: [K], transposed [N]
 bool prefers_own_matmul(const Tensor& in, const Tensor& w, const Tensor& out);
 void own_matmul(const Tensor& in, const Tensor& w, bool transposed, const OptionalTensor& bias, Tensor& out,
                 const float* scale = nullptr);

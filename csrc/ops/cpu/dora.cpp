@@ -122,7 +122,7 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
 
   auto scaled = [&](Rows du) { scale_and_reduce<C>(gradient, product, factor, du, sum, m, n); };
   auto low_rank = [&](Rows from, Rows to) { backward<C>(branch, gradient, in, shrunk, rank, from, to); };
-  bool own = dx && sizeof(C) == 4 && prefers_own_matmul(dy, weight, *dx);  // which scales the weight, not dy
+  bool own = dx && sizeof(C) == 4 && prefers_own_matmul(dy, weight, *dx);  // which scales what it packs
   if (!dx || own) {
     if (dscale) scaled({});
     if constexpr (sizeof(C) == 4)
