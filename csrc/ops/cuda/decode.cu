@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T, F> a, int* 
       } else if (i < all_steps) {
         constexpr int runs = sizeof(F);  // of a slice: 16 elements of 16 bytes
         int number = (i - base_steps) * kSlices<F> + run / runs, size = 0;
-        F* to = reinterpret_cast<F*>(stage) + swizzled<F>(rows + loaded_row, run);
+        F* to = reinterpret_cast<F*>(stage) + swizzled<F>(loaded_row, run);
         const F* from = a.lora_B;
         if (number < own_slices) {
           int of_tile = slices[slice + number], j = (of_tile % 256 * runs + run % runs) * (16 / runs);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T, F> a, int* 
         }
 #pragma unroll
         for (int row = 0; row < kColumns; row += kPass, from += kPass * rank)
-          copy_async(to + row * (kDepth * 2 / runs), from, row < columns_left ? size : 0);
+          copy_async(to + (rows + row) * (kDepth * 2 / runs), from, row < columns_left ? size : 0);
       }
       commit_async();
     };
