@@ -130,7 +130,8 @@ def load_config(directory: str | os.PathLike) -> Config:
 
 def _leave_out_unmatched(model, config, keys) -> None:
     """Take the names that mean nothing in this model, or nothing that has tensors in the file, out of a config."""
-    modules = [path for path in own_modules(model) if path and path not in uncalled_layers(model)]
+    uncalled = uncalled_layers(model)
+    modules = [path for path in own_modules(model) if path and path not in uncalled]
     excluded = matrices(model) if isinstance(config, (LoraConfig, IA3Config)) else modules
     places = dict.fromkeys(("target_modules", "feedforward_modules", "modules_to_save"), modules)
     for argument, paths in (places | {"exclude_modules": excluded}).items():

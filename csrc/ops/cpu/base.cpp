@@ -91,6 +91,7 @@ class InputPanels {
   void fill(const Rows& in, int64_t t0, int64_t n, int64_t p0, int64_t depth, const float* scale, int64_t width) {
     float* panel = const_cast<float*>(at(t0, p0));
     k_.transpose(Dtype::f32, in.at(t0, p0), in.stride, n, depth, 1, panel, width);
+    if (!scale && n == width) return;
     for (int64_t i = 0; i < depth; ++i, panel += width) {
       for (int64_t j = 0; scale && j < n; ++j) panel[j] *= scale[p0 + i];
       std::fill(panel + n, panel + width, 0.0f);
