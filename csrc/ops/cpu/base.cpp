@@ -199,19 +199,19 @@ class Product {
     }
   }
 
-  // panel[i][j] = w[q0 + j][p0 + i] for i < depth, j < n, and 0 for n <= j < width.
+  // panel[i][j] = scale[p0 + i] w[q0 + j][p0 + i] for i < depth, j < n, and 0 for n <= j < width.
   void pack(int64_t q0, int64_t n, int64_t p0, int64_t depth, float* panel) {
     int64_t width = k_.width;
-    if (w_.along_p()) {
-      k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width);
-    } else {
-      for (int64_t i = 0; i < depth; ++i) k_.widen(w_.dtype, w_.at(q0, p0 + i), panel + i * width, n);
-    }
-    if (!w_.scale && n == width) return;
-    for (int64_t i = 0; i < depth; ++i) {
-      float* row = panel + i * width;
-      for (int64_t j = 0; w_.scale && j < n; ++j) row[j] *= w_.scale[p0 + i];
-      std::fill(row + n, row + width, 0.0f);
+    if (w_.along_p()) k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width);
+    for (int64_t i = 0; i < depth; ++i, panel += width) {
+      const float *row = panel, *scale = w_.scale + p0 + i;
+      if (!w_.along_p() && w_.scale && w_.dtype == Dtype::f32) {
+        row = reinterpret_cast<const float*>(w_.at(q0, p0 + i));
+      } else if (!w_.along_p()) {
+        k_.widen(w_.dtype, w_.at(q0, p0 + i), panel, n);
+      }
+      if (w_.scale) k_.axpy(&scale, 1, 1, row, 0, 1, &panel, n, false, {});
+      std::fill(panel + n, panel + width, 0.0f);
     }
   }
 

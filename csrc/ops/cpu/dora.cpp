@@ -13,14 +13,6 @@ namespace pyfastpeft {
 
 namespace {
 
-// in a^T, summed in C.  in: [rows, k];  a: [rank, k]
-template <class C>
-Buffer<C> product(Rows in, int64_t rows, Rows a, int64_t rank, int64_t k) {
-  Buffer<C> out(rows, rank);
-  shrink<C>({{{a, {}, rank, 1, {nullptr, rows}}}, k, rank}, in, out.data.get(), rank);
-  return out;
-}
-
 template <class C>
 void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
                const OptionalTensor& weight_norm_squared, Tensor& norm) {
@@ -29,31 +21,66 @@ void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
   check_adapters<C>(a.dtype, b.dtype);
   C* out = sums<C>(norm, {n}, "norm");
   const C* squares = weight_norm_squared ? sums<C>(*weight_norm_squared, {n}, "weight_norm_squared") : nullptr;
-  auto gram = product<C>(a, rank, a, rank, k);
-  auto own = product<C>(b, n, gram.rows(), rank, rank);
   const auto& kernel = kernels<C>();
-  constexpr int64_t BLOCK = 12;  // rows of the weight that are read once, for lora_A and for their squares
-  torch::stable::parallel_for(0, (n + BLOCK - 1) / BLOCK, 1 + 4096 / k, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<C[]> stage(new C[BLOCK * k]), cross(new C[BLOCK * rank]), row(new C[rank]);
-    const C* in[BLOCK];
-    C* products[BLOCK];
+  Buffer<C> gram(rank, rank);
+  shrink<C>({{{a, {}, rank, 1, {nullptr, rank}}}, k, rank}, a, gram.data.get(), rank);
+  constexpr Dtype summed = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
+
+  // lora_A in a panel, transposed: [k][width], with zeros up to whole vectors; none where half of it would be zeros.
+  bool narrow = 2 * rank <= kernel.lanes;
+  int64_t width = narrow ? rank : blocks(rank, kernel.lanes) * kernel.lanes;
+  Buffer<C> panel(narrow ? 0 : k, width);
+  torch::stable::parallel_for(0, narrow ? 0 : k, 1 + SERIAL_WORK / width, [&](int64_t begin, int64_t end) {
+    C* to = panel.data.get() + begin * width;
+    kernel.transpose(a.dtype, a.at(0, begin), a.stride, rank, end - begin, 1, to, width);
+    for (int64_t i = begin; i < end; ++i, to += width) std::fill(to + rank, to + width, C(0));
+  });
+
+  // Rows of the weight that stay in the first cache for their products and their squares.
+  constexpr int64_t BLOCK = 6, DEPTH = 4096 / sizeof(C);
+  torch::stable::parallel_for(0, blocks(n, BLOCK), 1 + 4096 / k, [&](int64_t begin, int64_t end) {
+    Buffer<C> stage(BLOCK, std::min(k, DEPTH)), cross(BLOCK, width), part(BLOCK, width), own(BLOCK, rank);
+    const C *in[BLOCK], *factors[BLOCK];
+    C *products[BLOCK], *parts[BLOCK], *own_products[BLOCK];
+    for (int64_t j = 0; j < BLOCK; ++j) {
+      products[j] = cross.data.get() + j * width;
+      parts[j] = part.data.get() + j * width;
+      own_products[j] = own.data.get() + j * rank;
+    }
     for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, n); first += BLOCK) {
-      int64_t count = std::min(BLOCK, n - first);
-      for (int64_t j = 0; j < count; ++j) {
-        in[j] = row_of(w, first + j, k, stage.get() + j * k);
-        products[j] = cross.get() + j * rank;
-      }
-      kernel.dot(in, item_size(w.dtype) == sizeof(C) ? w.stride : 0, count, a.dtype, a.data, a.stride, rank, k, products);
-      for (int64_t j = 0, i = first; j < count; ++j, ++i) {
-        C square, *to = &square;
-        if (squares) {
-          square = squares[i];
-        } else {
-          kernel.dot(in + j, 0, 1, gram.rows().dtype, in[j], k, 1, k, &to);
+      int64_t count = std::min(BLOCK, n - first), size = item_size(w.dtype);
+      C square[BLOCK] = {};
+      for (int64_t p = 0; p < k; p += DEPTH) {
+        int64_t depth = std::min(DEPTH, k - p), rest = k - p - depth;
+        for (int64_t j = 0; j < count; ++j) {
+          in[j] = reinterpret_cast<const C*>(w.at(first + j, p));
+          if (w.dtype == summed) continue;
+          kernel.widen(w.dtype, in[j], stage.data.get() + j * depth, depth);
+          in[j] = stage.data.get() + j * depth;
         }
-        const C *factors = row_of(b, i, rank, row.get()), *p = products[j], *q = own.data.get() + i * rank;
-        for (int64_t r = 0; r < rank; ++r) square += C(scaling) * factors[r] * (2 * p[r] + C(scaling) * q[r]);
-        out[i] = std::sqrt(square < 0 ? C(0) : square);
+        if (narrow) {
+          kernel.dot(in, 0, count, a.dtype, a.at(0, p), a.stride, rank, depth, p ? parts : products);
+          for (int64_t j = 0; p && j < count; ++j) kernel.add(products[j], parts[j], rank);
+        } else {
+          Upcoming next(rest ? w.at(first, p + depth) : w.at(first + count), w.stride * size,
+                        rest ? count : std::min(BLOCK, n - first - count), std::min(DEPTH, rest ? rest : k) * size,
+                        blocks(width, kernel.width) * (depth / Next::STEPS));
+          const C* c = panel.data.get() + p * width;
+          kernel.axpy(in, 1, count, c, width, depth, products, width, p > 0, {0, 0, &next});
+        }
+        for (int64_t j = 0; !squares && j < count; ++j) {
+          C sum, *to = &sum;
+          kernel.dot(in + j, 0, 1, summed, in[j], depth, 1, depth, &to);
+          square[j] += sum;
+        }
+      }
+      for (int64_t j = 0; j < count; ++j) factors[j] = row_of(b, first + j, rank, parts[j]);
+      kernel.axpy(factors, 1, count, gram.data.get(), rank, rank, own_products, rank, false, {});
+      for (int64_t j = 0; j < count; ++j) {
+        C total = squares ? squares[first + j] : square[j];
+        for (int64_t r = 0; r < rank; ++r)
+          total += C(scaling) * factors[j][r] * (2 * products[j][r] + C(scaling) * own_products[j][r]);
+        out[first + j] = std::sqrt(total < 0 ? C(0) : total);
       }
     }
   });

@@ -303,9 +303,12 @@ inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, 
   constexpr int W = WIDTH<C> / L;
   int64_t n = 0;
   if constexpr (T == 6) {
-    if (next.block)
+    if (next.block) {
       for (; n + W * L <= columns; n += W * L)
         axpy_tile<C, T, W, Accumulate, Ask::block>(s, step, c, ldc, depth, y, n, next);
+      for (; n + L <= columns; n += L)
+        axpy_tile<C, T, 1, Accumulate, Ask::block>(s, step, c, ldc, depth, y, n, next);
+    }
     if (next.c)
       for (; n + W * L <= columns; n += W * L)
         axpy_tile<C, T, W, Accumulate, Ask::c>(s, step, c, ldc, depth, y, n, next);
