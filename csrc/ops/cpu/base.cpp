@@ -91,11 +91,8 @@ class InputPanels {
   void fill(const Rows& in, int64_t t0, int64_t n, int64_t p0, int64_t depth, const float* scale, int64_t width) {
     float* panel = const_cast<float*>(at(t0, p0));
     k_.transpose(Dtype::f32, in.at(t0, p0), in.stride, n, depth, 1, panel, width);
-    if (!scale && n == width) return;
-    for (int64_t i = 0; i < depth; ++i, panel += width) {
-      for (int64_t j = 0; scale && j < n; ++j) panel[j] *= scale[p0 + i];
-      std::fill(panel + n, panel + width, 0.0f);
-    }
+    if (scale) k_.copy(Dtype::f32, panel, width, depth, n, scale + p0, panel, width);
+    for (int64_t i = 0; n < width && i < depth; ++i) std::fill_n(panel + i * width + n, width - n, 0.0f);
   }
 
   const int64_t depth_ = depth_of(Panels::input);
@@ -202,17 +199,14 @@ class Product {
   // panel[i][j] = scale[p0 + i] w[q0 + j][p0 + i] for i < depth, j < n, and 0 for n <= j < width.
   void pack(int64_t q0, int64_t n, int64_t p0, int64_t depth, float* panel) {
     int64_t width = k_.width;
-    if (w_.along_p()) k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width);
-    for (int64_t i = 0; i < depth; ++i, panel += width) {
-      const float *row = panel, *scale = w_.scale + p0 + i;
-      if (!w_.along_p() && w_.scale && w_.dtype == Dtype::f32) {
-        row = reinterpret_cast<const float*>(w_.at(q0, p0 + i));
-      } else if (!w_.along_p()) {
-        k_.widen(w_.dtype, w_.at(q0, p0 + i), panel, n);
-      }
-      if (w_.scale) k_.axpy(&scale, 1, 1, row, 0, 1, &panel, n, false, {});
-      std::fill(panel + n, panel + width, 0.0f);
+    const float* scale = w_.scale ? w_.scale + p0 : nullptr;
+    if (w_.along_p()) {
+      k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width);
+      if (scale) k_.copy(Dtype::f32, panel, width, depth, n, scale, panel, width);
+    } else {
+      k_.copy(w_.dtype, w_.at(q0, p0), w_.stride_p, depth, n, scale, panel, width);
     }
+    for (int64_t i = 0; n < width && i < depth; ++i) std::fill_n(panel + i * width + n, width - n, 0.0f);
   }
 
   void multiply(int64_t count, const float* panel, int64_t depth, int64_t n, bool add, Next next) {

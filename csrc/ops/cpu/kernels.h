@@ -61,6 +61,9 @@ struct Kernels {
                int64_t columns, bool accumulate, Next);
   // y[n] += sum over r of s[r] b[n * ldb + r] for r < rank, n < columns.
   void (*project)(const C* s, const C* b, int64_t ldb, int64_t rank, C* y, int64_t columns);
+  // out[i * ldo + j] = scale[i] * in[i * ldi + j] for i < rows, j < columns, without `scale` as if it were 1; in is of the
+  // given dtype, out may be in.
+  void (*copy)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, const C* scale, C* out, int64_t ldo);
   // out[j * ldo + i] = scale * in[i * ldi + j] for i < rows, j < columns; in is of the given dtype.
   void (*transpose)(Dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, C scale, C* out, int64_t ldo);
   // x[i] += b[i] for i < n.

@@ -152,6 +152,31 @@ void widen(Dtype dtype, const void* in, C* out, int64_t n) {
 }
 
 template <class C>
+constexpr int64_t WIDTH = (BYTES == 64 ? 4 : 2) * Simd<C>::lanes;
+
+template <class C, bool Scaled>
+void copy_rows(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, const C* scale, C* out,
+               int64_t ldo) {
+  constexpr int64_t L = Simd<C>::lanes;
+  typed<C>(dtype, in, [&](auto* row) {
+    for (int64_t i = 0; i < rows; ++i, row += ldi, out += ldo) {
+      Vec<C> factor = splat(Scaled ? scale[i] : C(1));
+      auto at = [&](int64_t j) { return Scaled ? factor * load(row + j) : load(row + j); };
+      int64_t j = 0;
+      for (; j + WIDTH<C> <= columns; j += WIDTH<C>)
+        for (int64_t w = 0; w < WIDTH<C>; w += L) store(out + j + w, at(j + w));
+      for (; j + L <= columns; j += L) store(out + j, at(j));
+      for (; j < columns; ++j) out[j] = Scaled ? scale[i] * to_float(row[j]) : to_float(row[j]);
+    }
+  });
+}
+
+template <class C>
+void copy(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, const C* scale, C* out, int64_t ldo) {
+  (scale ? copy_rows<C, true> : copy_rows<C, false>)(dtype, in, ldi, rows, columns, scale, out, ldo);
+}
+
+template <class C>
 void narrow(Dtype dtype, const C* in, void* out, int64_t n) {
   typed<C>(dtype, out, [&](auto* q) {
     auto* p = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(q)>>*>(q);
@@ -292,9 +317,6 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
       store(to, Accumulate ? load(to) + acc[t][w] : acc[t][w]);
     }
 }
-
-template <class C>
-constexpr int64_t WIDTH = (BYTES == 64 ? 4 : 2) * Simd<C>::lanes;
 
 template <class C, int T, bool Accumulate>
 inline void axpy_rows(const C* const* s, int64_t step, const C* c, int64_t ldc, int64_t depth, C* const* y,
@@ -678,8 +700,9 @@ void slope(Activation activation, C* x, int64_t n) {
 }
 
 template <class C>
-constexpr Kernels<C> table = {WIDTH<C>,     Simd<C>::lanes, widen<C>,  narrow<C>, dot<C>,      axpy<C>,         project<C>,
-                              transpose<C>, add<C>,         multiply<C>, multiply_add<C>, drop<C>, activate<C>, slope<C>};
+constexpr Kernels<C> table = {WIDTH<C>, Simd<C>::lanes, widen<C>,     narrow<C>, dot<C>,      axpy<C>,         project<C>,
+                              copy<C>,  transpose<C>,   add<C>,       multiply<C>, multiply_add<C>, drop<C>, activate<C>,
+                              slope<C>};
 #undef SHUFFLE
 
 }  // namespace pyfastpeft::ISA
