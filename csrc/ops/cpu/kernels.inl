@@ -143,15 +143,6 @@ inline void typed(Dtype dtype, const void* p, F f) {
 }
 
 template <class C>
-void widen(Dtype dtype, const void* in, C* out, int64_t n) {
-  typed<C>(dtype, in, [&](auto* p) {
-    int64_t i = 0;
-    for (; i + Simd<C>::lanes <= n; i += Simd<C>::lanes) store(out + i, load(p + i));
-    for (; i < n; ++i) out[i] = to_float(p[i]);
-  });
-}
-
-template <class C>
 constexpr int64_t WIDTH = (BYTES == 64 ? 4 : 2) * Simd<C>::lanes;
 
 template <class C, bool Scaled>
@@ -174,6 +165,11 @@ void copy_rows(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t c
 template <class C>
 void copy(Dtype dtype, const void* in, int64_t ldi, int64_t rows, int64_t columns, const C* scale, C* out, int64_t ldo) {
   (scale ? copy_rows<C, true> : copy_rows<C, false>)(dtype, in, ldi, rows, columns, scale, out, ldo);
+}
+
+template <class C>
+void widen(Dtype dtype, const void* in, C* out, int64_t n) {
+  copy_rows<C, false>(dtype, in, 0, 1, n, nullptr, out, 0);
 }
 
 template <class C>
