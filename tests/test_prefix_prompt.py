@@ -971,14 +971,19 @@ def test_positions_end_somewhere(kind):
             model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
 
 
+@pytest.mark.parametrize("more", [0, 2, 6])
+@pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_generation_does_not_go_on_from_a_cache_that_holds_a_prompt(family):
-    """It would leave out as many tokens of the new text as there are virtual ones."""
+def test_generation_does_not_go_on_from_a_cache_that_holds_a_prompt(family, padding, more):
+    """It would leave out as many tokens of the new text as there are virtual ones, or pass some again."""
     model = adapted(lambda: decoder(family), "prompt")
     cache, options = transformers.DynamicCache(config=model.config), {"max_new_tokens": 3, "do_sample": False}
-    told = model.generate(**batch(rows=1), past_key_values=cache, **options)
+    given = batch(padding, rows=1)
+    told = model.generate(**given, past_key_values=cache, **options)
+    text = torch.cat([told, told[:, :more]], 1)
+    mask = nn.functional.pad(given["attention_mask"], (0, 3 + more), value=1)
     with pytest.raises(ValueError, match="past_key_values is one of 18 tokens, 4 of them virtual"):
-        model.generate(torch.cat([told, told[:, :6]], 1), past_key_values=cache, **options)
+        model.generate(text, attention_mask=mask, past_key_values=cache, **options)
 
 
 def test_a_mask_that_is_causal_is_not_told_to_be_so_again():

@@ -136,17 +136,18 @@ class Prompts:
         return (), kwargs
 
     def need_own_cache(self, before, virtual, tokens, mask, positions):
-        """Raise ValueError where generate took what a cache of `before` tokens holds for text: it leaves out as many
-        tokens of a text that continues it as there are virtual ones. Positions tell only where their values may be
-        looked at."""
-        text = None
+        """Raise ValueError where generate took what a cache of `before` tokens holds for text: of a text that goes on
+        from it, it leaves out as many tokens as there are virtual ones, or passes some again. Positions tell only where
+        their values may be looked at; some models count from 1."""
+        fits, real = True, before - virtual + tokens
         if mask is not None:
-            text = mask.shape[1]
+            fits = mask.shape[1] == real
         elif positions is not None and checks.values_on(positions.device):
-            text = int(positions.max()) + 1
+            last = int(positions.max())
+            fits = last in (real - 1, real) and last + 1 != before + tokens
         given = f"one of {before} tokens, {virtual} of them virtual, that an earlier call filled"
         needed = "one that this call of generate fills itself, from the whole text"
-        checks.need(text != before + tokens, "prompt tuning", "past_key_values", given, needed)
+        checks.need(fits, "prompt tuning", "past_key_values", given, needed)
 
     def trim(self, module, args, output):
         """Hook of the model: what comes out has one row for each real token."""
