@@ -142,6 +142,34 @@ def test_checkpoints_hold_the_adapter_and_resume_to_the_same_end(kind, tmp_path)
         torch.testing.assert_close(stored.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
 
 
+def test_several_callbacks_of_one_model(tmp_path):
+    """A checkpoint is for each whose adapter is there still, and not for one whose adapter was deleted."""
+    model = adapted(AdaLoraConfig(**ADALORA | {"init_r": 6}))
+    stale = AdapterCallback(model)
+    train(model, tmp_path / "other", [stale])
+    pyfastpeft.delete_adapter(model, "default")
+    before = {key: tensor.clone() for key, tensor in stale.allocators["default"].state_dict().items()}
+
+    adapted(AdaLoraConfig(**ADALORA), model)
+    first, second = AdapterCallback(model), AdapterCallback(model)
+    trainer = train(model, tmp_path / "whole", [first], save_strategy="steps", save_steps=3)
+    state = load_file(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
+    assert model.load_state_dict(state, strict=True).unexpected_keys == []
+    states = [each.allocators["default"].state_dict() for each in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    assert any(key.endswith("sensitivity") for key in states[0])
+    assert all(states[0][key].equal(states[1][key]) for key in states[0])
+    after = stale.allocators["default"].state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[key].equal(before[key]) for key in before)
+    whole = tmp_path / "whole" / "checkpoint-3"
+    assert losses(train(model, tmp_path / "rest", [second], resume=whole)) == losses(trainer)
+
+    pyfastpeft.unload(model)
+    held = next(key for key in state if key.startswith("rank_allocators."))
+    assert held in model.load_state_dict(state, strict=False).unexpected_keys
+
+
 def test_after_training_the_model_saves_as_before(tmp_path):
     model = adapted(LoraConfig(r=3))
     keys, save = list(model.state_dict()), model.save_pretrained.__func__

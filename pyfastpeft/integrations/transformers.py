@@ -38,7 +38,8 @@ class AdapterCallback(TrainerCallback):
     Args:
         model: the adapted model that Trainer is given.
         orthogonality: whether AdaLoRA's term is added to the loss that the model returns. Set it False where the loss
-            is formed elsewhere, as by compute_loss_func, and add `orthogonality_loss` there.
+            is formed elsewhere, as by compute_loss_func or for label_smoothing_factor, and add `orthogonality_loss` in
+            the former.
 
     Attributes: allocators, adapter's name -> `RankAllocator`. After training `finalize()` of one drops pruned ranks.
     """
@@ -112,16 +113,24 @@ class AdapterCallback(TrainerCallback):
             for key, tensor in allocator.state_dict().items():
                 state_dict[f"{prefix}{_ALLOCATORS}{name}.{key}"] = tensor
 
+    def _current(self) -> dict[str, RankAllocator]:
+        """Without those of adapters that were deleted, of whose name the model may have another."""
+        configs = self.model.pyfastpeft.configs if hasattr(self.model, "pyfastpeft") else {}
+        return {name: each for name, each in self.allocators.items() if configs.get(name) is each.config}
+
     def _load_allocators(self, module, state_dict, prefix, *args):
-        """Hook before the model loads a state dict: takes the allocators' state out of it."""
-        for name, allocator in self.allocators.items():
+        """Hook before the model loads a state dict: reads the allocators' state, as other callbacks of the model do."""
+        for name, allocator in self._current().items():
             begin = f"{prefix}{_ALLOCATORS}{name}."
-            held = {key.removeprefix(begin): state_dict.pop(key) for key in list(state_dict) if key.startswith(begin)}
+            held = {key.removeprefix(begin): state_dict[key] for key in state_dict if key.startswith(begin)}
             if held:
                 allocator.load_state_dict(held)
 
     def _allow_missing(self, module, incompatible):
-        """Hook after the model has loaded one: without any frozen parameter, it was meant to hold none."""
+        """Hook after the model has loaded one: the allocators' state was for this callback, and without any frozen
+        parameter, it was meant to hold none."""
+        own = tuple(f"{_ALLOCATORS}{name}." for name in self._current())
+        incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.startswith(own)]
         frozen = self._frozen()
         if frozen <= set(incompatible.missing_keys):
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
