@@ -487,6 +487,30 @@ def test_mixed_batches_see_every_change_of_the_adapters(pair):
         assert not close(seen[-1], seen[-2])
 
 
+@torch.no_grad()
+def test_mixed_batches_see_changes_of_the_adapters_also_after_a_call_that_raised(pair):
+    """PEFT then leaves the layers its hooks with the names that it was given."""
+    from pyfastpeft.integrations import peft as integration
+
+    def fail(*args):
+        raise InterruptedError
+
+    x, names, seen = embeds(), [RED, GREEN, "__base__"], []
+    for scale in (1, 2, 3):
+        for model in pair:
+            model.base_model.model.up.lora_B[RED].weight.data.mul_(scale)
+            hook = model.base_model.model.register_forward_hook(fail)
+            with pytest.raises(InterruptedError):
+                model(inputs_embeds=x, adapter_names=names)
+            hook.remove()
+        expected, out = (run(model, x, adapter_names=names)[0] for model in pair)
+        assert close(out, expected)
+        seen.append(out)
+    assert not close(seen[0], seen[1])
+    assert not close(seen[1], seen[2])
+    assert not integration._STACKS
+
+
 def test_generating_with_a_mixed_batch_stacks_the_adapters_once(monkeypatch):
     from pyfastpeft.integrations import peft as integration
 

@@ -274,12 +274,16 @@ def _stacked(layer: lora.Linear, adapters: list[_Adapter], adapter_names: Sequen
     trains = torch.is_grad_enabled() and any(a.lora_A.requires_grad or a.lora_B.requires_grad for a in adapters)
     if trains or torch.compiler.is_compiling():
         return _stack(adapters, dtype)
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, partial) and hook.keywords.get("adapter_names") is adapter_names:
-            if hook not in _STACKS:
-                _STACKS[hook] = _stack(adapters, dtype)
-            return _STACKS[hook]
-    return _stack(adapters, dtype)
+    # A call that raised has left its hooks, and what is stacked for them, to the layer: the last one is this call's.
+    hooks = [h for h in layer._forward_pre_hooks.values() if isinstance(h, partial) and "adapter_names" in h.keywords]
+    if not hooks or hooks[-1].keywords["adapter_names"] is not adapter_names:
+        return _stack(adapters, dtype)
+    *left, hook = hooks
+    if hook not in _STACKS:
+        for other in left:
+            _STACKS.pop(other, None)
+        _STACKS[hook] = _stack(adapters, dtype)
+    return _STACKS[hook]
 
 
 def _stack(adapters: list[_Adapter], dtype: torch.dtype) -> _Stack:
