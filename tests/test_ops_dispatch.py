@@ -1,6 +1,7 @@
 """Which backend runs an op: the dispatch table, and the choice for CUDA tensors."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,19 @@ def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch):
         lora(**inputs)
     with pytest.raises(ValueError, match="name is 'fast'; it must be one of"), ops.use_backend("fast"):
         pass
+
+
+def test_threads_that_leave_their_backends_out_of_order_leave_none_behind():
+    before = dispatch.forced_backend()
+    first, second = ops.use_backend("reference"), ops.use_backend("addmm")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        assert dispatch.forced_backend() == "addmm"
+        one.submit(first.__exit__, None, None, None).result()
+        assert dispatch.forced_backend() == "addmm"
+        other.submit(second.__exit__, None, None, None).result()
+    assert dispatch.forced_backend() == before
 
 
 def test_the_backward_pass_runs_where_the_forward_pass_was_forced_to():

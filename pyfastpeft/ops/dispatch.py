@@ -4,8 +4,9 @@ Rows are tried in the order of BACKENDS; for CUDA tensors in that of choice.py, 
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class Row(NamedTuple):
 TABLE: dict[str, list[Row]] = {}
 UNAVAILABLE: dict[str, str] = {}  # backend -> why it has no rows
 _forced: str | None = os.environ.get("PYFASTPEFT_BACKEND") or None
+_blocks = {0: _forced}  # of `use_backend`, in the order in which threads entered them: the last one decides
+_changing = threading.Lock()
 if _forced not in (None, *BACKENDS):
     raise ValueError(f"PYFASTPEFT_BACKEND is {_forced!r}; it must be one of {', '.join(BACKENDS)}")
 
@@ -110,7 +113,8 @@ def _reasons(op, args):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend ("cuda", "cpu", "triton", "addmm" or "reference") in this process, inside a `with` block.
+    """Force one backend ("cuda", "cpu", "triton", "addmm" or "reference") in this process, inside a `with` block; of
+    several blocks that threads are in, the one entered last decides.
 
     It decides the forward pass; a backward pass runs on the backend that was forced in its forward pass, if it can.
     Raises ValueError for an unknown name; an op that the backend cannot serve raises RuntimeError with the reasons.
@@ -118,8 +122,13 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name is {name!r}; it must be one of {', '.join(BACKENDS)}")
-    previous, _forced = _forced, name
+    changing = nullcontext() if torch.compiler.is_compiling() else _changing  # torch's compiler takes no lock
+    with changing:
+        block = max(_blocks) + 1
+        _blocks[block] = _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        with changing:
+            del _blocks[block]
+            _forced = _blocks[max(_blocks)]
