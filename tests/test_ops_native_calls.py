@@ -218,6 +218,20 @@ def test_inference_mode_forms_no_gradients_where_they_are_enabled(native):
             assert not y.requires_grad
 
 
+def test_an_output_that_is_the_negative_of_its_memory_is_written():
+    x, lora_A, lora_B = random(4, 8, grad=False), random(2, 8, grad=False), random(6, 2, grad=False)
+    slots = torch.tensor([0, -1, 0, 0])
+    for op in (
+        lambda y: ops.lora_delta_(y, x, lora_A, lora_B, 0.5),
+        lambda y: ops.multi_lora(y, x, lora_A[None], lora_B[None], slots, 0.5),
+    ):
+        y = torch.randn(4, 6)
+        negative = torch.complex(torch.zeros(4, 6), -y).conj().imag
+        assert negative.is_neg()
+        assert torch.equal(op(negative), op(y))
+        assert torch.equal(negative, y)
+
+
 def test_a_multi_lora_call_in_place_that_is_out_of_the_ordinary_writes_nothing():
     x, lora_A, lora_B = random(4, 8, grad=False), random(3, 2, 8, grad=False), random(3, 6, 2, grad=False)
     shared = torch.randn(8, 16)

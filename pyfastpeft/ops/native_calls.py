@@ -80,5 +80,6 @@ def mode(*tensors) -> str | None:
 
 
 def writable(y: Tensor | None) -> bool:
-    """Whether torch lets y be written in place where no gradient is asked for."""
-    return y is not None and (not y.is_inference() or is_inference_mode_enabled())
+    """Whether torch lets y be written in place where no gradient is asked for, by an op that does not return it:
+    not where y is the negative of what its memory holds, as the imaginary part of a conjugate is."""
+    return y is not None and not y.is_neg() and (not y.is_inference() or is_inference_mode_enabled())
