@@ -194,6 +194,19 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.pyfastpeft, f"{op}_new").default, raw_arguments()[op])
 
 
+def test_raw_ops_refuse_factors_without_columns():
+    x, dy, lora_A, lora_B, vector, s = (torch.randn(*shape) for shape in ((6, 8), (6, 5), (0, 8), (5, 0), (0,), (6, 0)))
+    run, narrow_A, narrow_s = torch.ops.pyfastpeft, torch.randn(3, 8), torch.empty(6, 3)
+    for call in (
+        lambda: run.dora_norm(torch.randn(5, 8), lora_A, lora_B, 0.5, None, torch.empty(5)),
+        lambda: run.dora_norm(torch.randn(5, 0), torch.randn(3, 0), torch.randn(5, 3), 0.5, None, torch.empty(5)),
+        lambda: run.bottleneck_forward(x, dy, lora_A, vector, lora_B, None, 0.5, "relu", torch.empty(6, 5), s),
+        lambda: run.lora_forward(x, None, None, narrow_A, torch.empty(0, 3), 0.5, 0.0, None, s, narrow_s),
+    ):
+        with pytest.raises(RuntimeError, match="must have at least one column"):
+            call()
+
+
 def tensors_of(arguments):
     lists = [argument if isinstance(argument, list) else [argument] for argument in arguments]
     return [argument for entries in lists for argument in entries if isinstance(argument, torch.Tensor)]

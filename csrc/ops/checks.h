@@ -57,10 +57,11 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
   return *dtype;
 }
 
-// t [rows, columns] with unit stride in its columns.
+// t [rows, columns] with unit stride in its columns, of which there are some.
 inline Rows rows_of(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be of shape [", rows, ", ",
                   columns, "]");
+  STD_TORCH_CHECK(columns > 0, name, " must have at least one column");
   STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name, " must have unit stride in its last dimension");
   return {dtype_of(t, name), static_cast<char*>(t.mutable_data_ptr()), t.stride(0)};
 }
