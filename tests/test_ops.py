@@ -194,6 +194,28 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.pyfastpeft, f"{op}_new").default, raw_arguments()[op])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_for_any_number_of_tokens(strict):
+    weight, lora_A, lora_B = random(8, 8, grad=False), random(2, 8, grad=False), random(8, 2, grad=False)
+
+    class Ops(torch.nn.Module):
+        def forward(self, x, slots):
+            y = ops.multi_lora_linear(x, weight, None, lora_A[None], lora_B[None], slots, 0.5)
+            y = ops.multi_lora(y, x, lora_A[None], lora_B[None], slots, 0.5)
+            y = ops.lora_delta_(ops.lora_linear(y, weight, None, lora_A, lora_B, 0.5), x, lora_A, lora_B, 0.5)
+            y = ops.dora_linear(
+                ops.ia3_linear(y, weight, None, weight[0], False), weight, None, lora_A, lora_B, y[0], 0.5
+            )
+            y = ops.bottleneck(y, y, lora_A, None, lora_B, None, 0.5)
+            return sum(ops.lora_linear_group(y, [weight, weight.T], [None] * 2, [lora_A] * 2, [lora_B] * 2, [0.5, 0.7]))
+
+    example = random(4, 8, grad=False), torch.tensor([0, -1, 0, 0])
+    tokens = {0: torch.export.Dim("tokens", min=2, max=64)}
+    exported = torch.export.export(Ops(), example, dynamic_shapes=(tokens, tokens), strict=strict).module()
+    x, slots = random(9, 8, grad=False), torch.tensor([0, -1, 0, 0, -1, 0, 0, -1, 0])
+    torch.testing.assert_close(exported(x, slots), Ops()(x, slots))
+
+
 def test_raw_ops_refuse_factors_without_columns():
     x, dy, lora_A, lora_B, vector, s = (torch.randn(*shape) for shape in ((6, 8), (6, 5), (0, 8), (5, 0), (0,), (6, 0)))
     run, narrow_A, narrow_s = torch.ops.pyfastpeft, torch.randn(3, 8), torch.empty(6, 3)

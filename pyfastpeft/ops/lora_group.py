@@ -29,7 +29,7 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     """(ys, s, backend)."""
     rows, lora_A, backend = as_rows(x), torch.cat(lora_As), None
     ys = [rows.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
-    s = rows.new_empty(len(rows), len(lora_A), dtype=reference.accumulation(x.dtype))
+    s = rows.new_empty(rows.shape[0], len(lora_A), dtype=reference.accumulation(x.dtype))
     if rows.numel():
         outs = [y.view(-1, y.shape[-1]) for y in ys]
         arguments = rows, weights, biases, lora_A, lora_Bs, scalings, dropout_p, seed, outs, s
@@ -67,7 +67,7 @@ class _LoRAGroup(Function):
         dy_rows = [as_rows(dy) for dy in dys]
         x_rows = None if x is None else as_rows(x)
         lora_A = torch.cat(lora_As)
-        dx = dy_rows[0].new_empty(len(dy_rows[0]), shape[-1]) if need_x else None
+        dx = dy_rows[0].new_empty(dy_rows[0].shape[0], shape[-1]) if need_x else None
         dlora_A = torch.empty_like(lora_A) if any(need_As) else None
         dlora_Bs = [torch.empty_like(lora_B) for lora_B in lora_Bs] if any(need_Bs) else []
         if dys[0].numel() == 0:

@@ -1,5 +1,6 @@
 """Batched multi-LoRA: every token goes through the adapter in its slot (Chen et al. 2023, Punica, section 4)."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -236,7 +237,7 @@ def _branch(op, x, lora_A, lora_B, slots, scaling, ranks):
     """(lora_A, lora_B, scaling, ranks, order, segments) as the raw ops take them; the factors are checked."""
     num_adapters, rank, _ = lora_A.shape
     checks.need_value(num_adapters > 0, op, "lora_A", lora_A, "of at least one adapter, L >= 1")
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     if not isinstance(slots, Routing):
         needed = "a tensor of T integers or a Routing"
         checks.need_value(isinstance(slots, Tensor), op, "slots", slots, needed, TypeError)
