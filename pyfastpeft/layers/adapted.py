@@ -332,6 +332,12 @@ def adapters_in(module: nn.Module) -> list[str]:
     return [name for parts in _parts(module).values() for name in parts]
 
 
+def parts_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The paths of the modules that have a part of adapter `name`, not a `Replacement`, and these parts."""
+    found = {path: getattr(module, "adapters", {}) for path, module in carriers(model)}
+    return {path: parts[name] for path, parts in found.items() if name in parts}
+
+
 def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     """Give `module` a part of adapter `name`, which does not run yet; its class is swapped where a `Part` needs it."""
     kind = "replaced" if isinstance(part, Replacement) else "adapters"

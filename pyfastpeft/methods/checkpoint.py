@@ -10,18 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import AdaptedMatrix, carriers, uncompiled
+from ..layers.adapted import AdaptedMatrix, carriers, parts_of, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need, need_value
 from .adapt import adapt, adaptation, delete_adapter, disable_adapter, need_adapter, set_adapter
-from .configs import (
-    AdaLoraConfig,
-    Config,
-    IA3Config,
-    LoraConfig,
-    VirtualTokensConfig,
-    from_fields,
-)
+from .configs import AdaLoraConfig, Config, IA3Config, LoraConfig, VirtualTokensConfig, from_fields
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
 from .inject import matrices, of_pattern, own_modules, saved_names, uncalled_layers
 from .targets import known_names, matches, need_pattern
@@ -212,10 +205,10 @@ def _slot(key: str, part: nn.Module, own: str, parameter: nn.Parameter, mask: li
 def _kept_ranks(model, config, name) -> dict[str, list[bool]]:
     """AdaLoRA's rank_pattern, with the ranks that training has moved off zero since it was made."""
     pattern = {}
-    for path, module in carriers(model):
+    for path, part in parts_of(model, name).items():
         key = f"{path}.lora_E"
-        if key in config.rank_pattern and name in getattr(module, "adapters", {}):
-            mask, live = config.rank_pattern[key], module.adapters[name].lora_E.detach().ne(0)[:, 0].tolist()
+        if key in config.rank_pattern:
+            mask, live = config.rank_pattern[key], part.lora_E.detach().ne(0)[:, 0].tolist()
             pattern[key] = [a or b for a, b in zip(mask, live)] if len(live) == len(mask) else list(mask)
     return pattern
 
@@ -302,11 +295,10 @@ def _stored_fields(model: nn.Module, config: Config, name: str) -> dict:
 def _sortable_patterns(model, config, name) -> dict:
     """rank_pattern and alpha_pattern, of which the first key that means a path counts, by whole paths where sorting
     them, as JSON does, would change what they mean."""
-    paths = [path for path, module in carriers(model) if name in getattr(module, "adapters", {})]
     found = {}
     for argument in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, argument)
-        meant = {path: of_pattern(path, given, None) for path in paths}
+        meant = {path: of_pattern(path, given, None) for path in parts_of(model, name)}
         if any(of_pattern(path, dict(sorted(given.items())), None) != value for path, value in meant.items()):
             found[argument] = {re.escape(path): value for path, value in meant.items() if value is not None}
     return found
@@ -314,7 +306,7 @@ def _sortable_patterns(model, config, name) -> dict:
 
 def _named_targets(model, config, name) -> dict:
     """target_modules and what goes with it, by names alone where PEFT may find other modules than were found here."""
-    parts = {path: module.adapters[name] for path, module in carriers(model) if name in getattr(module, "adapters", {})}
+    parts = parts_of(model, name)
     inner = getattr(config, "feedforward_modules", None)
     given = config.target_modules not in (None, "all-linear") and config.layers_to_transform is None
     listed = not isinstance(config.target_modules, (str, type(None))) and not isinstance(inner, (str, type(None)))
@@ -350,5 +342,5 @@ def _names(paths: list[str], every: list[str]) -> list[str] | None:
 
 def _transposed(model, name) -> bool:
     """Whether the adapter is in layers like GPT-2's, of which PEFT wants to know."""
-    held = [module for _, module in carriers(model) if name in getattr(module, "adapters", {})]
+    held = map(model.get_submodule, parts_of(model, name))
     return any(getattr(m, "transposed", False) and not isinstance(m, nn.Embedding) for m in held)

@@ -16,7 +16,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import carriers
+from ..layers.adapted import parts_of
 from ..layers.parts import AdaLoRAPart, DyLoRAPart
 from ..ops.checks import need, need_value, whole
 from ..ops.reference import accumulation
@@ -33,11 +33,6 @@ def _config_of(model: nn.Module, name: str, kind: type, op: str):
     return config
 
 
-def _parts_of(model: nn.Module, name: str, kind: type) -> dict[str, nn.Module]:
-    found = {path: getattr(module, "adapters", {}) for path, module in carriers(model)}
-    return {path: parts[name] for path, parts in found.items() if name in parts and isinstance(parts[name], kind)}
-
-
 # --- AdaLoRA (Zhang et al. 2023) -------------------------------------------------------------------------------------
 
 
@@ -49,7 +44,7 @@ def orthogonality_loss(model: nn.Module, name: str = "default") -> Tensor:
     """
     config = _config_of(model, name, AdaLoraConfig, "orthogonality_loss")
     grams = []
-    for part in _parts_of(model, name, AdaLoRAPart).values():
+    for part in parts_of(model, name).values():
         lora_A, lora_B = (each.to(accumulation(each.dtype)) for each in (part.lora_A, part.lora_B))
         grams += [lora_A @ lora_A.T, lora_B.T @ lora_B]
     norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]
@@ -74,7 +69,7 @@ class RankAllocator:
     def __init__(self, model: nn.Module, name: str = "default"):
         """Raises ValueError unless `name` is an AdaLoRA adapter of `model` that no rank was dropped from."""
         self.config = _config_of(model, name, AdaLoraConfig, "RankAllocator")
-        self.parts: dict[str, AdaLoRAPart] = _parts_of(model, name, AdaLoRAPart)
+        self.parts: dict[str, AdaLoRAPart] = parts_of(model, name)
         self.masks: dict[str, Tensor] = {}
         self.sensitivity: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
@@ -152,12 +147,10 @@ class RankAllocator:
         for key, tensor in state.items():
             shape = (expected | masks).get(key)
             need(shape is not None, op, "state", f"with {key!r}", f"of the layers {list(self.parts)[:3]} …")
-            given, dtype = (
-                f"holding {key!r} of {tensor.dtype} {list(tensor.shape)}",
-                "bool" if key in masks else "floating",
-            )
+            given = f"holding {key!r} of {tensor.dtype} {list(tensor.shape)}"
             fits = tensor.shape == shape and (tensor.dtype == torch.bool) == (key in masks)
-            need(fits, op, "state", given, f"{dtype} of shape {list(shape)} there")
+            needed = f"{'bool' if key in masks else 'floating'} of shape {list(shape)} there"
+            need(fits, op, "state", given, needed)
         held = {"sensitivity": {}, "uncertainty": {}, "mask": {}}
         for key, tensor in state.items():
             key, _, kind = key.rpartition(".")
@@ -171,16 +164,9 @@ class RankAllocator:
         return {f"{path}.{name}": p for path, part in self.parts.items() for name, p in part._parameters.items()}
 
     def _need_all_ranks(self, op):
-        given = f"with ranks {sorted({part.r for part in self.parts.values()})}"
-        whole = all(part.r == self.config.init_r for part in self.parts.values())
-        need(
-            whole,
-            op,
-            "adapter",
-            given,
-            f"with all init_r = {self.config.init_r} ranks: some were dropped",
-            RuntimeError,
-        )
+        init_r, ranks = self.config.init_r, {part.r for part in self.parts.values()}
+        needed = f"with all init_r = {init_r} ranks: some were dropped"
+        need(ranks <= {init_r}, op, "adapter", f"with ranks {sorted(ranks)}", needed, RuntimeError)
 
     @torch.no_grad()
     def _observe(self):
@@ -242,7 +228,7 @@ def draw_rank(model: nn.Module, name: str = "default", *, step: int, seed: int =
     """
     config = _config_of(model, name, DyLoraConfig, "draw_rank")
     need_value(whole(step) and step >= 0, "draw_rank", "step", step, "an integer >= 0")
-    largest = max(part.r for part in _parts_of(model, name, DyLoRAPart).values())
+    largest = max(part.r for part in parts_of(model, name).values())
     rank = random.Random(f"{seed}, {step}").randint(min(config.min_rank, largest), largest)
     set_rank(model, name, rank)
     return rank
@@ -280,8 +266,8 @@ def truncate(model: nn.Module, name: str, rank: int, new_name: str) -> None:
 
 def _cut(op, model, name, rank) -> dict[str, tuple[DyLoRAPart, int]]:
     """path -> part, and its rank when the adapter is cut to `rank`."""
-    parts = _parts_of(model, name, DyLoRAPart)
+    parts = parts_of(model, name)
     largest = max(part.r for part in parts.values())
-    fits = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= largest)
+    fits = rank is None or (whole(rank) and 1 <= rank <= largest)
     need_value(fits, op, "rank", rank, f"an integer in [1, {largest}]")
     return {path: (part, part.r if rank is None else min(rank, part.r)) for path, part in parts.items()}
