@@ -12,6 +12,10 @@ _DEVICE = ("cuda",)  # ROCm tensors are of this device type too
 
 def register_all() -> None:
     """Register the rows of every backend that can run here, and the reasons why the others cannot."""
+    triton_devices = (*_DEVICE, "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else _DEVICE
+    has_triton = importlib.util.find_spec("triton") is not None
+    if not has_triton:
+        dispatch.UNAVAILABLE["triton"] = "the package triton is not installed"
     for op in schemas.SCHEMAS:
         dtypes = (torch.int64,) if op == "group_tokens" else dispatch.FLOATS
         # The grouped formulas look at values on the host, which a compiled graph cannot: they are nodes of it.
@@ -23,20 +27,10 @@ def register_all() -> None:
             dispatch.register(op, "cpu", ("cpu",), schemas.native(op), dtypes)
         if native.CUDA_AVAILABLE and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfastpeft::{op}", "CUDA"):
             dispatch.register(op, "cuda", _DEVICE, schemas.native(op), dtypes, getattr(cuda, op))
-    _register_triton()
-
-
-def _register_triton() -> None:
-    if importlib.util.find_spec("triton") is None:
-        dispatch.UNAVAILABLE["triton"] = "the package triton is not installed"
-        return
-    devices = (*_DEVICE, "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else _DEVICE
-    for op in schemas.SCHEMAS:
-        if op != "group_tokens":
-            dispatch.register(op, "triton", devices, schemas.define("triton", op, _launcher(op)))
-    # Grouping is a sort, which torch has on every device.
-    sort = schemas.define("triton", "group_tokens", reference.group_tokens)
-    dispatch.register("group_tokens", "triton", devices, sort, (torch.int64,))
+        if has_triton:
+            # Grouping is a sort, which torch has on every device.
+            function = reference.group_tokens if op == "group_tokens" else _launcher(op)
+            dispatch.register(op, "triton", triton_devices, schemas.define("triton", op, function), dtypes)
 
 
 def _launcher(op: str):

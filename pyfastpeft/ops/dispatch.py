@@ -62,13 +62,13 @@ def run(op: str, *args, backend: str | None = None) -> str | None:
 def select(op: str, args: tuple, backend: str | None = None) -> Row:
     """The row that `run` runs.
 
-    Raises RuntimeError, with the reason of every row, if none matches: only a forced backend can miss,
-    since the reference rows take every device and every float dtype.
+    Raises RuntimeError, saying why, if none matches: only a forced backend can miss, since the reference rows take
+    every device and every float dtype.
     """
     for row in _rows(op, args, backend):
         if not row.fits(*args):
             return row
-    raise RuntimeError(_reasons(op, args))
+    raise RuntimeError(_why_not(op, args))
 
 
 def _rows(op: str, args: tuple, backend: str | None = None) -> list[Row]:
@@ -99,16 +99,17 @@ def preferred(op: str, args: tuple) -> bool:
     return name is None or any(row.backend == name for row in TABLE[op])
 
 
-def _reasons(op, args):
+def _why_not(op, args):
     first = choice.leading(args)
     device, dtype = first.device.type, first.dtype
-    reasons = [f"{_forced}: {UNAVAILABLE.get(_forced, f'has no row for {op}')}"]
+    reason = UNAVAILABLE.get(_forced, f"has no row for {op}")
     for row in TABLE[op]:
         if row.backend == _forced:
             lacks = device in (row.devices or (device,)) and dtype in row.dtypes and row.fits(*args)
             takes = f"takes devices {row.devices or 'any'} and dtypes {[str(d)[6:] for d in row.dtypes]}"
-            reasons = [f"{_forced}: {lacks or takes}"]
-    return f"{op}: backend {_forced!r} is forced but does not serve {device} tensors of {dtype}. " + "; ".join(reasons)
+            reason = lacks or takes
+    served = f"{op}: backend {_forced!r} is forced but does not serve {device} tensors of {dtype}"
+    return f"{served}. {_forced}: {reason}"
 
 
 @contextmanager

@@ -114,10 +114,7 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, fe
         with autocast_off(x):
             return ia3_linear(*cast, ia3_l, feedforward)
     checks.linear(op, x, weight, bias)
-    checks.floating(op, "ia3_l", ia3_l)
-    checks.shape(op, "ia3_l", ia3_l, (weight.shape[1 if feedforward else 0],), "[K]" if feedforward else "[N]")
-    checks.like(op, "ia3_l", ia3_l, x, dtype=False)
-    checks.no_wider(op, "ia3_l", ia3_l, x)
+    checks.vector(op, "ia3_l", ia3_l, weight.shape[1 if feedforward else 0], "K" if feedforward else "N", x)
     bias = None if bias is None else bias.contiguous()
     ia3_l = (ia3_l.double() if x.dtype == torch.float64 else ia3_l).contiguous()
     if needs_gradient(x, weight, bias, ia3_l):
