@@ -10,8 +10,7 @@ from ..ops.checks import need, need_value
 from ..ops.reference import ACTIVATIONS
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-
+# Fields that hold names or a regular expression.
 _NAMES = {"target_modules", "exclude_modules", "layers_pattern", "feedforward_modules", "target_parameters"}
 
 
@@ -40,9 +39,8 @@ class Config:
         name = self.base_model_name_or_path
         self.need(name is None or isinstance(name, str), "base_model_name_or_path", "a string, or None")
         self.need_flags("inference_mode")
-        self.need(
-            self.modules_to_save is None or _are_names(self.modules_to_save), "modules_to_save", "a list of names"
-        )
+        saved = self.modules_to_save
+        self.need(saved is None or _are_names(saved), "modules_to_save", "a list of names")
         for name in sorted({f.name for f in fields(self)} & _NAMES):
             value = getattr(self, name)
             fits = value is None or (value and isinstance(value, str)) or _are_names(value)
@@ -50,18 +48,18 @@ class Config:
         if hasattr(self, "layers_to_transform"):
             layers = self.layers_to_transform
             layers = layers if _is_list(layers) else [0 if layers is None else layers]
-            whole = all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
+            whole = all(type(i) is int for i in layers)
             self.need(whole, "layers_to_transform", "an integer, a list of integers, or None")
 
     def need(self, holds: bool, name: str, needed: str) -> None:
         """Raise ValueError, naming the field, unless `holds`."""
         need_value(holds, type(self).__name__, name, getattr(self, name), needed)
 
-    def need_count(self, *names: str) -> None:
-        """Raise ValueError unless the fields are integers >= 1."""
+    def need_count(self, *names: str, least: int = 1) -> None:
+        """Raise ValueError unless the fields are integers >= `least`."""
         for name in names:
             value = getattr(self, name)
-            self.need(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "an integer >= 1")
+            self.need(type(value) is int and value >= least, name, f"an integer >= {least}")
 
     def need_flags(self, *names: str) -> None:
         """Raise ValueError unless the fields are booleans."""
@@ -147,9 +145,8 @@ class LoraConfig(TargetedConfig):
         ranks, alphas = self.rank_pattern, self.alpha_pattern
         whole = isinstance(ranks, dict) and all(type(r) is int and r > 0 for r in ranks.values())
         self.need(whole, "rank_pattern", "a dict of integers >= 1")
-        self.need(
-            isinstance(alphas, dict) and all(map(_is_number, alphas.values())), "alpha_pattern", "a dict of numbers"
-        )
+        numbers = isinstance(alphas, dict) and all(map(_is_number, alphas.values()))
+        self.need(numbers, "alpha_pattern", "a dict of numbers")
 
 
 @dataclass(kw_only=True)
@@ -191,9 +188,7 @@ class AdaLoraConfig(LoraConfig):
             given, used = f"r is {self.r}, which AdaLoRA does not use", f"the initial rank is init_r, {self.init_r}"
             warnings.warn(f"AdaLoraConfig: {given}; {used}", stacklevel=3)
         self.need_count("target_r", "init_r", "deltaT")
-        for name in ("tinit", "tfinal"):
-            value = getattr(self, name)
-            self.need(type(value) is int and value >= 0, name, "an integer >= 0")
+        self.need_count("tinit", "tfinal", least=0)
         self.need(_is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "orth_reg_weight", "a number >= 0")
         self.need(self.target_r <= self.init_r, "target_r", f"no more than init_r, {self.init_r}")
         self.need(not (self.use_dora or self.use_rslora), "use_dora", "False, and use_rslora too, in AdaLoRA")
@@ -446,7 +441,6 @@ def from_fields(kind: str, given: dict, defaults: dict | None = None) -> Config:
         for name, value in given.items()
         if name not in known | _IGNORED and value and value != (defaults or {}).get(name)
     }
-    need(
-        not extra, cls.__name__, "config", f"with {extra}", f"without fields that only PEFT has; it has {sorted(known)}"
-    )
+    needed = f"without fields that only PEFT has; it has {sorted(known)}"
+    need(not extra, cls.__name__, "config", f"with {extra}", needed)
     return cls(**{name: sorted(v) if isinstance(v, set) else v for name, v in given.items() if name in known})

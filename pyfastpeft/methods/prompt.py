@@ -200,9 +200,8 @@ class NearestWords(list):
 
     def __str__(self):
         header = ("virtual token", "token id", "word", "cosine", "distance")
-        return table(
-            header, [(str(v), str(i), word, f"{cosine:.3f}", f"{far:.3f}") for v, i, word, cosine, far in self]
-        )
+        rows = [(str(v), str(i), word, f"{cosine:.3f}", f"{far:.3f}") for v, i, word, cosine, far in self]
+        return table(header, rows)
 
 
 @torch.no_grad()
@@ -215,9 +214,8 @@ def nearest_words(model: nn.Module, name: str, tokenizer=None, k: int = 5) -> Ne
     prompts = {n: part for n, part in getattr(model, "adapters", {}).items() if isinstance(part, PromptEmbedding)}
     checks.need_value(name in list(prompts), "nearest_words", "name", name, f"a prompt: one of {sorted(prompts)}")
     decodes = tokenizer is None or hasattr(tokenizer, "decode")
-    checks.need_value(
-        decodes, "nearest_words", "tokenizer", tokenizer, "an object that decodes tokens, or None", TypeError
-    )
+    needed = "an object that decodes tokens, or None"
+    checks.need_value(decodes, "nearest_words", "tokenizer", tokenizer, needed, TypeError)
     words, prompt = _words(model), prompts[name]().float()
     vocabulary = words.weight.shape[0]
     fits = checks.whole(k) and 1 <= k <= vocabulary

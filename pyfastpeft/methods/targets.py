@@ -157,13 +157,8 @@ def _in_layers(op, found, candidates, named, layers, pattern):
         need(-count <= layer < count, op, "layers_to_transform", f"holding {layer}", needed)
     wanted = {layer % count for layer in layers}
     kept = [path for path in found if index.get(path) in wanted or path in named]
-    need(
-        bool(kept),
-        op,
-        "layers_to_transform",
-        layers,
-        f"layers that hold targets; those are {sorted({*index.values()})}",
-    )
+    needed = f"layers that hold targets; those are {sorted({*index.values()})}"
+    need(bool(kept), op, "layers_to_transform", layers, needed)
     return kept
 
 

@@ -96,10 +96,8 @@ def load_training_state(
     for key in ("optimizer", *sorted(stateful.keys() | stored.keys())):
         here = (optimizer if key == "optimizer" else stateful.get(key)) is not None
         there = (state["optimizer"] if key == "optimizer" else stored.get(key)) is not None
-        told = "given" if here else "None"
-        need(
-            here == there, op, key, told, f"{'' if there else 'not '}given: {path} has {'its' if there else 'no'} state"
-        )
+        needed = f"given: {path} has its state" if there else f"not given: {path} has no state"
+        need(here == there, op, key, "given" if here else "None", needed)
     names = _names(op, model, optimizer, name)
     _need_same(op, path, tensors_path, adaptation(model, op).configs[name], names, state)
     unnamed = None if optimizer is None else _unnamed(op, optimizer, names, state["optimizer"], path)
@@ -243,14 +241,8 @@ def _without_tensors(value, path: str, tensors: dict[str, Tensor]):
         items = [_without_tensors(each, f"{path}|{i}", tensors) for i, each in enumerate(value)]
         return items if isinstance(value, list) else {"_kind": "tuple", "_items": items}
     known = isinstance(value, Mapping) and (kind in ("dict", "defaultdict", "OrderedDict", "Counter"))
-    need_value(
-        known,
-        "save_training_state",
-        path,
-        value,
-        "of tensors, numbers, strings, and lists, tuples and dicts",
-        TypeError,
-    )
+    needed = "of tensors, numbers, strings, and lists, tuples and dicts"
+    need_value(known, "save_training_state", path, value, needed, TypeError)
     pairs = [(key, _without_tensors(each, f"{path}|{key}".removeprefix("|"), tensors)) for key, each in value.items()]
     if kind != "Counter" and all(isinstance(key, str) and key != "_kind" for key, _ in pairs):
         return dict(pairs)
