@@ -55,25 +55,15 @@ def formula(layer):
 # --- formulas ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, torch.float32)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_and_gradients(kind, dtype):
-    layer = make(kind, dtype=dtype)
+def test_forward_and_gradients(kind, dtype, adapter_dtype):
+    layer = make(kind, dtype=dtype, adapter_dtype=adapter_dtype)
+    assert layer.weight.dtype == dtype
+    assert {p.dtype for p in layer.parameters() if p.requires_grad} == {adapter_dtype or dtype}
     x = torch.randn(len(SLOTS), K, dtype=dtype, requires_grad=True)
-    parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
-
-    def fused(x, **parameters):
-        return functional_call(layer, parameters, (x, SLOTS) if kind == "multi_lora" else (x,))
-
-    assert_error_rule(fused, formula(layer), {"x": x, **parameters})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_float32_adapters_on_a_bfloat16_base(kind):
-    layer = make(kind, dtype=torch.bfloat16, adapter_dtype=torch.float32)
-    assert layer.weight.dtype == torch.bfloat16
-    assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
-    x = torch.randn(len(SLOTS), K, dtype=torch.bfloat16, requires_grad=True)
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
 
     def fused(x, **parameters):

@@ -423,14 +423,10 @@ def test_an_exception_between_two_layers_leaves_nothing_that_is_used():
     def fail(*args):
         raise RuntimeError("in between")
 
-    handle = model.register_forward_pre_hook(lambda *args: None)
-    handle.remove()
-    forward = attention.k_proj.forward
     attention.k_proj.forward = fail
     with pytest.raises(RuntimeError, match="in between"):
         model(inputs_embeds=x)
     del attention.k_proj.forward
-    assert forward is not attention.k_proj.forward
     torch.testing.assert_close(model(inputs_embeds=x).logits, expected)
 
 

@@ -3,11 +3,12 @@
 //
 // What it emulates: launches by cudaLaunchKernelEx, with as many blocks at once as PYFASTPEFT_EMULATED_SMS tells, so
 // that blocks may wait for blocks that are resident; __syncthreads; warps whose lanes run apart until a warp operation
-// brings them together (__syncwarp, shuffles, votes, our mma and ldmatrix); integer atomics; asynchronous copies, made
-// as late as a wait allows; dynamic shared memory, which holds NaN at first, as much as the kernel was allowed and a block
-// of the device may have. Blocks, and threads in them, take turns in another order every round. intrinsics.h and device.h in ops/cuda stand for ours of these names. Threads that wait for
-// each other, a lane that is not in its own mask, and asynchronous copies and matrices at addresses that are not aligned
-// raise RuntimeError. Built with -fsanitize=thread it finds races (emulated_cuda.py tells how).
+// brings them together (__syncwarp, shuffles, our mma and ldmatrix); integer atomics; asynchronous copies, made as late
+// as a wait allows; dynamic shared memory, which holds NaN at first, as much as the kernel was allowed and a block of the
+// device may have. Blocks, and threads in them, take turns in another order every round. intrinsics.h and device.h in
+// ops/cuda stand for ours of these names. Threads that wait for each other, a lane that is not in its own mask, and
+// asynchronous copies and matrices at addresses that are not aligned raise RuntimeError. Built with -fsanitize=thread it
+// finds races (emulated_cuda.py tells how).
 //
 // What it cannot show: time; registers and spills; that other addresses are aligned and coalesced; how tensor cores round
 // within a product; the memory model beyond races; wgmma, nor TMA (which producer/ shows). A __shared__ variable is one
@@ -33,16 +34,11 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ static const
 #define __shared__ static
 #define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
-#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 #define CUDART_VERSION 0
-
-constexpr int warpSize = 32;
 
 struct dim3 : emulator::Triple {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : Triple{x, y, z} {}
@@ -58,13 +54,10 @@ template <class T>
 struct alignas(4 * sizeof(T)) Vector<T, 4> {
   T x, y, z, w;
 };
-using int2 = Vector<int, 2>;
-using int4 = Vector<int, 4>;
 using uint2 = Vector<unsigned, 2>;
 using uint4 = Vector<unsigned, 4>;
 using float2 = Vector<float, 2>;
 using float4 = Vector<float, 4>;
-inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -79,11 +72,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrL2CacheSize
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 struct cudaDeviceProp {
-  int major, minor, multiProcessorCount;
+  int major, minor;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -101,7 +93,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount            ? emulator::multiprocessors()
            : attribute == cudaDevAttrComputeCapabilityMajor       ? emulator::capability()
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::shared_limit()
-           : attribute == cudaDevAttrL2CacheSize                  ? 1 << 25
                                                                   : 0;
   return cudaSuccess;
 }
@@ -159,8 +150,6 @@ inline void __syncwarp(unsigned mask = ~0u) {
   int nothing = 0;
   emulator::exchange(mask, &nothing, sizeof nothing, [](void*) {});
 }
-inline void __threadfence() {}
-inline void __nanosleep(unsigned) { emulator::spin(); }
 
 namespace emulator {
 
@@ -184,15 +173,6 @@ T shuffle(unsigned mask, T value, int lane) {
 
 inline int lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 
-// The mask's lanes whose value is not zero.
-inline unsigned vote(unsigned mask, bool value) {
-  unsigned mine = unsigned(value) << lane();
-  unsigned all = 0;
-  for (int i = 0; i < 32; ++i)
-    if (mask >> i & 1) all |= shuffle(mask, mine, i);
-  return all;
-}
-
 }  // namespace emulator
 
 template <class T>
@@ -204,18 +184,10 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32) {
   return emulator::shuffle(mask, value, emulator::lane() ^ bits);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, int distance, int width = 32) {
-  int lane = emulator::lane(), inside = (lane & (width - 1)) + distance < width;
-  return emulator::shuffle(mask, value, inside ? lane + distance : lane);
-}
-template <class T>
 T __shfl_up_sync(unsigned mask, T value, int distance, int width = 32) {
   int lane = emulator::lane(), inside = (lane & (width - 1)) >= distance;
   return emulator::shuffle(mask, value, inside ? lane - distance : lane);
 }
-inline unsigned __ballot_sync(unsigned mask, int value) { return emulator::vote(mask, value); }
-inline int __any_sync(unsigned mask, int value) { return emulator::vote(mask, value) != 0; }
-inline int __all_sync(unsigned mask, int value) { return emulator::vote(mask, value) == mask; }
 
 // Integers only: the order of floating-point atomics is not fixed.
 template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
@@ -226,27 +198,10 @@ template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
 T atomicExch(T* address, T value) {
   return __atomic_exchange_n(address, value, __ATOMIC_ACQ_REL);
 }
-template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
-T atomicCAS(T* address, T compare, T value) {
-  __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-  return compare;
-}
 
-template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
-template <class T>
-T __ldcs(const T* address) {
-  return *address;
-}
 template <class T>
 T __ldcg(const T* address) {
   return *address;
-}
-template <class T>
-void __stcs(T* address, T value) {
-  *address = value;
 }
 template <class A, class B>
 auto min(A a, B b) {
@@ -258,15 +213,11 @@ auto max(A a, B b) {
   using C = std::common_type_t<A, B>;
   return C(a) < C(b) ? C(b) : C(a);
 }
-inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
   uint64_t bytes = uint64_t(b) << 32 | a;
   unsigned result = 0;
   for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return result;
 }
-inline int __popc(unsigned bits) { return std::popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return std::countl_zero(unsigned(bits)); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
