@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import pyfastpeft
-from pyfastpeft.ops import dispatch, host, lora_linear, native, use_backend
-from pyfastpeft.ops.frozen import prefers_own_linear
 
 from ..methods.tables import table
+from ..ops import dispatch, host, lora_linear, native, use_backend
+from ..ops.frozen import prefers_own_linear
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
 VARIABLES = ("PYFASTPEFT_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS")  # prefixes

@@ -180,13 +180,14 @@ class L2SP:
         self.alpha, self.beta = alpha, beta
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         need(bool(trainable), "L2SP", "model", "without parameters that require grad", "one that trains")
+        fresh = set()
         for each in new:
-            named = any(_inside(name, each) for name in trainable)
-            need_value(named, "L2SP", "new", each, "the name of a trainable parameter or of a module that holds some")
-        self.new = [p for name, p in trainable.items() if any(_inside(name, each) for each in new)]
-        self.pretrained = [
-            (p, p.detach().clone()) for name, p in trainable.items() if not any(_inside(name, each) for each in new)
-        ]
+            named = {name for name in trainable if f"{name}.".startswith(f"{each}.")}
+            needed = "the name of a trainable parameter or of a module that holds some"
+            need_value(bool(named), "L2SP", "new", each, needed)
+            fresh |= named
+        self.new = [p for name, p in trainable.items() if name in fresh]
+        self.pretrained = [(p, p.detach().clone()) for name, p in trainable.items() if name not in fresh]
 
     def __call__(self) -> Tensor:
         near = sum((p - start.to(p.device)).square().sum() for p, start in self.pretrained)
@@ -243,10 +244,6 @@ def _share(labels: Tensor | None, num_items: Tensor | int | None, causal: bool) 
     if num_items is None:
         return 1.0
     return (labels[..., 1:] if causal else labels).ne(IGNORED).sum() / num_items
-
-
-def _inside(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
 
 
 # --- LoRA+ -----------------------------------------------------------------------------------------------------------

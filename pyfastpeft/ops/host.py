@@ -3,7 +3,7 @@
 import numpy as np
 
 try:
-    from pyfastpeft import _host
+    from .. import _host
 
     AVAILABLE, WHY_NOT = True, ""
 except ImportError as error:
