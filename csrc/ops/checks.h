@@ -16,6 +16,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// C as a dtype of tensors.
+template <class C>
+constexpr Dtype native = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
+template <class C>
+constexpr ScalarType native_scalar = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// Whether sums of values of this dtype are formed in C: those of float64 in double, of all others in float.
+template <class C>
+bool sums_in(Dtype dtype) {
+  return (dtype == Dtype::f64) == (sizeof(C) == 8);
+}
+
 // Rows of elements at a fixed distance, each contiguous.
 struct Rows {
   Dtype dtype = Dtype::f32;
@@ -89,14 +101,13 @@ inline char* contiguous(const Tensor& t, std::initializer_list<int64_t> shape, c
 // t of the given shape without gaps, of the dtype C of sums; its elements.
 template <class C>
 C* sums(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
-  STD_TORCH_CHECK(dtype_of(t, name) == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32), name, " must be of the dtype of sums");
+  STD_TORCH_CHECK(dtype_of(t, name) == native<C>, name, " must be of the dtype of sums");
   return reinterpret_cast<C*>(contiguous(t, shape, name));
 }
 
-// Whether adapters of this dtype go with sums in C: float64 with double, all others with float.
 template <class C>
 void check_adapters(Dtype dtype, Dtype other) {
-  STD_TORCH_CHECK(dtype == other && (dtype == Dtype::f64) == (sizeof(C) == 8),
+  STD_TORCH_CHECK(dtype == other && sums_in<C>(dtype),
                   "adapters must be of one dtype, float64 exactly where the activations are");
 }
 
@@ -146,8 +157,7 @@ inline bool linear(const Tensor& x, const Rows& in, const Tensor& weight, const 
 template <class C>
 bool summed_in(Dtype x, const Tensor& lora_A, const Tensor& lora_B) {
   auto dtype = float_dtype(lora_A);
-  return dtype && dtype == float_dtype(lora_B) && (*dtype == Dtype::f64) == (sizeof(C) == 8) &&
-         (x == Dtype::f64) == (sizeof(C) == 8);
+  return dtype && dtype == float_dtype(lora_B) && sums_in<C>(*dtype) && sums_in<C>(x);
 }
 
 // Whether these are an adapter of x [..., K], of which `in` are the rows.  lora_A: [r, K];  lora_B: [N, r]

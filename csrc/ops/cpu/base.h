@@ -18,7 +18,7 @@ struct Buffer {
   int64_t columns;
 
   Buffer(int64_t rows, int64_t columns) : data(new C[rows * columns]), columns(columns) {}
-  Rows rows() const { return {sizeof(C) == 8 ? Dtype::f64 : Dtype::f32, reinterpret_cast<char*>(data.get()), columns}; }
+  Rows rows() const { return {native<C>, reinterpret_cast<char*>(data.get()), columns}; }
 };
 
 // Elements of C at fixed distances.

@@ -22,8 +22,8 @@ Activation activation_of(const std::string& name) {
 // f(s + shift) for every token, f(row) working in place.  s, result: [tokens, rank]
 template <class C, class F>
 Tensor middle(const Tensor& s, const C* shift, F f) {
-  int64_t tokens = s.size(0), rank = s.size(1), shape[] = {tokens, rank};
-  Tensor result = torch::stable::new_empty(s, {shape, 2});
+  int64_t tokens = s.size(0), rank = s.size(1);
+  Tensor result = torch::stable::new_empty(s, {tokens, rank});
   const C* in = sums<C>(s, {tokens, rank}, "s");
   C* out = sums<C>(result, {tokens, rank}, "s");
   torch::stable::parallel_for(0, tokens, 1 + 4096 / rank, [&](int64_t begin, int64_t end) {
@@ -44,8 +44,8 @@ bool plain(const Rows& tokens, const Rows& factor) {
 // t [rows, columns] in this dtype; itself where it is of it.
 Tensor as(ScalarType dtype, const Tensor& t) {
   if (t.scalar_type() == dtype) return t;
-  int64_t rows = t.size(0), columns = t.size(1), shape[] = {rows, columns};
-  Tensor result = torch::stable::new_empty(t, {shape, 2}, dtype);
+  int64_t rows = t.size(0), columns = t.size(1);
+  Tensor result = torch::stable::new_empty(t, {rows, columns}, dtype);
   convert(rows_of(t, rows, columns, "t"), rows_of(result, rows, columns, "t"), rows, columns);
   return result;
 }
@@ -54,8 +54,8 @@ Tensor as(ScalarType dtype, const Tensor& t) {
 // sums: [rows, columns];  bias: [columns], of the dtype of `in`
 void product(const Tensor& in, const Tensor& w, bool transposed, Tensor& sums, const OptionalTensor& bias = {}) {
   if (in.scalar_type() == sums.scalar_type()) return matmul(in, w, transposed, bias, sums);
-  int64_t rows = sums.size(0), columns = sums.size(1), shape[] = {rows, columns};
-  Tensor rounded = torch::stable::new_empty(in, {shape, 2});
+  int64_t rows = sums.size(0), columns = sums.size(1);
+  Tensor rounded = torch::stable::new_empty(in, {rows, columns});
   matmul(in, w, transposed, bias, rounded);
   convert(rows_of(rounded, rows, columns, "sums"), rows_of(sums, rows, columns, "sums"), rows, columns);
 }
@@ -101,8 +101,7 @@ void bottleneck_forward(const Tensor& x, const Tensor& residual, const Tensor& d
       s, inner.get(), [&](C* rows, int64_t, int64_t count) { kernels<C>().activate(activation, rows, count); });
   Rows out = rows_of(y, m, n, "y"), from = rows_of(residual, m, n, "residual");
   if (products && x.scalar_type() != s.scalar_type()) {
-    int64_t shape[] = {m, n};
-    Tensor rounded = torch::stable::new_empty(x, {shape, 2});
+    Tensor rounded = torch::stable::new_empty(x, {m, n});
     matmul(as(x.scalar_type(), hidden), up, false, std::nullopt, rounded);
     return add_scaled<C>(from, rows_of(rounded, m, n, "y"), C(scaling), shift.get(), out, m, n);
   }
@@ -133,14 +132,13 @@ void bottleneck_backward(const Tensor& dy, const OptionalTensor& x, const Tensor
         kernel.activate(activation, rows, count);
         for (int64_t i = 0; i < count; ++i) rows[i] *= C(scaling);
       });
-      int64_t shape[] = {rank, n};  // torch's product is twice as fast with few rows as with few columns
-      Tensor transposed = torch::stable::new_empty(dy, {shape, 2});
+      // torch's product is twice as fast with few rows as with few columns
+      Tensor transposed = torch::stable::new_empty(dy, {rank, n});
       matmul(transpose(as(dtype, scaled)), dy, true, std::nullopt, transposed);
       torch::stable::copy_(*dup, transpose(transposed));
     }
     if (!dx && !ddown && !ddown_bias) return;
-    int64_t shape[] = {m, rank};
-    Tensor dhidden = torch::stable::new_empty(s, {shape, 2});
+    Tensor dhidden = torch::stable::new_empty(s, {m, rank});
     product(dy, up, true, dhidden);
     const C* factors = sums<C>(dhidden, {m, rank}, "ds");
     Tensor ds = middle<C>(s, inner.get(), [&](C* rows, int64_t first, int64_t count) {

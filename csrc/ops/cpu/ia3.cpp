@@ -85,8 +85,7 @@ void ia3_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weigh
     scale_and_reduce<C>(gradient, product, l.get(), Rows{}, dl, m, n);
     return;
   }
-  int64_t shape[] = {m, features};
-  Tensor middle = torch::stable::new_empty(dy, {shape, 2});
+  Tensor middle = torch::stable::new_empty(dy, {m, features});
   Rows middle_rows = rows_of(middle, m, features, "middle");
   if (feedforward) {
     matmul(dy, weight, true, std::nullopt, middle);
@@ -104,7 +103,7 @@ std::tuple<OptionalTensor, OptionalTensor> ia3_gradients(const Tensor& dy, const
                                                          const OptionalTensor& base, bool need_x, bool need_l) {
   if (!on_cpu(dy)) return {};
   Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
-  if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  if (!gradient || (x && !in) || !sums_in<C>(gradient.dtype)) return {};
   int64_t n = weight.size(0), k = weight.size(1), m = dy.numel() / n;
   OptionalTensor rows, dx, out, dl;
   if (x) rows = as_matrix(*x, m, k, in.stride);
@@ -121,8 +120,7 @@ std::tuple<OptionalTensor, OptionalTensor> ia3_call(const Tensor& x, const Tenso
   if (!on_cpu(x) || !on_cpu(ia3_l)) return {};
   Rows in = separate_rows(x);
   auto dtype = float_dtype(ia3_l);
-  if (!linear(x, in, weight, bias) || !dtype) return {};
-  if ((in.dtype == Dtype::f64) != (sizeof(C) == 8) || (*dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  if (!linear(x, in, weight, bias) || !dtype || !sums_in<C>(in.dtype) || !sums_in<C>(*dtype)) return {};
   int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k;
   if (!shaped(ia3_l, {feedforward ? k : n})) return {};
   Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);

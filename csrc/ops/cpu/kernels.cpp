@@ -47,8 +47,7 @@ static inline void from_float(float v, bf16& out) {
 }  // namespace pyfastpeft
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds one in its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds one in its own AVX-512 header
 #endif
 
 #define ISA baseline

@@ -151,7 +151,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> lora_gradients(
     bool need_B) {
   if (!on_cpu(dy)) return {};
   Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
-  if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  if (!gradient || (x && !in) || !sums_in<C>(gradient.dtype)) return {};
   int64_t n = lora_B.size(0), k = lora_A.size(1), m = dy.numel() / n;
   OptionalTensor rows, dx, out, dlora_A, dlora_B;
   std::vector<Tensor> dlora_Bs;
@@ -174,7 +174,7 @@ OptionalTensor call(const Tensor& x, const Tensor& weight, const OptionalTensor&
   int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k, rank = lora_A.size(0);
   Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n);
   std::unique_ptr<C[]> own(s ? nullptr : new C[m * rank]);
-  if (s) *s = torch::stable::new_empty(x, {m, rank}, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
+  if (s) *s = torch::stable::new_empty(x, {m, rank}, native_scalar<C>);
   C* shrunk = s ? sums<C>(**s, {m, rank}, "s") : own.get();
   forward(as_matrix(x, m, k, in.stride), {{weight, bias, lora_B, scaling}}, lora_A, 0, {}, {out}, shrunk);
   return y;

@@ -13,11 +13,8 @@ namespace {
 
 constexpr int64_t TOKEN_BLOCK = 12;    // tokens of one task or one staged block: a multiple of every tile's height
 constexpr int64_t COLUMN_BLOCK = 256;  // columns of one task at most
-constexpr int64_t FEW_TOKENS = 4;         // up to here a transposed B does not pay
+constexpr int64_t FEW_TOKENS = 4;      // up to here a transposed B does not pay
 constexpr int64_t WIDE = 96, WIDE_BACKWARD = 64;  // ranks from which torch's products, which pack, are faster
-
-template <class C>
-constexpr Dtype native = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
 
 template <class C>
 std::unique_ptr<C[]> scratch(int64_t n) {

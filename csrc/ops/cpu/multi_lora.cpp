@@ -159,7 +159,7 @@ bool ordinary(const Rows& in, int64_t tokens, int64_t k, int64_t n, const Tensor
   if (!shaped(lora_A, {count, rank, k}) || !shaped(lora_B, {count, n, rank})) return false;
   if (!shaped(slots, ScalarType::Long, tokens) || (segments && !shaped(*segments, ScalarType::Long, count + 1)) ||
       (ranks && !shaped(*ranks, ScalarType::Long, count)) ||
-      (scalings && !shaped(*scalings, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float, count)) ||
+      (scalings && !shaped(*scalings, native_scalar<C>, count)) ||
       !std::isfinite(scaling))
     return false;
 
