@@ -338,6 +338,14 @@ def parts_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return {path: parts[name] for path, parts in found.items() if name in parts}
 
 
+def placed(weight: Tensor, autocast_adapter_dtype: bool) -> dict:
+    """Device and dtype for the parameters of an adapter beside `weight`: its own, but float32 where it is none of the
+    ops' dtypes, or of 16 bits and `autocast_adapter_dtype` holds."""
+    narrow = weight.dtype in (torch.bfloat16, torch.float16) and autocast_adapter_dtype
+    dtype = torch.float32 if narrow or weight.dtype not in FLOATS else weight.dtype
+    return {"device": weight.device, "dtype": dtype}
+
+
 def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     """Give `module` a part of adapter `name`, which does not run yet; its class is swapped where a `Part` needs it."""
     kind = "replaced" if isinstance(part, Replacement) else "adapters"

@@ -22,6 +22,7 @@ from ..layers.adapted import (
 )
 from ..ops.checks import need, need_value
 from . import inject
+from .combine import combine
 from .configs import Config, as_config
 
 
@@ -241,9 +242,8 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
     need(names, "merge_adapter", "names", "empty, and no adapter is active", f"of {sorted(known.configs)}")
     for name in names:
         need_adapter(known, "merge_adapter", name)
-    here = {path: [n for n in names if n in getattr(m, "adapters", {})] for path, m in carriers(model)}
-    for path, present in here.items():
-        module = model.get_submodule(path)
+    here = [(path, m, [n for n in names if n in getattr(m, "adapters", {})]) for path, m in carriers(model)]
+    for path, module, present in here:
         for name in present:
             part = module.adapters[name]
             given = f"{name!r}, whose {type(part).__name__} in {path!r} is no change of a weight"
@@ -255,9 +255,9 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
             need(plain, "merge_adapter", "model", given, "of ordinary weights in ordinary layers", TypeError)
     if names != known.active:
         set_adapter(model, *names)
-    for path, present in here.items():
+    for _, module, present in here:
         if present:
-            model.get_submodule(path).merge(tuple(present))
+            module.merge(tuple(present))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -314,8 +314,6 @@ def add_weighted_adapter(
     with sqrt(|weight * s|), A with the sign as well, as PEFT does it. Raises ValueError or TypeError naming the
     argument that does not fit.
     """
-    from .combine import combine
-
     op = "add_weighted_adapter"
     known = adaptation(model, op)
     several = isinstance(names, Sequence) and not isinstance(names, str)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..layers.adapted import attach
+from ..layers.adapted import attach, placed
 from ..layers.bottleneck import EntrancePart, ExitPart, ParallelPart, Passage, SerialPart
 from ..ops.checks import need
 from . import targets
@@ -13,7 +13,6 @@ from .inject import (
     matrices,
     own_modules,
     own_parameters,
-    placed,
     replace,
     sizes,
     target_matrices,
@@ -101,11 +100,11 @@ def _widths(path, module, autocast_adapter_dtype) -> tuple[int, int, dict]:
     known = matrices(module)
     layers = [m for inner, m in own_modules(module).items() if inner in known or isinstance(m, nn.Linear)]
     if layers:
-        return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1], autocast_adapter_dtype)
+        return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1].weight, autocast_adapter_dtype)
     vector = getattr(module, "weight", None) is not None and module.weight.dim() == 1
     given, needed = f"meaning {path!r}, a {type(module).__name__}", "of modules that hold linear layers, or of norms"
     need(vector, OP, "target_modules", given, needed, TypeError)
-    return len(module.weight), len(module.weight), placed(module, autocast_adapter_dtype)
+    return len(module.weight), len(module.weight), placed(module.weight, autocast_adapter_dtype)
 
 
 def _options(config) -> dict:

@@ -25,16 +25,15 @@ def _safetensors():
 
 def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file of these tensors, which may lie on any device and may share memory."""
-    packed = {}
+    packed, seen = {}, set()
     for key, tensor in tensors.items():
         need_value(tensor.device.type != "meta", "save", key, tensor, "a tensor that has values")
         plain = tensor.detach().cpu().contiguous()
-        packed[key] = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
-    seen = set()
-    for key, tensor in packed.items():  # tied tensors are stored once for each name
-        pointer = tensor.untyped_storage().data_ptr()
-        packed[key] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:  # tied tensors are stored for each name
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        packed[key] = plain
     return _safetensors().torch.save(packed, metadata={"format": "pt"})
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..layers.adapted import (
+    AdaptedLinear,
     AdaptedMatrix,
     BaseLinear,
     Parts,
@@ -18,11 +19,11 @@ from ..layers.adapted import (
     adapters_in,
     attach,
     carriers,
+    placed,
     uncompiled,
 )
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
-from ..ops.dispatch import FLOATS
 from ..ops.frozen import prefers_own_linear
 from . import prefix, prompt, targets
 from .configs import (
@@ -165,14 +166,6 @@ def sizes(module) -> tuple[int, int]:
     return tuple(module.weight.shape)
 
 
-def placed(module: nn.Module, autocast_adapter_dtype: bool) -> dict:
-    """Device and dtype for the parameters of an adapter in `module`."""
-    weight = module.weight
-    narrow = weight.dtype in (torch.bfloat16, torch.float16) and autocast_adapter_dtype
-    dtype = torch.float32 if narrow or weight.dtype not in FLOATS else weight.dtype
-    return {"device": weight.device, "dtype": dtype}
-
-
 def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[targets.Family], str]) -> list[str]:
     """The paths of the layers that a config means, without its modules_to_save; `usual` gives the pattern for a known
     architecture."""
@@ -217,28 +210,22 @@ def take_targets_of_peft(model: nn.Module, config: Config) -> None:
 
 def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtype: bool) -> None:
     found = target_matrices(model, config, lambda family: targets.ends(family.query, family.value))
-    for argument in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, argument) or {}:
-            if isinstance(config, AdaLoraConfig):
-                continue
+    # AdaLoRA's rank_pattern is by whole paths.
+    for argument in () if isinstance(config, AdaLoraConfig) else ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, argument):
             targets.need_pattern(type(config).__name__, argument, key)
             if not any(of_pattern(path, {key: True}, False) for path in found):
                 given, needed = f"holding {key!r}, which means no target", targets.close_names(key, found)
                 need(False, type(config).__name__, argument, given, needed)
     for path in found:
         module = model.get_submodule(path)
-        attach(module, name, _lora_part(path, module, config, placed(module, autocast_adapter_dtype)))
+        attach(module, name, _lora_part(path, module, config, placed(module.weight, autocast_adapter_dtype)))
     if config.bias != "none":
         saved = saved_modules(model, config)
         # PEFT takes parameters of this name alone.
         biased = [path for path, m in own_modules(model).items() if m._parameters.get("bias") is not None]
         chosen = [path for path in biased if (config.bias == "all" or path in found) and path not in saved]
         replace(model, name, {path: ["bias"] for path in chosen})
-
-
-def _biases(module) -> list[str]:
-    """The names of a module's own parameters that are biases; of nn.MultiheadAttention, say, in_proj_bias."""
-    return [name for name in own_parameters(module) if "bias" in name]
 
 
 def _lora_part(path, module, config, like):
@@ -295,7 +282,7 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, autocast_adapter_dtype:
     for path in found:
         module = model.get_submodule(path)
         _need_linear(module, path, op)
-        size, like = sizes(module)[0 if path in feedforward else 1], placed(module, autocast_adapter_dtype)
+        size, like = sizes(module)[0 if path in feedforward else 1], placed(module.weight, autocast_adapter_dtype)
         attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **like))
 
 
@@ -312,10 +299,11 @@ def _bitfit(model: nn.Module, config: BitFitConfig, name: str, autocast_adapter_
     op = "BitFitConfig"
     modules, saved, chosen = own_modules(model), saved_modules(model, config), {}
     for path, module in modules.items():
-        names = _biases(module)
+        own = own_parameters(module)
+        names = [n for n in own if "bias" in n]  # of nn.MultiheadAttention, say, in_proj_bias
         if config.train_layer_norm and is_norm(module):
-            names += [n for n in ("weight",) if module._parameters.get(n) is not None]
-        linear = type(module).__name__ in ("Linear", "AdaptedLinear", "BaseLinear")
+            names += [n for n in own if n == "weight"]
+        linear = type(module) in (nn.Linear, AdaptedLinear, BaseLinear)
         if config.add_missing and linear and module.bias is None:
             names += ["bias"]
         if names and path not in saved:

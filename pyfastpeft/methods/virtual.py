@@ -1,9 +1,8 @@
 """What prefix and prompt tuning share: parts that lie at the top of a model, as `model.adapters[name]`."""
 
-import torch
 from torch import nn
 
-from ..layers.adapted import attach
+from ..layers.adapted import attach, placed
 from ..ops.checks import need, need_value
 
 POSITIONS = ("rotary_emb", "rotary_emb_local", "wpe", "embed_positions", "position_embeddings")
@@ -40,11 +39,9 @@ def num_submodules(model: nn.Module, config) -> int:
 
 
 def add_part(model: nn.Module, name: str, part: nn.Module, autocast_adapter_dtype: bool) -> None:
-    """Put a part at the top of the model, on its device; in its dtype, or in float32 where that is of 16 bits and
-    `autocast_adapter_dtype` holds."""
+    """Put a part at the top of the model."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    narrow = like.dtype in (torch.bfloat16, torch.float16) and autocast_adapter_dtype
-    attach(model, name, part.to(like.device, torch.float32 if narrow else like.dtype).train(model.training))
+    attach(model, name, part.to(**placed(like, autocast_adapter_dtype)))
 
 
 def parts(model: nn.Module, kind: type) -> list[nn.Module]:
