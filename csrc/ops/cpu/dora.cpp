@@ -24,7 +24,6 @@ void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
   const auto& kernel = kernels<C>();
   Buffer<C> gram(rank, rank);
   shrink<C>({{{a, {}, rank, 1, {nullptr, rank}}}, k, rank}, a, gram.data.get(), rank);
-  constexpr Dtype summed = sizeof(C) == 8 ? Dtype::f64 : Dtype::f32;
 
   // lora_A in a panel, transposed: [k][width], with zeros up to whole vectors; none where half of it would be zeros.
   bool narrow = 2 * rank <= kernel.lanes;
@@ -54,7 +53,7 @@ void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
         int64_t depth = std::min(DEPTH, k - p), rest = k - p - depth;
         for (int64_t j = 0; j < count; ++j) {
           in[j] = reinterpret_cast<const C*>(w.at(first + j, p));
-          if (w.dtype == summed) continue;
+          if (w.dtype == native<C>) continue;
           kernel.widen(w.dtype, in[j], stage.data.get() + j * depth, depth);
           in[j] = stage.data.get() + j * depth;
         }
@@ -70,7 +69,7 @@ void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
         }
         for (int64_t j = 0; !squares && j < count; ++j) {
           C sum, *to = &sum;
-          kernel.dot(in + j, 0, 1, summed, in[j], depth, 1, depth, &to);
+          kernel.dot(in + j, 0, 1, native<C>, in[j], depth, 1, depth, &to);
           square[j] += sum;
         }
       }
@@ -164,8 +163,7 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
       convert(whole.rows(), out, m, k);
     }
   } else {
-    int64_t shape[] = {m, n};
-    Tensor du = torch::stable::new_empty(dy, {shape, 2});
+    Tensor du = torch::stable::new_empty(dy, {m, n});
     scaled(rows_of(du, m, n, "du"));
     matmul(du, weight, true, std::nullopt, *dx);
     low_rank(out, out);
@@ -185,15 +183,13 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     const Tensor& magnitude, double scaling, bool keep_unscaled) {
   if (!on_cpu(x) || !on_cpu(lora_A) || !on_cpu(lora_B) || !on_cpu(magnitude)) return {};
   if (!std::isfinite(scaling)) return {};
-  constexpr bool wide = sizeof(C) == 8;
   Rows in = separate_rows(x);
   auto dtype = float_dtype(magnitude);
   if (!linear(x, in, weight, bias) || !low_rank<C>(x, in, lora_A, lora_B, weight.size(0))) return {};
   int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k, rank = lora_A.size(0);
-  if (weight.stride(1) != 1 || !dtype || (*dtype == Dtype::f64) != wide || !shaped(magnitude, {n})) return {};
-  ScalarType summed = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n), s = torch::stable::new_empty(x, {m, rank}, summed);
-  Tensor length = torch::stable::new_empty(x, {n}, summed), scale = torch::stable::new_empty(x, {n}, summed);
+  if (weight.stride(1) != 1 || !dtype || !sums_in<C>(*dtype) || !shaped(magnitude, {n})) return {};
+  auto made = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(x, shape, native_scalar<C>); };
+  Tensor y = empty_rows(x, n), out = as_matrix(y, m, n, n), s = made({m, rank}), length = made({n}), scale = made({n});
   OptionalTensor unscaled;
   if (keep_unscaled) unscaled = torch::stable::new_empty(x, {m, n});
   dora_norm<C>(weight, lora_A, lora_B, scaling, {}, length);
@@ -215,7 +211,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> dora_
     bool need_magnitude) {
   if (!on_cpu(dy)) return {};
   Rows gradient = separate_rows(dy), in = x ? separate_rows(*x) : Rows{};
-  if (!gradient || (x && !in) || (gradient.dtype == Dtype::f64) != (sizeof(C) == 8)) return {};
+  if (!gradient || (x && !in) || !sums_in<C>(gradient.dtype)) return {};
   int64_t n = lora_B.size(0), k = lora_A.size(1), m = dy.numel() / n;
   OptionalTensor rows, dx, out, dlora_A, dlora_B, dmagnitude;
   if (x) rows = as_matrix(*x, m, k, in.stride);
