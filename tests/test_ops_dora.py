@@ -121,7 +121,7 @@ def test_dora_forms_one_gradient_alone(backend, only):
 
 @branch_backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 77, 5), (20, 100, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 77, 5), (20, 100, 33), (13, 2100, 2), (13, 2100, 16)])
 def test_dora_norm_obeys_the_error_rule(backend, dtype, adapter_dtype, shape):
     n, k, r = shape
     inputs = lora_inputs(1, k, n, r, dtype, adapter_dtype, bias=False)
