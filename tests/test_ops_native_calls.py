@@ -479,5 +479,4 @@ def test_native_calls_compile_as_one_graph():
 
     torch.compiler.reset()
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs), model(*inputs))
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(*inputs), model(*inputs))

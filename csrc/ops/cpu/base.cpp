@@ -79,7 +79,8 @@ class InputPanels {
     torch::stable::parallel_for(0, tasks, m * p_ < 4 * SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t p0 = task / across * depth_, t0 = task % across * k_.width, n = std::min(k_.width, m - t0);
-        fill(in, t0, n, p0, std::min(depth_, p_ - p0), w.scale, columns(t0));
+        pack({in.dtype, in.at(t0, p0), in.stride}, n, std::min(depth_, p_ - p0), w.scale ? w.scale + p0 : nullptr,
+             const_cast<float*>(at(t0, p0)), columns(t0));
       }
     });
   }
@@ -88,13 +89,6 @@ class InputPanels {
   const float* at(int64_t t, int64_t p0) const { return data_.get() + p0 * m_ + t * std::min(depth_, p_ - p0); }
 
  private:
-  void fill(const Rows& in, int64_t t0, int64_t n, int64_t p0, int64_t depth, const float* scale, int64_t width) {
-    float* panel = const_cast<float*>(at(t0, p0));
-    k_.transpose(Dtype::f32, in.at(t0, p0), in.stride, n, depth, 1, panel, width);
-    if (scale) k_.copy(Dtype::f32, panel, width, depth, n, scale + p0, panel, width);
-    for (int64_t i = 0; n < width && i < depth; ++i) std::fill_n(panel + i * width + n, width - n, 0.0f);
-  }
-
   const int64_t depth_ = depth_of(Panels::input);
   const Kernels<float>& k_ = kernels<float>();
   int64_t m_, p_;
@@ -198,15 +192,11 @@ class Product {
 
   // panel[i][j] = scale[p0 + i] w[q0 + j][p0 + i] for i < depth, j < n, and 0 for n <= j < width.
   void pack(int64_t q0, int64_t n, int64_t p0, int64_t depth, float* panel) {
-    int64_t width = k_.width;
     const float* scale = w_.scale ? w_.scale + p0 : nullptr;
-    if (w_.along_p()) {
-      k_.transpose(w_.dtype, w_.at(q0, p0), w_.stride_q, n, depth, 1, panel, width);
-      if (scale) k_.copy(Dtype::f32, panel, width, depth, n, scale, panel, width);
-    } else {
-      k_.copy(w_.dtype, w_.at(q0, p0), w_.stride_p, depth, n, scale, panel, width);
-    }
-    for (int64_t i = 0; n < width && i < depth; ++i) std::fill_n(panel + i * width + n, width - n, 0.0f);
+    Rows from{w_.dtype, const_cast<char*>(w_.at(q0, p0)), w_.along_p() ? w_.stride_q : w_.stride_p};
+    if (w_.along_p()) return pyfastpeft::pack(from, n, depth, scale, panel, k_.width);
+    k_.copy(from.dtype, from.data, from.stride, depth, n, scale, panel, k_.width);
+    pad(panel, depth, n, k_.width);
   }
 
   void multiply(int64_t count, const float* panel, int64_t depth, int64_t n, bool add, Next next) {

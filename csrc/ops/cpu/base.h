@@ -1,5 +1,6 @@
 // The base layer's matmul: torch's own where it is fast, else ours, by blocks of the weight that stay in cache.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <memory>
 
@@ -20,6 +21,20 @@ struct Buffer {
   Buffer(int64_t rows, int64_t columns) : data(new C[rows * columns]), columns(columns) {}
   Rows rows() const { return {native<C>, reinterpret_cast<char*>(data.get()), columns}; }
 };
+
+// Zeros beside the first n of `width` columns of a panel.
+template <class C>
+void pad(C* panel, int64_t depth, int64_t n, int64_t width) {
+  for (int64_t i = 0; n < width && i < depth; ++i) std::fill_n(panel + i * width + n, width - n, C(0));
+}
+
+// panel[i][j] = scale[i] in[j][i] for i < depth, j < n, without `scale` as if it were 1, and 0 for n <= j < width.
+template <class C>
+void pack(const Rows& in, int64_t n, int64_t depth, const C* scale, C* panel, int64_t width) {
+  kernels<C>().transpose(in.dtype, in.data, in.stride, n, depth, 1, panel, width);
+  if (scale) kernels<C>().copy(native<C>, panel, width, depth, n, scale, panel, width);
+  pad(panel, depth, n, width);
+}
 
 // Elements of C at fixed distances.
 template <class C>

@@ -30,9 +30,7 @@ void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
   int64_t width = narrow ? rank : blocks(rank, kernel.lanes) * kernel.lanes;
   Buffer<C> panel(narrow ? 0 : k, width);
   torch::stable::parallel_for(0, narrow ? 0 : k, 1 + SERIAL_WORK / width, [&](int64_t begin, int64_t end) {
-    C* to = panel.data.get() + begin * width;
-    kernel.transpose(a.dtype, a.at(0, begin), a.stride, rank, end - begin, 1, to, width);
-    for (int64_t i = begin; i < end; ++i, to += width) std::fill(to + rank, to + width, C(0));
+    pack<C>({a.dtype, a.at(0, begin), a.stride}, rank, end - begin, nullptr, panel.data.get() + begin * width, width);
   });
 
   // Rows of the weight that stay in the first cache for their products and their squares.
