@@ -11,6 +11,7 @@ from error_rule import (
     group_inputs,
     grouped,
     lora_inputs,
+    poisoned_memory,
     random,
     unfused_adalora,
     unfused_delta,
@@ -60,14 +61,16 @@ def test_base_products_that_take_several_blocks(backend, dtype, layout, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 700, 70), (97, 1030, 64), (1100, 40, 3)])
 def test_several_blocks_give_the_same_on_one_thread(backend, dtype, shape):
+    """Also on so many threads that some do what others have left."""
     inputs = lora_inputs(*shape, 4, dtype)
     found = []
-    for threads in (1, 2):
+    for threads in (1, 2, 7):
         torch.set_num_threads(threads)
-        y = lora(**inputs)
-        found.append((y, *torch.autograd.grad(y.float().square().sum(), [inputs["x"], inputs["lora_A"]])))
-    for one, two in zip(*found):
-        assert torch.equal(one, two)
+        with poisoned_memory():
+            y = lora(**inputs)
+            found.append((y, *torch.autograd.grad(y.float().square().sum(), [inputs["x"], inputs["lora_A"]])))
+    for one, *others in zip(*found):
+        assert all(torch.equal(one, other) for other in others)
 
 
 @branch_backends

@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "ops/cpu/tasks.h"
+
 namespace pyfastpeft {
 
 namespace {
@@ -222,19 +224,23 @@ class Product {
   float* to_[FEW];
 };
 
-// How columns are shared out among threads: `unit` of them at a time, of which one product takes up to `together`.
-struct Columns {
-  int64_t unit, together = 1;
+// The columns in products, about equally wide, of whole units: up to `together` of them, and as many for every thread.
+class Columns {
+ public:
+  Columns(int64_t q, Panels panels) : unit_(COLUMNS) {
+    int64_t together = 1, threads = torch::stable::get_num_threads();
+    if (panels == Panels::input) unit_ = ROWS, together = SHARED / ROWS;
+    int64_t least = panels == Panels::weight ? kernels<float>().width : 16;
+    while (unit_ > least && blocks(q, unit_) < 2 * threads) unit_ /= 2;
+    q_ = q, units_ = blocks(q, unit_);
+    count_ = std::min(units_, blocks(blocks(units_, together), threads) * threads);
+  }
+  int64_t count() const { return count_; }
+  int64_t width() const { return blocks(units_, count_) * unit_; }
+  int64_t begin(int64_t i) const { return std::min(i * units_ / count_ * unit_, q_); }
 
-  Columns(int64_t q, Panels panels) : unit(COLUMNS) {
-    if (panels == Panels::input) unit = ROWS, together = SHARED / ROWS;
-    int64_t least = panels == Panels::weight ? kernels<float>().width : 16, threads = torch::stable::get_num_threads();
-    while (unit > least && blocks(q, unit) < 2 * threads) unit /= 2;
-  }
-  // Where the product that begins with one of a thread's units ends: all are about as wide.
-  int64_t next(int64_t begin, int64_t end) const {
-    return begin + blocks(end - begin, blocks(end - begin, together));
-  }
+ private:
+  int64_t unit_, units_, q_, count_;
 };
 
 }  // namespace
@@ -296,21 +302,19 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
   std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(in, m, weight) : nullptr);
   // Rows are shared out, too, where columns leave threads idle, or where so many are in no cache.
   Columns columns(q, panels);
-  int64_t across = blocks(q, columns.unit), least = blocks(2 * torch::stable::get_num_threads(), across);
+  int64_t least = blocks(2 * torch::stable::get_num_threads(), columns.count());
   int64_t parts = std::max(blocks(m, 1024), std::min(least, blocks(m, 8 * ROWS)));
   int64_t height = input ? m : blocks(blocks(m, parts), ROWS) * ROWS;
   parts = blocks(m, height);
-  int64_t work = m * q * weight.p, tasks = across * parts;
-  torch::stable::parallel_for(0, tasks, work < SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
+  share_out(columns.count() * parts, m * q * weight.p < SERIAL_WORK, [&](auto take, auto upcoming) {
     Product product(weight, panels, input.get());
-    for (int64_t task = begin, next; task < end; task = next) {
-      next = columns.next(task, end);
-      int64_t q0 = task / parts * columns.unit, n = std::min((next - task) * columns.unit, q - q0);
+    for (int64_t task; (task = take()) >= 0;) {
+      int64_t q0 = columns.begin(task / parts), n = columns.begin(task / parts + 1) - q0, next = upcoming();
       int64_t t0 = task % parts * height, count = std::min(height, m - t0);
       Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
       if (start && start.data != out.data)
         for (int64_t t = 0; t < count; ++t) std::memcpy(to.at(t), start.at(t0 + t, q0), n * sizeof(float));
-      product(from, count, q0, n, to, bool(start), next < end ? next / parts * columns.unit : q);
+      product(from, count, q0, n, to, bool(start), next < 0 ? q : columns.begin(next / parts));
       for (int64_t t = 0; shift && t < count; ++t)
         kernels<float>().add(reinterpret_cast<float*>(to.at(t)), shift + q0, n);
     }
@@ -342,13 +346,12 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   Panels panels = weight.panels(m, false);
   std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(rows, m, weight) : nullptr);
   Columns columns(weight.q, panels);
-  torch::stable::parallel_for(0, blocks(weight.q, columns.unit), 1, [&](int64_t begin, int64_t end) {
+  share_out(columns.count(), false, [&](auto take, auto upcoming) {
     Product product(weight, panels, input.get());
-    Buffer<float> sums(m, columns.unit * columns.together);
-    for (int64_t block = begin, next; block < end; block = next) {
-      next = columns.next(block, end);
-      int64_t q0 = block * columns.unit, n = std::min((next - block) * columns.unit, weight.q - q0);
-      product(rows, m, q0, n, sums.rows(), false, next < end ? q0 + n : weight.q);
+    Buffer<float> sums(m, columns.width());
+    for (int64_t task; (task = take()) >= 0;) {
+      int64_t q0 = columns.begin(task), n = columns.begin(task + 1) - q0, next = upcoming();
+      product(rows, m, q0, n, sums.rows(), false, next < 0 ? weight.q : columns.begin(next));
       done(q0, n, sums.rows());
     }
   });

@@ -135,11 +135,7 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
   auto branch = single<C>(lora_A, lora_B, scaling, m, p, seed);
   Adapter& adapter = branch.adapters[0];
   Buffer<C> b(n, rank), unscaled_db(dlora_B ? n : 0, rank);
-  for (int64_t i = 0; i < n; ++i) {
-    C* row = b.data.get() + i * rank;
-    kernel.widen(adapter.b.dtype, adapter.b.at(i), row, rank);
-    for (int64_t r = 0; r < rank; ++r) row[r] *= factor[i];
-  }
+  kernel.copy(adapter.b.dtype, adapter.b.data, adapter.b.stride, n, rank, factor, b.data.get(), rank);
   adapter.b = b.rows();
   adapter.da = rows_of(dlora_A, rank, k, "dlora_A");
   if (dlora_B) adapter.db = unscaled_db.rows();
@@ -166,11 +162,9 @@ void dora_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weig
     matmul(du, weight, true, std::nullopt, *dx);
     low_rank(out, out);
   }
-  for (int64_t i = 0; db && i < n; ++i) {
-    C* row = unscaled_db.data.get() + i * rank;
-    for (int64_t r = 0; r < rank; ++r) row[r] *= factor[i];
-    kernel.narrow(db.dtype, row, db.at(i), rank);
-  }
+  if (!db) return;
+  kernel.copy(native<C>, unscaled_db.data.get(), rank, n, rank, factor, unscaled_db.data.get(), rank);
+  for (int64_t i = 0; i < n; ++i) kernel.narrow(db.dtype, unscaled_db.data.get() + i * rank, db.at(i), rank);
 }
 
 // (y, s, unscaled, scale, norm); none where the call is out of the ordinary.

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "ops/cpu/base.h"
+#include "ops/cpu/tasks.h"
 
 namespace pyfastpeft {
 
@@ -49,9 +50,8 @@ int64_t column_block(int64_t n) {
 
 template <class F>
 void parallel(const std::vector<Task>& tasks, int64_t work, F f) {
-  int64_t count = tasks.size();
-  torch::stable::parallel_for(0, count, work < SERIAL_WORK ? count : 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(tasks[i]);
+  share_out(tasks.size(), work < SERIAL_WORK, [&](auto take, auto) {
+    for (int64_t i; (i = take()) >= 0;) f(tasks[i]);
   });
 }
 
