@@ -48,6 +48,8 @@ from pyfastpeft import (
     load_adapter,
     merge_adapter,
     merged_adapters,
+    save_adapter,
+    save_training_state,
     set_adapter,
     unload,
     unmerge_adapter,
@@ -917,6 +919,32 @@ def test_a_config_belongs_to_one_model():
     assert model.pyfastpeft.configs["default"] == config
     model.pyfastpeft.configs["default"].rank_pattern["up"] = 3
     assert config.rank_pattern == {}
+
+
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=["lm_head"]), LoraConfig(modules_to_save=["lm_head"])])
+def test_layers_that_were_replaced_are_told_of(config, tmp_path):
+    """transformers makes a new head when embeddings are resized."""
+    model, given = adapted("llama", "lora", config)
+    model.resize_token_embeddings(VOCABULARY + 3)
+    gone = re.escape("model is one whose ['lm_head'] were replaced after `adapt`, so that what 'other' had there")
+    for call in (
+        lambda: save_adapter(model, tmp_path / "other", "other"),
+        lambda: save_training_state(tmp_path / "state", model, name="other"),
+        lambda: set_adapter(model, "other"),
+        lambda: merge_adapter(model),
+        lambda: unload(model, merge=True),
+        lambda: adapter_parameters(model, "other"),
+        lambda: add_weighted_adapter(model, ["default", "other"], [1.0, 1.0], "sum"),
+    ):
+        with pytest.raises(RuntimeError, match=gone):
+            call()
+    assert not any(tmp_path.iterdir())
+    with disable_adapter(model):
+        plain = output(model, given)
+    set_adapter(model, "default")
+    save_adapter(model, tmp_path, "default")
+    delete_adapter(model, "other")
+    assert torch.equal(output(unload(model), given), plain)
 
 
 def test_everything_needs_an_unmerged_model():

@@ -30,10 +30,12 @@ from .configs import Config, as_config
 class Adaptation:
     """The adapters of a model, as `model.pyfastpeft`.
 
-    configs: name -> config, in the order of injection; active: the names of those that run, in order.
+    configs: name -> config, in the order of injection; places: name -> paths of the modules that it was put into;
+    active: the names of those that run, in order.
     """
 
     configs: dict[str, Config] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     trainable: dict[str, bool] = field(default_factory=dict)  # of the plain model's parameters, for `unload`
 
@@ -81,7 +83,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
         raise
     if not known.configs:
         plain.pyfastpeft_loading = plain.register_load_state_dict_pre_hook(need_unmerged)
-    known.configs[name] = config
+    known.configs[name], known.places[name] = config, _places(model, name)
     model.pyfastpeft = known
     model.requires_grad_(False)
     set_adapter(model, name)
@@ -96,7 +98,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     """
     known = adaptation(model, "set_adapter")
     for name in names:
-        need_adapter(known, "set_adapter", name)
+        need_adapter(model, "set_adapter", name)
         need_value(names.count(name) == 1, "set_adapter", "names", names, "distinct")
     _need_unmerged(model, "set_adapter")
     for path, module in carriers(model):
@@ -104,12 +106,16 @@ def set_adapter(model: nn.Module, *names: str) -> None:
         replaced = [parameter for name in names if name in parts for parameter in parts[name].names]
         twice = {parameter for parameter in replaced if replaced.count(parameter) > 1}
         need(not twice, "set_adapter", "names", f"{names}, which all replace {twice} of {path!r}", "without conflict")
+    _run(model, known, names)
+
+
+def _run(model, known, names):
     known.active = names
     for _, module in carriers(model):
         activate(module, names)
-    for name in known.configs:
-        for parameter in adapter_parameters(model, name).values():
-            parameter.requires_grad_(name in names and not known.configs[name].inference_mode)
+        for name in known.configs:
+            for parameter in _trained(module, name).values():
+                parameter.requires_grad_(name in names and not known.configs[name].inference_mode)
     inject.set_base_layers(model, bool(names))
 
 
@@ -142,11 +148,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises ValueError for a name that the model does not have, RuntimeError while adapters are merged.
     """
     known = adaptation(model, "delete_adapter")
-    need_adapter(known, "delete_adapter", name)
+    _need_name(known, "delete_adapter", name)
     _need_unmerged(model, "delete_adapter")
-    set_adapter(model, *(other for other in known.active if other != name))
+    _run(model, known, tuple(other for other in known.active if other != name))
     _detach_all(model, known, name)
-    del known.configs[name]
+    del known.configs[name], known.places[name]
     if not known.configs:
         plain = uncompiled(model)
         for path, parameter in plain.named_parameters():
@@ -241,7 +247,7 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
     _need_unmerged(model, "merge_adapter")
     need(names, "merge_adapter", "names", "empty, and no adapter is active", f"of {sorted(known.configs)}")
     for name in names:
-        need_adapter(known, "merge_adapter", name)
+        need_adapter(model, "merge_adapter", name)
     here = [(path, m, [n for n in names if n in getattr(m, "adapters", {})]) for path, m in carriers(model)]
     for path, module, present in here:
         for name in present:
@@ -280,16 +286,20 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
     Raises ValueError for a name that the model does not have.
     """
-    need_adapter(adaptation(model, "adapter_parameters"), "adapter_parameters", name)
-    found = {}
-    for path, module in carriers(model):
-        own = {}
-        if name in getattr(module, "adapters", {}):
-            own |= dict(module.adapters[name].named_parameters())
-        if name in getattr(module, "replaced", {}):
-            own |= module.replaced[name].trained(module)
-        found |= {f"{path}.{key}".removeprefix("."): parameter for key, parameter in own.items()}
-    return found
+    need_adapter(model, "adapter_parameters", name)
+    found = {path: _trained(module, name) for path, module in carriers(model)}
+    return {
+        f"{path}.{key}".removeprefix("."): parameter for path, own in found.items() for key, parameter in own.items()
+    }
+
+
+def _trained(module, name) -> dict[str, nn.Parameter]:
+    own = {}
+    if name in getattr(module, "adapters", {}):
+        own |= dict(module.adapters[name].named_parameters())
+    if name in getattr(module, "replaced", {}):
+        own |= module.replaced[name].trained(module)
+    return own
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -320,15 +330,15 @@ def add_weighted_adapter(
     need_value(several, op, "names", names, "a list of names", TypeError)
     need_value(len(set(names)) == len(names), op, "names", names, "distinct")
     for other in names:
-        need_adapter(known, op, other)
+        need_adapter(model, op, other)
     _need_new(known, op, name)
     _need_unmerged(model, op)
     config, parts = combine(model, known.configs, names, weights, combination_type, rank)
     before = known.active
     for path, part in parts.items():
         attach(model.get_submodule(path), name, part)
-    known.configs[name] = config
-    set_adapter(model, *before)
+    known.configs[name], known.places[name] = config, _places(model, name)
+    _run(model, known, before)
 
 
 def _detach_all(model, known, name):
@@ -349,8 +359,23 @@ def _need_module(model, op):
     need_value(isinstance(model, nn.Module), op, "model", model, "a torch.nn.Module", TypeError)
 
 
-def need_adapter(known: Adaptation, op: str, name: str) -> None:
-    """Raise ValueError, listing the adapters there are, unless `name` is one of them."""
+def need_adapter(model: nn.Module, op: str, name: str) -> Config:
+    """The config of adapter `name`. Raises ValueError, listing the adapters there are, unless it is one of them;
+    RuntimeError where modules that it was put into have been replaced since."""
+    known = adaptation(model, op)
+    _need_name(known, op, name)
+    gone = sorted({*known.places[name]} - {*_places(model, name)})
+    given = f"one whose {gone} were replaced after `adapt`, so that what {name!r} had there is lost"
+    needed = "as `adapt` left it: change layers, as by resize_token_embeddings, before it"
+    need(not gone, op, "model", given, needed, RuntimeError)
+    return known.configs[name]
+
+
+def _places(model, name) -> list[str]:
+    return [path for path, module in carriers(model) if name in adapters_in(module)]
+
+
+def _need_name(known, op, name):
     found = isinstance(name, str) and name in known.configs
     need_value(found, op, "name", name, f"one of the model's adapters: {', '.join(known.configs)}")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers.adapted import AdaptedMatrix, carriers, parts_of, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need, need_value
-from .adapt import adapt, adaptation, delete_adapter, disable_adapter, need_adapter, set_adapter
+from .adapt import adapt, delete_adapter, disable_adapter, need_adapter, set_adapter
 from .configs import AdaLoraConfig, Config, IA3Config, LoraConfig, VirtualTokensConfig, from_fields
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
 from .inject import matrices, of_pattern, own_modules, saved_names, uncalled_layers
@@ -43,12 +43,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     or among some layers only, are written by name. AdaLoRA's ranks outside the budget are left out. If it fails, files
     that were there stay whole.
 
-    Raises ValueError for a name that the model does not have, NotADirectoryError or OSError where it cannot write.
+    Raises ValueError for a name that the model does not have, RuntimeError where layers that the adapter was put into
+    have been replaced since, NotADirectoryError or OSError where it cannot write.
     """
     model = uncompiled(model)
-    known = adaptation(model, "save_adapter")
-    need_adapter(known, "save_adapter", name)
-    config = known.configs[name]
+    config = need_adapter(model, "save_adapter", name)
     if isinstance(config, AdaLoraConfig) and config.rank_pattern:
         config = dataclasses.replace(config, rank_pattern=_kept_ranks(model, config, name))
     tensors = {slot.key: slot.read() for slot in _slots(model, config, name)}

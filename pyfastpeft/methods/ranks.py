@@ -20,14 +20,12 @@ from ..layers.adapted import parts_of
 from ..layers.parts import AdaLoRAPart, DyLoRAPart
 from ..ops.checks import need, need_value, whole
 from ..ops.reference import accumulation
-from .adapt import adapt, adaptation, adapter_parameters, need_adapter, set_adapter
+from .adapt import adapt, adapter_parameters, need_adapter, set_adapter
 from .configs import AdaLoraConfig, DyLoraConfig, LoraConfig
 
 
 def _config_of(model: nn.Module, name: str, kind: type, op: str):
-    known = adaptation(model, op)
-    need_adapter(known, op, name)
-    config = known.configs[name]
+    config = need_adapter(model, op, name)
     given = f"{name!r}, an adapter of {type(config).__name__}"
     need(type(config) is kind, op, "name", given, f"of one of {kind.__name__}")
     return config

@@ -119,7 +119,7 @@ def load_training_state(
 def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
     """The parameters that training changes, and their names: "<adapter>/<path>", or the path of the model's own."""
     known = adaptation(model, op)
-    need_adapter(known, op, name)
+    need_adapter(model, op, name)
     groups = optimizer is None or hasattr(optimizer, "param_groups")
     need_value(groups, op, "optimizer", optimizer, "a torch.optim.Optimizer, or None", TypeError)
     every = {parameter: path for path, parameter in uncompiled(model).named_parameters()}
