@@ -61,8 +61,11 @@ def arguments(directory, **options):
     return TrainingArguments(output_dir=str(directory), **fixed | options)
 
 
-def train(model, directory, callbacks=(), resume=None, data=None, **options):
-    trainer = Trainer(model, arguments(directory, **options), train_dataset=data or rows(), callbacks=list(callbacks))
+def train(model, directory, callbacks=(), resume=None, data=None, compute_loss_func=None, **options):
+    trainer = Trainer(
+        model, arguments(directory, **options), train_dataset=data or rows(), callbacks=list(callbacks),
+        compute_loss_func=compute_loss_func,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer
 
@@ -328,6 +331,18 @@ def test_bad_inputs(tmp_path):
     model, other = adapted(LoraConfig(r=3)), adapted(LoraConfig(r=3))
     with pytest.raises(ValueError, match="the one given to Trainer"):
         train(model, tmp_path, [AdapterCallback(other)])
+    for options in ({"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda outputs, labels, **_: None}):
+        model = adapted(AdaLoraConfig(**ADALORA))
+        with pytest.raises(RuntimeError, match=r"in Trainer with label_smoothing_factor .* orthogonality=False"):
+            train(model, tmp_path, [AdapterCallback(model)], **options)
+    model = adapted(LoraConfig(r=3, inference_mode=True))
+    with pytest.raises(ValueError, match=r"model is one of which all parameters are frozen.*is_trainable=True"):
+        train(model, tmp_path, [AdapterCallback(model)])
+    model = adapted(LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
+    callback = AdapterCallback(model)
+    model.lm_head = nn.Linear(24, 61, bias=False)
+    with pytest.raises(RuntimeError, match=r"AdapterCallback: model is one whose \['lm_head'\] were replaced"):
+        train(model, tmp_path, [callback])
     model = adapted(AdaLoraConfig(**ADALORA | {"tfinal": STEPS}))
     with pytest.raises(ValueError, match=r"total_step is 6 \(int\); it must be more than tinit \+ tfinal"):
         train(model, tmp_path, [AdapterCallback(model)])

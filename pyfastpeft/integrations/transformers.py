@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..methods.adapt import adaptation
+from ..methods.adapt import adaptation, need_adapter
 from ..methods.checkpoint import save_adapter
 from ..methods.configs import AdaLoraConfig, DyLoraConfig
 from ..methods.files import tensors_as_bytes, write_files
@@ -39,7 +39,7 @@ class AdapterCallback(TrainerCallback):
         model: the adapted model that Trainer is given.
         orthogonality: whether AdaLoRA's term is added to the loss that the model returns. Set it False where the loss
             is formed elsewhere, as by compute_loss_func or for label_smoothing_factor, and add `orthogonality_loss` in
-            the former.
+            the former, which may smooth labels, too.
 
     Attributes: allocators, adapter's name -> `RankAllocator`. After training `finalize()` of one drops pruned ranks.
     """
@@ -60,6 +60,11 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         own = any(module is self.model for module in model.modules())
         need(own, "AdapterCallback", "model", "another than Trainer trains", "the one given to Trainer")
+        for name in self.names:
+            need_adapter(self.model, "AdapterCallback", name)
+        trains = any(parameter.requires_grad for parameter in self.model.parameters())
+        needed = "one that trains: load_adapter(..., is_trainable=True), or a config without inference_mode"
+        need(trains, "AdapterCallback", "model", "one of which all parameters are frozen", needed)
         self._release()
         self.hooks.append(self.model.register_state_dict_post_hook(partial(self._trained_only)))
         if isinstance(self.model, PreTrainedModel):

@@ -223,14 +223,17 @@ def regularize(model: nn.Module, penalty: Callable[[], Tensor]) -> RemovableHand
 
     For models of transformers, which return a loss for labels, in a plain loop and in Trainer; under Trainer's gradient
     accumulation a batch takes its share, so that a step adds the penalty once. Without a loss to add to the forward
-    pass raises RuntimeError: where the loss is formed elsewhere, as by compute_loss_func, add `penalty()` there.
+    pass raises RuntimeError: where the loss is formed elsewhere, as by compute_loss_func or for label_smoothing_factor,
+    add `penalty()` in the former.
     """
 
     def add(module: nn.Module, args, kwargs: dict, output):
         if module.training and torch.is_grad_enabled():
             has = getattr(output, "loss", None) is not None
+            given = "without a loss, as in Trainer with label_smoothing_factor or compute_loss_func"
             needed = "one with a loss: give the model labels, or add the penalty where the loss is formed"
-            need(has, "regularize", "output", "without a loss", needed, RuntimeError)
+            needed += " (and AdapterCallback orthogonality=False)"
+            need(has, "regularize", "output", given, needed, RuntimeError)
             causal = getattr(module, "loss_type", None) == "ForCausalLM"
             share = _share(kwargs.get("labels"), kwargs.get("num_items_in_batch"), causal)
             output.loss = output.loss + share * penalty()
