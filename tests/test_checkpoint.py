@@ -349,6 +349,15 @@ def test_a_compiled_model_is_saved_as_the_model(tmp_path):
     assert contents(tmp_path / "plain") == contents(tmp_path / "compiled")
 
 
+def test_layers_that_were_wrapped_are_saved_by_their_own_names(tmp_path):
+    model = of_ours("lora")
+    pyfastpeft.save_adapter(model, tmp_path / "plain")
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer)
+    pyfastpeft.save_adapter(model, tmp_path / "wrapped")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "wrapped")
+
+
 def test_parameters_that_layers_share_are_stored_for_each(tmp_path):
     model = of_ours("lora")
     parts = [layer.self_attn.q_proj.adapters["default"] for layer in model.model.layers]

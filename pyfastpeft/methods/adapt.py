@@ -30,12 +30,12 @@ from .configs import Config, as_config
 class Adaptation:
     """The adapters of a model, as `model.pyfastpeft`.
 
-    configs: name -> config, in the order of injection; places: name -> paths of the modules that it was put into;
-    active: the names of those that run, in order.
+    configs: name -> config, in the order of injection; places: name -> path -> module that it was put into; active: the
+    names of those that run, in order.
     """
 
     configs: dict[str, Config] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    places: dict[str, dict[str, nn.Module]] = field(default_factory=dict, repr=False, compare=False)
     active: tuple[str, ...] = ()
     trainable: dict[str, bool] = field(default_factory=dict)  # of the plain model's parameters, for `unload`
 
@@ -364,15 +364,16 @@ def need_adapter(model: nn.Module, op: str, name: str) -> Config:
     RuntimeError where modules that it was put into have been replaced since."""
     known = adaptation(model, op)
     _need_name(known, op, name)
-    gone = sorted({*known.places[name]} - {*_places(model, name)})
+    here = {*model.modules()}
+    gone = [path for path, module in known.places[name].items() if module not in here]
     given = f"one whose {gone} were replaced after `adapt`, so that what {name!r} had there is lost"
     needed = "as `adapt` left it: change layers, as by resize_token_embeddings, before it"
     need(not gone, op, "model", given, needed, RuntimeError)
     return known.configs[name]
 
 
-def _places(model, name) -> list[str]:
-    return [path for path, module in carriers(model) if name in adapters_in(module)]
+def _places(model, name) -> dict[str, nn.Module]:
+    return {path: module for path, module in carriers(model) if name in adapters_in(module)}
 
 
 def _need_name(known, op, name):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import AdaptedMatrix, carriers, parts_of, uncompiled
+from ..layers.adapted import AdaptedMatrix, parts_of, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need, need_value
 from .adapt import adapt, delete_adapter, disable_adapter, need_adapter, set_adapter
@@ -156,7 +156,7 @@ class Slot(NamedTuple):
 def _slots(model: nn.Module, config: Config, name: str) -> list[Slot]:
     base = _base(config)
     slots = []
-    for path, module in carriers(model):
+    for path, module in model.pyfastpeft.places[name].items():  # where it is, without the names of wrappers
         here, inner = f"{base}{path}.".replace("..", "."), ""
         if name in getattr(module, "adapters", {}):
             part = module.adapters[name]
