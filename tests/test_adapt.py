@@ -877,6 +877,30 @@ def test_a_state_dict_belongs_to_the_adapter_that_ran():
     assert torch.equal(output(other, given), changed)
 
 
+def test_weights_of_which_nothing_can_be_made():
+    """They are refused before anything is changed."""
+    complex_ = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
+    lazy, before = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2)), snapshot(complex_)
+    for kind in (LoraConfig, IA3Config, BottleneckConfig):
+        with pytest.raises(TypeError, match=r"model is one with a weight of torch.complex64 in a target; it must be"):
+            adapt(complex_, kind(target_modules="all-linear"))
+        assert_same(snapshot(complex_), before)
+    for config in (LoraConfig(target_modules=["0"]), IA3Config(target_modules=["1"]), BitFitConfig()):
+        with pytest.raises(ValueError, match=r"\['1.weight', '1.bias'\] without a shape yet; it must be run once"):
+            adapt(lazy, config)
+        assert not carriers(lazy)
+        assert lazy[0].weight.requires_grad
+    x = torch.randn(3, 4)
+    plain = lazy(x)
+    torch.testing.assert_close(adapt(lazy, LoraConfig(target_modules=["1"]))(x), plain)
+
+
+def test_dora_needs_an_ordinary_weight():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    with pytest.raises(TypeError, match=r"True with '0', whose weight is a Tensor of torch.float32; it must be False"):
+        adapt(model, LoraConfig(target_modules=["0"], use_dora=True))
+
+
 def test_a_failed_injection_leaves_the_model_as_it_was():
     model, given = adapted("bert", "bitfit", "lora")
     set_adapter(model, "default", "other")

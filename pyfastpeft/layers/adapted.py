@@ -340,7 +340,9 @@ def parts_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
 def placed(weight: Tensor, autocast_adapter_dtype: bool) -> dict:
     """Device and dtype for the parameters of an adapter beside `weight`: its own, but float32 where it is none of the
-    ops' dtypes, or of 16 bits and `autocast_adapter_dtype` holds."""
+    ops' dtypes, or of 16 bits and `autocast_adapter_dtype` holds. Raises TypeError for a complex one."""
+    given, needed = f"one with a weight of {weight.dtype} in a target", "of real numbers there"
+    checks.need(not weight.is_complex(), "adapt", "model", given, needed, TypeError)
     narrow = weight.dtype in (torch.bfloat16, torch.float16) and autocast_adapter_dtype
     dtype = torch.float32 if narrow or weight.dtype not in FLOATS else weight.dtype
     return {"device": weight.device, "dtype": dtype}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from inspect import unwrap
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..layers.adapted import (
     Adapted,
@@ -67,6 +68,8 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     need(not theirs, op, "model", f"one with {len(theirs)} modules of PEFT's, {theirs[:2]} …", needed)
     strange = [path for path, module in carriers(model) if not {*adapters_in(module)} <= set(known.configs)]
     need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
+    lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
+    need(not lazy, op, "model", f"one with {lazy[:3]} without a shape yet", "run once before, which gives them shapes")
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     plain = uncompiled(model)

@@ -251,7 +251,9 @@ def _lora_part(path, module, config, like):
         return EmbeddingLoRAPart(module, r, scaling, config.init_lora_weights, **like)
     if config.use_dora:
         plain = type(module.weight) is nn.Parameter and module.weight.is_floating_point()
-        need(plain, "LoraConfig", "use_dora", f"True with the quantised layer {path!r}", "False there", TypeError)
+        given = f"True with {path!r}, whose weight is a {type(module.weight).__name__} of {module.weight.dtype}"
+        needed = "False where weights are quantised or parametrised"
+        need(plain, "LoraConfig", "use_dora", given, needed, TypeError)
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return DoRAPart(weight, r, scaling, **options)
     return LoRAPart(*sizes(module), r, scaling, **options)
