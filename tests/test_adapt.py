@@ -410,6 +410,19 @@ def test_embeddings_and_tied_weights(make, tmp_path):
     assert model.config.tie_word_embeddings == tied
 
 
+def test_embeddings_of_bounded_rows():
+    """Bounded is the row of the table alone, not the sum that would be merged into it."""
+    model, words = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5)), torch.arange(7)
+    adapt(model, LoraConfig(target_modules=["0"], r=2))
+    randomise(model)
+    part, changed = model[0].adapters["default"], model(words)
+    delta = part.scaling * (part.lora_B @ part.lora_A).T
+    close(changed, nn.functional.embedding(words, model[0].weight.detach().clone(), max_norm=0.5) + delta)
+    with pytest.raises(TypeError, match=r"in '0', an AdaptedEmbedding; it must be of ordinary weights"):
+        merge_adapter(model)
+    close(model(words), changed)
+
+
 def test_embeddings_that_scale():
     """BART's multiply what they look up, and what is added to it."""
     model = bart(scale_embedding=True).eval()

@@ -201,6 +201,11 @@ class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
     plain = False
     transposed = True
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the rows of the weight are shortened when they are looked up."""
+        return self.max_norm is not None
+
 
 class AdaptedModule(Adapted):
     """Any other module: adapters see its first argument as x, and its output, or the first of several, as y."""
