@@ -575,6 +575,45 @@ def test_models_that_ask_whether_weights_are_tied():
             merge_adapter(model)
 
 
+class Wrapper(nn.Module):
+    """As people write it: a head of their own on a model of transformers, whose config it shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = gpt2().transformer
+        self.config, self.head = self.inner.config, nn.Linear(HIDDEN, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.inner(input_ids).last_hidden_state[:, -1])
+
+
+def flava():
+    configs = {"text_config": COMMON, "image_config": COMMON | {"image_size": 16}, "multimodal_config": COMMON}
+    return tf.FlavaModel(tf.FlavaConfig(**configs, hidden_size=HIDDEN, projection_dim=8))
+
+
+@pytest.mark.parametrize("make", [Wrapper, flava])
+def test_models_without_a_table_whose_config_ties_it_to_the_head(make):
+    model = make().eval()
+    assert model.config.tie_word_embeddings
+    given, before = {"input_ids": torch.tensor([[3, 5, 2]])}, snapshot(model)
+
+    def computed():
+        out = model(**given)
+        return (out if isinstance(out, torch.Tensor) else out.text_embeddings).detach()
+
+    plain = computed()
+    adapt(model, LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
+    changed = computed()
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    copied = copy.deepcopy(model)
+    unload(model)
+    assert torch.equal(computed(), plain)
+    assert_same(snapshot(model), before)
+    model = unload(copied, merge=True)
+    close(computed(), changed)
+
+
 def test_merged_models_move():
     """What is put back are the very parameters of before: tied to others, or an adapter's own that trains."""
     model = gpt2()

@@ -223,8 +223,8 @@ def _is_tied(model) -> bool:
     """Whether a transformers model's head is its table of embeddings."""
     if not _ties(model):
         return False
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head is not None and head.weight is table.weight
+    head = inject.head(model)
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _untie(places):

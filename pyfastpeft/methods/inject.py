@@ -159,6 +159,11 @@ def is_embedding(module):
     return isinstance(module, nn.Embedding)
 
 
+def head(model: nn.Module) -> nn.Module | None:
+    """The head of a transformers model for words, if it has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def sizes(module) -> tuple[int, int]:
     """(K, N)"""
     if isinstance(module, nn.Linear):
@@ -174,8 +179,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
     if target is None:
         target = usual(targets.family(model, op))
     elif target == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        layers = {path: m for path, m in layers.items() if m is not head and not is_embedding(m)}
+        layers = {path: m for path, m in layers.items() if m is not head(model) and not is_embedding(m)}
         target = ".*"
     if not isinstance(target, str):
         # What is saved trains whole; PEFT's files name layers in there, too.
