@@ -516,6 +516,8 @@ CONVOLUTION |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2
         ("JambaForCausalLM", JAMBA, "dt_proj"),
         ("WavLMForCTC", {**COMMON, **CONVOLUTION}, "q_proj"),
         ("MobileBertForMaskedLM", {**COMMON, "embedding_size": 16}, "predictions.dense"),
+        ("LayoutLMv3ForTokenClassification", {**COMMON, "coordinate_size": 4, "shape_size": 8}, "rel_pos_x_bias"),
+        ("DebertaForTokenClassification", {**COMMON, "relative_attention": True, "pos_att_type": []}, "rel_embeddings"),
     ],
 )
 def test_layers_whose_weights_alone_are_read(kind, sizes, uncalled):
@@ -528,7 +530,7 @@ def test_layers_whose_weights_alone_are_read(kind, sizes, uncalled):
     plain, before = output(model, given), snapshot(model)
     for config in (LoraConfig(target_modules=[uncalled]), IA3Config(target_modules=[uncalled], feedforward_modules=[])):
         with pytest.raises(
-            TypeError, match=rf"holding \['{uncalled}'\].*a Linear; it must be of linear layers.* called"
+            TypeError, match=rf"holding \['{uncalled}'\].*a (Linear|Embedding); it must be of linear layers.* called"
         ):
             adapt(model, config)
     with pytest.raises(ValueError, match=rf"holding '{uncalled}', which means nothing"):

@@ -139,7 +139,16 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 # As `class of the parent.name`.
 _UNCALLED = re.compile(
     r"\w*(MambaMixer\.dt_proj|WavLMAttention\.(q|k|v|out)_proj|MHAttentionMap\.k_(proj|linear)|TDNNLayer\.kernel"
-    r"|MobileBertLMPredictionHead\.(dense|decoder))"
+    r"|MobileBertLMPredictionHead\.(dense|decoder)|(LayoutLMv[23]|ReadingOrder)Encoder\.rel_pos_(x_|y_)?bias"
+    r"|LongcatFlashTopkRouter\.classifier|NeoMMEForMaskedLM\.unembedding_projection"
+    # Embeddings that hold queries, tokens or positions.
+    r"|(Detr|GroundingDino|TableTransformer)Model\.(query_\w+|reference_point_embed|patterns)"
+    r"|GroundingDinoModel\.reference_points|TransformerModule\.(queries_\w+|level_embed)|ForUniversalSegmentation\.query"
+    r"|(PromptEncoder|MaskDecoder|GeometryEncoder|DetrDecoder)"
+    r"\.(\w+_tokens?|no_mask_embed|not_a_point_embed|cls_embed|query_embed|reference_points)"
+    r"|(Deberta(V2)?|SEWDTransformer)Encoder\.rel_embeddings|ProphetNetDecoder\.ngram_embeddings"
+    r"|(AudioFlamingo3|Qwen2Audio|Voxtral)Encoder\.embed_positions"
+    r"|(Glm\w*|Siglip2|Cosmos3Edge)VisionEmbeddings\.position_embedding)"
 )
 
 
