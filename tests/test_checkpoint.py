@@ -388,6 +388,23 @@ def test_ends_of_names_mean_the_targets_alone(tmp_path):
         torch.testing.assert_close(other(x), ours(x))
 
 
+@pytest.mark.parametrize("config", [methods.LoraConfig, methods.AdaLoraConfig, methods.IA3Config])
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Linear(5, 5),
+        nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Tanh(), nn.Linear(5, 5))),  # where "0" is the end of "1.0"
+    ],
+    ids=["root", "nested"],
+)
+def test_targets_without_names_of_their_own(model, config, tmp_path):
+    model, again, x = copy.deepcopy(model), copy.deepcopy(model), torch.randn(3, 5)
+    randomise(pyfastpeft.adapt(model, config(target_modules="all-linear")))
+    pyfastpeft.save_adapter(model, tmp_path)
+    assert not torch.allclose(again(x), model(x), atol=1e-3)
+    assert torch.equal(pyfastpeft.load_adapter(again, tmp_path)(x), model(x))
+
+
 @pytest.mark.parametrize("case", ["lora-head", "ia3", "bitfit"])
 def test_sixteen_bit_models_keep_float32_adapters(case, tmp_path):
     make = ALL[case][0]

@@ -317,15 +317,18 @@ def _named_targets(model, config, name) -> dict:
     names = [_names(group, every) for group in groups]
     if None in names:
         names = ["|".join(map(re.escape, group)) for group in groups]
-        target = "|".join(filter(None, names))
+        target = "|".join(filter(None, names)) or "()"  # the model itself
     else:
         target = sorted({*names[0], *names[1]})
     found = {"target_modules": target, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    return found | ({"feedforward_modules": names[1]} if isinstance(config, IA3Config) else {})
+    return found | ({"feedforward_modules": names[1] or []} if isinstance(config, IA3Config) else {})
 
 
 def _names(paths: list[str], every: list[str]) -> list[str] | None:
-    """The shortest ends of paths that mean these of `every` module; None where an end of one is another's path."""
+    """The shortest ends of paths that mean these of `every` module; None where an end of one is another's path, or one
+    is the model itself, which has no name."""
+    if "" in paths:
+        return None
     others, names = [path for path in every if path not in set(paths)], set()
     for path in paths:
         if any(matches(path, [name]) for name in names):
