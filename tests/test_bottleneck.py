@@ -650,3 +650,31 @@ def test_a_module_without_known_widths_or_norms_is_an_error():
 def test_errors_of_the_config_name_the_field(options, message):
     with pytest.raises(ValueError, match=message):
         BottleneckConfig(**options)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        return self.inner(x) * mask
+
+
+class Masks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Masked()
+
+    def forward(self, x):
+        return self.block(mask=torch.ones(4), x=x)
+
+
+def test_arguments_by_name_in_any_order():
+    model, x = Masks(), torch.randn(3, 4)
+    plain = model(x)
+    config = BottleneckConfig(placement="parallel", target_modules=["block"], bottleneck_size=2)
+    changed(pyfastpeft.adapt(model, config))
+    branch = model.block.adapters["default"]
+    torch.testing.assert_close(model(x), branch(x, plain))
+    assert not torch.allclose(model(x), plain, atol=1e-3)

@@ -6,6 +6,7 @@ y = d_out * (W (d_in * x) + sum of low-rank branches of d_in * x + b), each fact
 
 from collections.abc import Mapping
 from functools import cache
+from inspect import signature
 from types import MappingProxyType
 
 import torch
@@ -208,19 +209,22 @@ class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
 
 
 class AdaptedModule(Adapted):
-    """Any other module: adapters see its first argument as x, and its output, or the first of several, as y."""
+    """Any other module: adapters see its first argument as x, and its output, or the first of several, as y.
+
+    _first: what its class calls that argument.
+    """
+
+    _first: str | None
 
     def forward(self, *args, **kwargs):
         parts = self.running()
         if not parts:
             return super().forward(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        first = self._first if self._first in kwargs else next(iter(kwargs), None)
+        x = args[0] if args else kwargs[first]
         for part in parts:
             x = part.before(x)
-        if args:
-            outputs = super().forward(x, *args[1:], **kwargs)
-        else:
-            outputs = super().forward(**kwargs | {next(iter(kwargs)): x})
+        outputs = super().forward(x, *args[1:], **kwargs) if args else super().forward(**(kwargs | {first: x}))
         y, *others = outputs if isinstance(outputs, tuple) else (outputs,)
         for part in parts:
             y = part.beside(y, x, None)
@@ -256,7 +260,10 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 @cache
 def carrier_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a module of exactly this class is swapped to, a matrix or any other module."""
-    return adapted_class(kind) or type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {})
+    if adapted_class(kind) is not None:
+        return adapted_class(kind)
+    first = [*signature(kind.forward).parameters, None][1]
+    return type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {"_first": first})
 
 
 def _brought(kind: type[Adapted]) -> set[str]:
