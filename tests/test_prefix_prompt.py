@@ -108,6 +108,13 @@ def vit():
     return build(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
 
 
+def with_a_config():
+    """Of one's own, with a model of transformers inside, whose config it shows."""
+    model = nn.Sequential(vit())
+    model.config = model[0].config
+    return model
+
+
 def whisper():
     sides = {"encoder_attention_heads": 4, "decoder_attention_heads": 2, "encoder_layers": 3, "decoder_layers": 2}
     sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8, "max_source_positions": 8}
@@ -948,6 +955,7 @@ def bloom():
         (wav2vec2, "prompt", "embedded words"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "prefix", "transformers model"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "prompt", "transformers model"),
+        (with_a_config, "prompt", "embedded words"),
     ],
 )
 def test_models_that_cannot_be_adapted_stay_as_they_are(make, kind, words):

@@ -258,7 +258,7 @@ def _words(model):
     need_transformers(model, "prompt tuning")
     try:
         words = model.get_input_embeddings()
-    except NotImplementedError:  # of audio
+    except (AttributeError, NotImplementedError):  # of one's own, or of audio
         words = None
     needed = "a model whose inputs are embedded words"
     checks.need(isinstance(words, nn.Embedding), "prompt tuning", "model", type(model).__name__, needed, TypeError)
