@@ -949,6 +949,15 @@ def test_weights_of_which_nothing_can_be_made():
     torch.testing.assert_close(adapt(lazy, LoraConfig(target_modules=["1"]))(x), plain)
 
 
+def test_models_are_adapted_before_they_are_wrapped():
+    model = nn.DataParallel(tree())
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"model is a DataParallel, .*; it must be its module, adapted before"):
+        adapt(model, LoraConfig(**TREE))
+    assert_same(snapshot(model), before)
+    adapt(model.module, LoraConfig(**TREE))
+
+
 def test_dora_needs_an_ordinary_weight():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     with pytest.raises(TypeError, match=r"True with '0', whose weight is a Tensor of torch.float32; it must be False"):

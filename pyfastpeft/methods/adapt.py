@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from inspect import unwrap
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..layers.adapted import (
@@ -57,6 +58,10 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     """
     op = "adapt"
     _need_module(model, op)
+    plain = uncompiled(model)
+    wrapped = isinstance(plain, (DataParallel, DistributedDataParallel))
+    given = f"a {type(plain).__name__}, which does not know new parameters and names all others anew"
+    need(not wrapped, op, "model", given, "its module, adapted before it is wrapped", TypeError)
     ours, config = isinstance(config, Config), deepcopy(as_config(config))
     if not ours:
         inject.take_targets_of_peft(model, config)
@@ -72,7 +77,6 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     need(not lazy, op, "model", f"one with {lazy[:3]} without a shape yet", "run once before, which gives them shapes")
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    plain = uncompiled(model)
     if not known.configs:
         known.trainable = {path: p.requires_grad for path, p in plain.named_parameters()}
     for _, module in carriers(model):  # what is new starts from the model's own parameters
