@@ -1522,6 +1522,15 @@ def test_names_that_adapters_need_are_free(config, names):
     assert_same(snapshot(model), before)
 
 
+@pytest.mark.parametrize("name", ["tree", "gpt2"])
+def test_layers_take_their_input_by_name(name):
+    """As torch's and transformers' own do."""
+    model, _ = adapted(name, "lora")
+    module = dict(model.named_modules())["1.up" if name == "tree" else "transformer.h.1.attn.c_attn"]
+    x = torch.randn(4, HIDDEN)
+    assert torch.equal(module(**{"input" if name == "tree" else "x": x}), module(x))
+
+
 def test_merged_rounding():
     """float32 sums, rounded once: no element of a bf16 weight is off by more than half a unit in its last place."""
     layer = nn.Linear(16, 8).to(torch.bfloat16)

@@ -119,10 +119,11 @@ class AdaptedMatrix(Mergeable, Adapted):
     def matrix(self) -> Tensor:
         return self.weight.T if self.transposed else self.weight
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, *args, **kwargs) -> Tensor:
         parts = self.running()
-        if not parts:
-            return super().forward(x, *args, **kwargs)
+        if not parts or not (args or kwargs):
+            return super().forward(*args, **kwargs)
+        x, *args = args or [kwargs.pop(next(iter(kwargs)))]
         if len(parts) == 1 and self.plain and not args and not kwargs:
             y = parts[0].fused(x, self.matrix(), self.bias)
             if y is not None:
