@@ -64,8 +64,10 @@ FILES = {
         "sts-dev.csv": "main\tMSR\t2012\t1\t0.400\tA child rides.\tIt rains.\n",
     },
     "e2e_nlg": {
-        "trainset.csv": 'mr,ref\n"name[A], food[Thai]","A serves Thai food, ""cheap""."\n"name[B]",B is a pub.\n',
-        "devset.csv": 'mr,ref\n"name[C]",C is a pub.\n"name[D]",D is bad.\n"name[C]",There is a pub C.\n',
+        "trainset.csv": 'mr,ref\n"name[A], food[Thai]","A serves Thai food, ""cheap""."\n"name[B]",B is a pub.\n'
+        '"name[E], familyFriendly[no], near[F]",E is for adults.\n',
+        "devset.csv": 'mr,ref\n"name[C]",C is a pub.\n"familyFriendly[yes], name[D]",D is bad.\n'
+        '"name[C]",There is a pub C.\n',
     },
 }
 
@@ -99,6 +101,7 @@ def test_readers_and_templates(data):
         'A serves Thai food, "cheap".',
         'A serves Thai food, "cheap".',
     )
+    assert told["e2e_family"] == [("E is for adults.\nIs it good for families?", "no", 0)]
     assert TASKS["sst2"].prompt(rows["sst2"][0][1], 1).startswith("not good\n")
     assert TASKS["sst2"].prompt(rows["sst2"][0][1], 2) == TASKS["sst2"].prompt(rows["sst2"][0][1])
 
@@ -107,7 +110,9 @@ def test_readers_and_templates(data):
     assert validation["mrpc"][0]["#2 String"] == 'She "came".'
     assert TASKS["stsb"].completion(validation["stsb"][0]) == "0"
     assert [row["references"] for row in validation["e2e_nlg"]] == [["C is a pub.", "There is a pub C."], ["D is bad."]]
+    assert [(row["ref"], row["target"]) for row in validation["e2e_family"]] == [("D is bad.", 1)]
     assert [row["target"] for row in TASKS["sst2"].load(data / "sst2")[1]] == [1]
+    assert TASKS["e2e_family"].load(data / "e2e_nlg") == rows["e2e_family"]
 
 
 @pytest.mark.parametrize(
@@ -158,8 +163,21 @@ def test_held_out_rows_share_no_prompt():
     assert len(held) == 25
     assert len(training) + len(held) == 200
     assert not {row["mr"] for row in training} & {row["mr"] for row in held}
-    with pytest.raises(Misuse, match="at least two are needed"):
+    with pytest.raises(Misuse, match="1 different prompts; at least two"):
         hold_out(rows[:1], task)
+
+
+def test_every_class_trains_and_is_held_out():
+    task = TASKS["sst2"]
+    rows = [{"sentence": str(i), "target": int(i < 3)} for i in range(40)] * 2
+    training, held = hold_out(rows, task)
+    assert [sum(row["target"] == answer for row in held) for answer in (0, 1)] == [2 * 5, 2 * 1]
+    assert [sum(row["target"] == answer for row in training) for answer in (0, 1)] == [2 * 32, 2 * 2]
+    training, held = hold_out(rows[2:40], task)  # a class of one prompt trains
+    assert {row["target"] for row in training} == {0, 1}
+    assert {row["target"] for row in held} == {0}
+    with pytest.raises(Misuse, match="2 different prompts; at least two, of one class, are needed"):
+        hold_out(rows[2:4], task)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -542,6 +560,13 @@ def test_report(tmp_path):
     results["runs"][-1]["tasks"]["t"]["loss"] = 1.0
     assert "**no**" not in report.markdown(results)
 
+    results["tasks"]["t"]["most_frequent"] = {"answer": "yes", "measured": {"bleu": 72}}
+    text = report.markdown(results)
+    assert "Always 'yes', the most frequent answer of the training rows: bleu 72." in text
+    assert re.search(r"no\*\*: .* higher bleu than the most frequent answer; not so Houlsby \(seed 0: 71.*\), H", text)
+    results["runs"][-2]["tasks"]["t"]["bleu"] = 73
+    assert "Houlsby (seed 0" not in report.markdown(results)
+
     (tmp_path / "r.json").write_text(json.dumps(results))
     (tmp_path / "notes.md").write_text("<!-- benchmark table start --><!-- benchmark table end -->")
     paths = [str(tmp_path / name) for name in ("r.json", "notes.md", "r.png")]
@@ -579,6 +604,23 @@ def test_a_generative_model_on_a_mixture(story_model, data, tmp_path):
     assert (out / "results.png").stat().st_size > 10_000
 
 
+def test_no_validation_row_trains(story_model, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    task_of("classification", tmp_path)
+    rows = letters(5) + letters(3, 100) + letters(1, 100)
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ("--model", story_model, "--task", "own", "--text", "x,n", "--target", "y", "--seeds", 1)
+    train, few = ("--train", tmp_path / "rows.jsonl"), ("--validation", tmp_path / "few.jsonl")
+    found = results_of(tmp_path / "out", *own, *train, *few, "--methods", "IA3,T-Few", "--lr", "IA3=0.2")
+    assert [run["lr"] for run in found["runs"]] == [0.2, METHODS["T-Few"].rate("generative")]
+    found = found["tasks"]["own"]
+    assert (found["training"], found["validation"]) == (35, 9)
+    right = sum(row["y"] == found["most_frequent"]["answer"] for row in rows)
+    assert found["most_frequent"]["measured"]["accuracy"] == pytest.approx(right / 9)
+    assert main([*map(str, own), "--train", str(few[1]), *map(str, few)]) == 2
+    assert "own has no training row with a prompt that no validation row has" in capsys.readouterr().err
+
+
 def test_texts_are_generated_and_measured(story_model, data, tmp_path):
     for library in ("sacrebleu", "nltk", "rouge_score", "matplotlib"):
         pytest.importorskip(library)
@@ -605,7 +647,7 @@ def test_an_encoder(data, tmp_path, task):
 
 def test_sweep(story_model, tmp_path, capsys):
     task_of("classification", tmp_path)
-    own = ("--task", "own", "--train", tmp_path / "rows.jsonl", "--text", "x", "--target", "y")
+    own = ("--task", "own", "--train", tmp_path / "rows.jsonl", "--text", "x,n", "--target", "y")
     arguments = ("--model", story_model, *own, "--methods", "full", "--steps", 6, "--seeds", 1, "--sweep")
     assert main([*map(str, arguments)]) == 0
     line = capsys.readouterr().out.strip()
@@ -636,7 +678,10 @@ def test_misuse(story_model, data, capsys, arguments, words):
     assert all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--seconds", "-1"], ["--evaluate", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "0"], ["--seconds", "-1"], ["--evaluate", "0"], ["--lr", "IA3"], ["--lr", "IA=1"], ["--lr", "IA3=0"]],
+)
 def test_arguments_out_of_range(capsys, arguments):
     with pytest.raises(SystemExit) as exit:
         main(["--encoder", "small", "--task", "sst2", *arguments])

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shlex
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ import transformers
 
 from benchmarks import Misuse, machine
 
-from . import learners, report
+from . import learners, metrics, report
 from .learners import Dataset
 from .methods import METHODS, PROMPTING, known
 from .tasks import KINDS, TASKS, hold_out, own_task
@@ -48,6 +49,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     own.add_argument("--kind", choices=KINDS, default="classification")
     own.add_argument("--prompt", help="a template with {COLUMN} in it (default: the columns, line by line)")
     parser.add_argument("--methods", help=f"with commas (default: all that suit): {', '.join(METHODS | PROMPTING)}")
+    rates_help = "METHOD=RATE,...: learning rates in place of those in methods.py"
+    parser.add_argument("--lr", type=rates, default={}, metavar="RATES", help=rates_help)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120, help="of each training (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="of each training at most")
@@ -70,6 +73,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.seconds is not None and options.seconds <= 0:
         parser.error(f"argument --seconds: {options.seconds} is given; more than 0 are needed")
     return options
+
+
+def rates(text: str) -> dict[str, float]:
+    """METHOD=RATE,... as a dict."""
+    found = {name: float(rate) for name, _, rate in (each.partition("=") for each in text.split(","))}
+    for name, rate in found.items():
+        if name not in METHODS or not rate > 0:
+            raise argparse.ArgumentTypeError(f"{name}={rate:g} is given; a known method and more than 0 are needed")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,6 +121,10 @@ def load_datasets(options: argparse.Namespace) -> list[Dataset]:
         else:
             task = TASKS[name]
             training, validation = task.load(options.data)
+        validated = {task.prompt(row) for row in validation}
+        training = [row for row in training if task.prompt(row) not in validated]
+        if not training:
+            raise Misuse(f"{task.name} has no training row with a prompt that no validation row has")
         if options.sweep:
             training, validation = hold_out(training, task)
         for rows in (training, validation):
@@ -155,6 +171,7 @@ def compare(options, learner: Learner, datasets: list[Dataset], names: list[str]
                 "loss_before": learner.loss(each.task, each.validation),
                 "training": len(each.training),
                 "validation": len(each.validation),
+                "most_frequent": most_frequent(each),
             }
             for each in datasets
         },
@@ -167,7 +184,7 @@ def compare(options, learner: Learner, datasets: list[Dataset], names: list[str]
                     continue
                 record = prompted(name, learner, datasets, budget, seed)
             else:
-                record = trained(name, learner, datasets, budget, seed)
+                record = trained(name, learner, datasets, budget, seed, options.lr.get(name))
             results["runs"].append(record)
             (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             losses = ", ".join(f"{task} {found['loss']:.3f}" for task, found in record["tasks"].items())
@@ -178,6 +195,17 @@ def compare(options, learner: Learner, datasets: list[Dataset], names: list[str]
     print(f"\n{text}\n\nWritten: {out / 'results.json'}, results.md, results.png")
 
 
+def most_frequent(dataset: Dataset) -> dict | None:
+    """The most frequent class of the training rows, and what is measured if that is always the answer."""
+    task = dataset.task
+    if task.kind != "classification":
+        return None
+    answer = statistics.mode(row["target"] for row in dataset.training)
+    targets = [row["target"] for row in dataset.validation]
+    measured = metrics.measure(task.measured, [answer] * len(targets), targets)
+    return {"answer": task.choices[answer], "measured": measured}
+
+
 def sweep(options, learner: Learner, datasets: list[Dataset], names: list[str]) -> None:
     """For every method the loss on held-out training rows at each learning rate of the grid; the best is marked."""
     budget = Budget(options.steps, options.batch, options.seconds or float("inf"), options.shots)
@@ -186,7 +214,7 @@ def sweep(options, learner: Learner, datasets: list[Dataset], names: list[str]) 
             continue
         losses = {}
         for factor in GRID:
-            lr = METHODS[name].rate(learner.family) * factor
+            lr = options.lr.get(name, METHODS[name].rate(learner.family)) * factor
             runs = [trained(name, learner, datasets, budget, seed, lr, measured=False) for seed in range(options.seeds)]
             found = [task["loss"] for run in runs for task in run["tasks"].values()]
             losses[lr] = sum(found) / len(found)

@@ -19,8 +19,8 @@ from .tasks import Task
 class Method:
     """lr: of a generative model and of an encoder: the best of `--sweep`, half a decade apart, in 60 steps of 8 rows of
     E2E NLG for a Llama of 260,000 parameters and in 100 steps of 32 rows of SST-2 for the small encoder
-    (T-Few: 60 steps of 8 rows of SST-2 for that Llama); one seed. Pfeiffer's on the encoder is half a decade below its
-    best, with which one seed of three diverged.
+    (T-Few: 120 steps of 8 rows of e2e_family for that Llama); one seed. Pfeiffer's on the encoder is half a decade
+    below its best, with which one seed of three diverged.
     config: the name and the fields of a config of pyfastpeft.methods; none: every weight trains.
     extra: what else it is made of: "l2-sp", "lora+", "t-few"."""
 

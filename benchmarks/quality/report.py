@@ -60,7 +60,11 @@ def markdown(results: dict) -> str:
         rows = [_row(method, runs, task, names, about["loss_before"]) for method, runs in by_method(results).items()]
         sizes = f"{about['training']} training rows, {about['validation']} validation rows"
         sources = "; ".join(f"{name}: {NOTES[name]}" for name in names if name in NOTES)
-        parts += [f"{task} ({sizes})", grid([head, *rows]), f"Metrics: {sources}."]
+        parts += [f"{task} ({sizes})", grid([head, *rows])]
+        if always := about.get("most_frequent"):
+            values = ", ".join(f"{name} {value:.3g}" for name, value in always["measured"].items())
+            parts.append(f"Always '{always['answer']}', the most frequent answer of the training rows: {values}.")
+        parts.append(f"Metrics: {sources}.")
     parts.append("\n".join(f"- {'yes' if holds else '**no**'}: {text}" for text, holds in verdicts(results)))
     return "\n\n".join(parts)
 
@@ -102,6 +106,16 @@ def verdicts(results: dict) -> Iterator[tuple[str, bool]]:
             ]
             text = f"{task}: every method, every seed, ends with a lower validation loss than {what}"
             yield text + (f"; not so {', '.join(worse)}" if worse else ""), not worse
+        if always := about.get("most_frequent"):
+            name, least = next(iter(always["measured"].items()))
+            worse = [
+                f"{method} (seed {run['seed']}: {run['tasks'][task][name]:.3g})"
+                for method, runs in trained.items()
+                for run in runs
+                if not run["tasks"][task][name] > least
+            ]
+            text = f"{task}: every method, every seed, ends with a higher {name} than the most frequent answer"
+            yield text + (f"; not so {', '.join(worse)}" if worse else ""), not worse
         drops = {
             name: about["loss_before"] - statistics.mean(run["tasks"][task]["loss"] for run in trained[name])
             for name in COMPARED
@@ -118,7 +132,7 @@ def verdicts(results: dict) -> Iterator[tuple[str, bool]]:
 
 def plot(results: dict, path: Path) -> None:
     """For every task a row of panels, one for each measure: a line for each method, a dot for each seed, a mark at the
-    mean; the unadapted model's loss and the prompted model's values stand as lines across."""
+    mean; lines across: the unadapted model's loss, the prompted model's values and the most frequent answer's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,6 +166,9 @@ def plot(results: dict, path: Path) -> None:
                     panel.axvline(statistics.mean(values), color=colours[prompting], linewidth=1.1, zorder=2)
             if name == "loss" and not set(PROMPTING) & set(methods):
                 panel.axvline(results["tasks"][task]["loss_before"], color="black", linewidth=0.8, zorder=2)
+            always = results["tasks"][task].get("most_frequent")
+            if always and name in always["measured"]:
+                panel.axvline(always["measured"][name], color="black", linewidth=0.8, linestyle=":", zorder=2)
             panel.set_title(f"validation {name}" if name == "loss" else name, fontsize=9)
             panel.tick_params(labelsize=7)
             panel.tick_params(axis="y", length=0)
@@ -166,6 +183,8 @@ def plot(results: dict, path: Path) -> None:
     handles += [Line2D([], [], color=colours[name], label=name) for name in shown]
     if not shown:
         handles.append(Line2D([], [], color="black", label="unadapted"))
+    if any(about.get("most_frequent") for about in results["tasks"].values()):
+        handles.append(Line2D([], [], color="black", linestyle=":", label="most frequent answer"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class Task:
     text: the columns that an encoder reads, one or two. target: the column to predict; for classification `labels` maps
     its values to the words that stand for them in a completion, in order of the classes. templates: prompts, formatted
     with a row's columns; training goes through them in turn, evaluation uses the first. files: of the training and of
-    the validation rows.
+    the validation rows. folder: that of the files, if it has not the task's name.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     read: Callable[[Path], list[Row]]
     labels: dict[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
+    folder: str = ""
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -63,8 +65,9 @@ class Task:
         return self.choices[self.answer(row)] if self.choices else row["target"]
 
     def load(self, folder: Path) -> tuple[list[Row], list[Row]]:
-        """Training and validation rows from `folder`/`name`, or from `folder` itself. Raises Misuse."""
-        folder = folder / self.name if (folder / self.name).is_dir() else folder
+        """Training and validation rows from the task's own folder in `folder`, or from `folder`. Raises Misuse."""
+        own = folder / (self.folder or self.name)
+        folder = own if own.is_dir() else folder
         training, validation = self.files
         return self.rows([folder / training]), self.rows([folder / name for name in validation], grouped=True)
 
@@ -104,6 +107,18 @@ def table(*columns: str, delimiter: str = "\t", quoted: bool = False) -> Callabl
             return list(csv.DictReader(file, columns or None, "rest", delimiter=delimiter, quoting=quoting))
 
     return read
+
+
+def with_attribute(name: str, read: Callable[[Path], list[Row]]) -> Callable[[Path], list[Row]]:
+    """A reader of E2E NLG: of the rows that `read` gives those whose meaning representation has the attribute `name`,
+    and its value in a column of that name."""
+    pattern = re.compile(rf"(?:^|, ){re.escape(name)}\[([^]]*)\]")
+
+    def read_attribute(path: Path) -> list[Row]:
+        rows = ((row, pattern.search(row.get("mr") or "")) for row in read(path))
+        return [row | {name: found[1]} for row, found in rows if found]
+
+    return read_attribute
 
 
 def json_lines(path: Path) -> list[Row]:
@@ -190,6 +205,18 @@ TASKS = {
             ("trainset.csv", ("devset.csv",)),
             table(delimiter=",", quoted=True),
         ),
+        Task(
+            "e2e_family",
+            "classification",
+            ("ref",),
+            "familyFriendly",
+            ("{ref}\nIs it good for families?",),
+            ("trainset.csv", ("devset.csv",)),
+            with_attribute("familyFriendly", table(delimiter=",", quoted=True)),
+            {"no": "no", "yes": "yes"},
+            ("accuracy", "matthews"),
+            "e2e_nlg",
+        ),
     )
 }
 
@@ -210,10 +237,15 @@ def own_task(kind: str, text: Sequence[str], target: str, prompt: str | None, pa
 
 
 def hold_out(rows: list[Row], task: Task, share: float = 0.125) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out: at random, yet rows with one prompt stay together."""
-    prompts = sorted({task.prompt(row) for row in rows})
-    random.Random(0).shuffle(prompts)
-    held = set(prompts[: max(1, round(share * len(prompts)))])
-    if len(held) == len(prompts):
-        raise Misuse(f"{task.name} has {len(prompts)} different prompts; at least two are needed to hold some out")
+    """Rows to train on and rows held out: at random, of every class the same share, and at least one prompt of each
+    that has two; yet rows with one prompt stay together."""
+    answers = {task.prompt(row): row["target"] if task.kind == "classification" else None for row in rows}
+    shuffle, held = random.Random(0).shuffle, set()
+    for answer in dict.fromkeys(answers.values()):
+        prompts = sorted(prompt for prompt in answers if answers[prompt] == answer)
+        shuffle(prompts)
+        held.update(prompts[: min(max(1, round(share * len(prompts))), len(prompts) - 1)])
+    if not held:
+        few = f"{task.name} has {len(answers)} different prompts"
+        raise Misuse(f"{few}; at least two, of one class, are needed to hold some out")
     return [row for row in rows if task.prompt(row) not in held], [row for row in rows if task.prompt(row) in held]
