@@ -1034,6 +1034,22 @@ def test_layers_that_were_replaced_are_told_of(config, tmp_path):
     assert torch.equal(output(unload(model), given), plain)
 
 
+@pytest.mark.parametrize(("copied", "tied"), [("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")])
+def test_weights_that_were_tied_are_told_of(copied, tied, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[copied])
+    model = adapt(tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON, tie_word_embeddings=True)), config)
+    save_adapter(model, tmp_path)
+    model.tie_weights()
+    message = re.escape(f"one whose ['{tied}.weight'] were tied after `adapt` to what 'default' trains; it must be")
+    for call in (
+        lambda: save_adapter(model, tmp_path),
+        lambda: merge_adapter(model),
+        lambda: set_adapter(model, "default"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
 def test_everything_needs_an_unmerged_model():
     model, _ = adapted("tree", "lora", "ia3", LoraConfig(target_modules=["up"]))
     merge_adapter(model, "default", "other")

@@ -368,7 +368,8 @@ def _need_module(model, op):
 
 def need_adapter(model: nn.Module, op: str, name: str) -> Config:
     """The config of adapter `name`. Raises ValueError, listing the adapters there are, unless it is one of them;
-    RuntimeError where modules that it was put into have been replaced since."""
+    RuntimeError where modules that it was put into have been replaced since, or parameters of the model tied to its
+    own."""
     known = adaptation(model, op)
     _need_name(known, op, name)
     here = {*model.modules()}
@@ -376,7 +377,21 @@ def need_adapter(model: nn.Module, op: str, name: str) -> Config:
     given = f"one whose {gone} were replaced after `adapt`, so that what {name!r} had there is lost"
     needed = "as `adapt` left it: change layers, as by resize_token_embeddings, before it"
     need(not gone, op, "model", given, needed, RuntimeError)
+    tied = _tied(model, known.places[name].values(), name)
+    given = f"one whose {tied} were tied after `adapt` to what {name!r} trains"
+    need(not tied, op, "model", given, "as `adapt` left it: call tie_weights before it", RuntimeError)
     return known.configs[name]
+
+
+def _tied(model, modules, name) -> list[str]:
+    """The paths of the model's parameters that are copies which an adapter trains, but of other ones."""
+    replaced = [module for module in modules if name in getattr(module, "replaced", {})]
+    copies = {(module, key): p for module in replaced for key, p in module.replaced[name].trained(module).items()}
+    trained, found = {*copies.values()}, []
+    for path, module in inject.own_modules(model).items() if trained else ():
+        places = {key: (module, key) for key in inject.own_parameters(module)}
+        found += [f"{path}.{key}" for key in places if module._parameters[key] in trained and places[key] not in copies]
+    return found
 
 
 def _places(model, name) -> dict[str, nn.Module]:
