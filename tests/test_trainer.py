@@ -119,6 +119,15 @@ CALLED = {
 }
 
 
+def test_a_checkpoint_of_another_adapter_is_not_resumed(tmp_path):
+    model = adapted(LoraConfig(r=3))
+    train(model, tmp_path, [AdapterCallback(model)], save_strategy="steps", save_steps=3)
+    other = pyfastpeft.adapt(llama(), LoraConfig(r=3), "other")
+    message = r"state_dict is one without anything that \['other'\] train; it must be a checkpoint of these adapters"
+    with pytest.raises(RuntimeError, match=message):
+        train(other, tmp_path / "rest", [AdapterCallback(other)], resume=tmp_path / "checkpoint-3")
+
+
 @pytest.mark.parametrize("kind", CALLED)
 def test_checkpoints_hold_the_adapter_and_resume_to_the_same_end(kind, tmp_path):
     model = adapted(copy.copy(CALLED[kind]))

@@ -133,9 +133,13 @@ class AdapterCallback(TrainerCallback):
 
     def _allow_missing(self, module, incompatible):
         """Hook after the model has loaded one: the allocators' state was for this callback, and without any frozen
-        parameter, it was meant to hold none."""
+        parameter, it was meant to hold none. Raises RuntimeError where it held no other either, which Trainer would
+        pass over."""
         own = tuple(f"{_ALLOCATORS}{name}." for name in self._current())
         incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.startswith(own)]
-        frozen = self._frozen()
-        if frozen <= set(incompatible.missing_keys):
+        frozen, missing = self._frozen(), set(incompatible.missing_keys)
+        if frozen <= missing:
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
+            holds = not frozen or any(name not in missing for name, _ in self.model.named_parameters())
+            given, needed = f"one without anything that {self.names} train", "a checkpoint of these adapters"
+            need(holds, "AdapterCallback", "state_dict", given, needed, RuntimeError)
