@@ -1547,6 +1547,18 @@ def test_layers_take_their_input_by_name(name):
     assert torch.equal(module(**{"input" if name == "tree" else "x": x}), module(x))
 
 
+class Scaled(nn.Linear):
+    def forward(self, x, scale):
+        return scale * super().forward(x)
+
+
+def test_layers_with_several_arguments_by_name_in_any_order():
+    model, x = nn.Sequential(Scaled(6, 5)), torch.randn(3, 6)
+    adapt(model, LoraConfig(target_modules=["0"], r=2))
+    randomise(model)
+    assert torch.equal(model[0](scale=2.0, x=x), model[0](x, 2.0))
+
+
 def test_merged_rounding():
     """float32 sums, rounded once: no element of a bf16 weight is off by more than half a unit in its last place."""
     layer = nn.Linear(16, 8).to(torch.bfloat16)

@@ -88,9 +88,10 @@ class Adapted:
     """A module that holds parts of adapters: mixed into the module's own class.
 
     Attributes: adapters, name -> Part; active, the names of those that run, in order; merged, the names of those that
-    are merged into the weight.
+    are merged into the weight; _first, what the module's own class calls the first argument of its forward.
     """
 
+    _first: str | None = "input"
     adapters: "Parts"
     active: tuple[str, ...]
     merged: tuple[str, ...] = ()  # read as an attribute, whose changes torch.compile sees
@@ -106,6 +107,10 @@ class Adapted:
             return []
         parts = self.adapters._modules
         return [parts[name] for name in self.active if name in parts]
+
+    def _name_of_x(self, kwargs: dict) -> str | None:
+        """Under which name the module was given its first argument."""
+        return self._first if self._first in kwargs else next(iter(kwargs), None)
 
 
 class AdaptedMatrix(Mergeable, Adapted):
@@ -123,7 +128,7 @@ class AdaptedMatrix(Mergeable, Adapted):
         parts = self.running()
         if not parts or not (args or kwargs):
             return super().forward(*args, **kwargs)
-        x, *args = args or [kwargs.pop(next(iter(kwargs)))]
+        x, *args = args or [kwargs.pop(self._name_of_x(kwargs))]
         if len(parts) == 1 and self.plain and not args and not kwargs:
             y = parts[0].fused(x, self.matrix(), self.bias)
             if y is not None:
@@ -210,18 +215,13 @@ class AdaptedEmbedding(AdaptedMatrix, nn.Embedding):
 
 
 class AdaptedModule(Adapted):
-    """Any other module: adapters see its first argument as x, and its output, or the first of several, as y.
-
-    _first: what its class calls that argument.
-    """
-
-    _first: str | None
+    """Any other module: adapters see its first argument as x, and its output, or the first of several, as y."""
 
     def forward(self, *args, **kwargs):
         parts = self.running()
         if not parts:
             return super().forward(*args, **kwargs)
-        first = self._first if self._first in kwargs else next(iter(kwargs), None)
+        first = self._name_of_x(kwargs)
         x = args[0] if args else kwargs[first]
         for part in parts:
             x = part.before(x)
@@ -248,23 +248,24 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         return None
     if issubclass(kind, nn.Linear) and not issubclass(kind, Adapted):
         foreign = kind.forward not in (nn.Linear.forward, BaseLinear.forward)
-        own = {"plain": False if foreign else AdaptedLinear.plain, "foreign": foreign}
-        return type(f"Adapted{kind.__name__}", (AdaptedMatrix, kind), own)
+        return _mixed(AdaptedMatrix, kind, plain=False if foreign else AdaptedLinear.plain, foreign=foreign)
     scaled = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.")
     if scaled and issubclass(kind, nn.Embedding):
-        return type(f"Adapted{kind.__name__}", (AdaptedEmbedding, kind), {})
+        return _mixed(AdaptedEmbedding, kind)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return type("AdaptedConv1D", (AdaptedMatrix, kind), {"plain": AdaptedLinear.plain, "transposed": True})
+        return _mixed(AdaptedMatrix, kind, plain=AdaptedLinear.plain, transposed=True)
     return None
 
 
 @cache
 def carrier_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a module of exactly this class is swapped to, a matrix or any other module."""
-    if adapted_class(kind) is not None:
-        return adapted_class(kind)
+    return adapted_class(kind) or _mixed(AdaptedModule, kind)
+
+
+def _mixed(base: type[Adapted], kind: type[nn.Module], **own) -> type[nn.Module]:
     first = [*signature(kind.forward).parameters, None][1]
-    return type(f"Adapted{kind.__name__}", (AdaptedModule, kind), {"_first": first})
+    return type(f"Adapted{kind.__name__}", (base, kind), {"_first": first} | own)
 
 
 def _brought(kind: type[Adapted]) -> set[str]:
