@@ -349,8 +349,9 @@ def test_a_compiled_model_is_saved_as_the_model(tmp_path):
     assert contents(tmp_path / "plain") == contents(tmp_path / "compiled")
 
 
-def test_layers_that_were_wrapped_are_saved_by_their_own_names(tmp_path):
-    model = of_ours("lora")
+@pytest.mark.parametrize("case", ["lora", "adalora-pruned"])
+def test_layers_that_were_wrapped_are_saved_by_their_own_names(case, tmp_path):
+    model = of_ours(case)
     pyfastpeft.save_adapter(model, tmp_path / "plain")
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = torch.compile(layer)

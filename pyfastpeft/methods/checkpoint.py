@@ -44,7 +44,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     that were there stay whole.
 
     Raises ValueError for a name that the model does not have, RuntimeError where layers that the adapter was put into
-    have been replaced since, NotADirectoryError or OSError where it cannot write.
+    have been replaced since, or its copies tied, NotADirectoryError or OSError where it cannot write.
     """
     model = uncompiled(model)
     config = need_adapter(model, "save_adapter", name)
@@ -344,5 +344,5 @@ def _names(paths: list[str], every: list[str]) -> list[str] | None:
 
 def _transposed(model, name) -> bool:
     """Whether the adapter is in layers like GPT-2's, of which PEFT wants to know."""
-    held = map(model.get_submodule, parts_of(model, name))
+    held = [module for module in model.pyfastpeft.places[name].values() if name in getattr(module, "adapters", {})]
     return any(getattr(m, "transposed", False) and not isinstance(m, nn.Embedding) for m in held)
