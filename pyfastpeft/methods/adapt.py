@@ -101,7 +101,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     """Let exactly these adapters run, together, in this order; those without `inference_mode` train.
 
     Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
-    RuntimeError while adapters are merged.
+    RuntimeError while adapters are merged, or for one of which layers were replaced or copies tied after `adapt`.
     """
     known = adaptation(model, "set_adapter")
     for name in names:
@@ -247,7 +247,7 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
     adapters does not load it, nor a merged model any for those layers: RuntimeError, before anything is changed.
 
     Raises TypeError, naming it, for an adapter whose method cannot be merged; ValueError if none is named or active;
-    RuntimeError if something is merged.
+    RuntimeError if something is merged, or as `set_adapter` does.
     """
     known = adaptation(model, "merge_adapter")
     names = names or known.active
@@ -291,7 +291,7 @@ def merged_adapters(model: nn.Module) -> tuple[str, ...]:
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """All that an adapter trains: `<module>.<parameter>` -> parameter, also of those that replace the module's own.
 
-    Raises ValueError for a name that the model does not have.
+    Raises ValueError for a name that the model does not have, RuntimeError as `set_adapter` does.
     """
     need_adapter(model, "adapter_parameters", name)
     found = {path: _trained(module, name) for path, module in carriers(model)}
