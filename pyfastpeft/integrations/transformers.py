@@ -48,7 +48,7 @@ class AdapterCallback(TrainerCallback):
         """Raises ValueError unless the model is adapted."""
         known = adaptation(model, "AdapterCallback")
         training = {name: known.configs[name] for name in known.active if not known.configs[name].inference_mode}
-        self.model, self.orthogonality, self.names = model, orthogonality, list(training)
+        self.model, self.orthogonality, self.training = model, orthogonality, training
         self.allocators = {n: RankAllocator(model, n) for n, c in training.items() if isinstance(c, AdaLoraConfig)}
         self.nested = [name for name, config in training.items() if isinstance(config, DyLoraConfig)]
         self.hooks = []
@@ -60,7 +60,7 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         own = any(module is self.model for module in model.modules())
         need(own, "AdapterCallback", "model", "another than Trainer trains", "the one given to Trainer")
-        for name in self.names:
+        for name in self._current():
             need_adapter(self.model, "AdapterCallback", name)
         trains = any(parameter.requires_grad for parameter in self.model.parameters())
         needed = "one that trains: load_adapter(..., is_trainable=True), or a config without inference_mode"
@@ -106,7 +106,7 @@ class AdapterCallback(TrainerCallback):
         versions had them, and Trainer does not find them again."""
         if is_main_process:
             self.model.config.save_pretrained(directory)
-            for name in self.names:
+            for name in self._current():
                 save_adapter(self.model, directory if name == "default" else Path(directory, name), name)
             write_files(directory, {"model.safetensors": tensors_as_bytes(state_dict or self.model.state_dict())})
 
@@ -118,28 +118,30 @@ class AdapterCallback(TrainerCallback):
             for key, tensor in allocator.state_dict().items():
                 state_dict[f"{prefix}{_ALLOCATORS}{name}.{key}"] = tensor
 
-    def _current(self) -> dict[str, RankAllocator]:
-        """Without those of adapters that were deleted, of whose name the model may have another."""
+    def _current(self) -> list[str]:
+        """The adapters that the model has still, without those that were deleted, of whose name it may have another."""
         configs = self.model.pyfastpeft.configs if hasattr(self.model, "pyfastpeft") else {}
-        return {name: each for name, each in self.allocators.items() if configs.get(name) is each.config}
+        return [name for name, config in self.training.items() if configs.get(name) is config]
 
     def _load_allocators(self, module, state_dict, prefix, *args):
         """Hook before the model loads a state dict: reads the allocators' state, as other callbacks of the model do."""
-        for name, allocator in self._current().items():
+        for name in self._current():
             begin = f"{prefix}{_ALLOCATORS}{name}."
             held = {key.removeprefix(begin): state_dict[key] for key in state_dict if key.startswith(begin)}
-            if held:
-                allocator.load_state_dict(held)
+            if held and name in self.allocators:
+                self.allocators[name].load_state_dict(held)
 
     def _allow_missing(self, module, incompatible):
         """Hook after the model has loaded one: the allocators' state was for this callback, and without any frozen
-        parameter, it was meant to hold none. Raises RuntimeError where it held no other either, which Trainer would
-        pass over."""
-        own = tuple(f"{_ALLOCATORS}{name}." for name in self._current())
+        parameter, it was meant to hold none. Raises RuntimeError where all that it held is unknown, as of another
+        adapter, which Trainer would pass over."""
+        current = self._current()
+        own = tuple(f"{_ALLOCATORS}{name}." for name in current)
         incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.startswith(own)]
         frozen, missing = self._frozen(), set(incompatible.missing_keys)
         if frozen <= missing:
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
-            holds = not frozen or any(name not in missing for name, _ in self.model.named_parameters())
-            given, needed = f"one without anything that {self.names} train", "a checkpoint of these adapters"
+            foreign = current and incompatible.unexpected_keys
+            holds = not foreign or any(name not in missing for name, _ in self.model.named_parameters())
+            given, needed = f"one without anything that {current} train", "a checkpoint of these adapters"
             need(holds, "AdapterCallback", "state_dict", given, needed, RuntimeError)

@@ -346,13 +346,6 @@ def adapters_in(module: nn.Module) -> list[str]:
     return [name for parts in _parts(module).values() for name in parts]
 
 
-def parts_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The paths of the modules that have a part of adapter `name`, not a `Replacement`, and these parts; where modules
-    have been wrapped since, the paths of before."""
-    found = {path: getattr(module, "adapters", {}) for path, module in model.pyfastpeft.places[name].items()}
-    return {path: parts[name] for path, parts in found.items() if name in parts}
-
-
 def placed(weight: Tensor, autocast_adapter_dtype: bool) -> dict:
     """Device and dtype for the parameters of an adapter beside `weight`: its own, but float32 where it is none of the
     ops' dtypes, or of 16 bits and `autocast_adapter_dtype` holds. Raises TypeError for a complex one."""

@@ -394,6 +394,13 @@ def _tied(model, modules, name) -> list[str]:
     return found
 
 
+def parts_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The paths of the modules that have a part of adapter `name`, not a `Replacement`, and these parts; where modules
+    have been wrapped since, the paths of before."""
+    found = {path: getattr(module, "adapters", {}) for path, module in model.pyfastpeft.places[name].items()}
+    return {path: parts[name] for path, parts in found.items() if name in parts}
+
+
 def _places(model, name) -> dict[str, nn.Module]:
     return {path: module for path, module in carriers(model) if name in adapters_in(module)}
 

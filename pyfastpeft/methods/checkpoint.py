@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import AdaptedMatrix, parts_of, uncompiled
+from ..layers.adapted import AdaptedMatrix, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need, need_value
-from .adapt import adapt, delete_adapter, disable_adapter, need_adapter, set_adapter
+from .adapt import adapt, delete_adapter, disable_adapter, need_adapter, parts_of, set_adapter
 from .configs import AdaLoraConfig, Config, IA3Config, LoraConfig, VirtualTokensConfig, from_fields
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
 from .inject import matrices, of_pattern, own_modules, saved_names, uncalled_layers

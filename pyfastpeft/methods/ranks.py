@@ -16,11 +16,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import parts_of
 from ..layers.parts import AdaLoRAPart, DyLoRAPart
 from ..ops.checks import need, need_value, whole
 from ..ops.reference import accumulation
-from .adapt import adapt, adapter_parameters, need_adapter, set_adapter
+from .adapt import adapt, adapter_parameters, need_adapter, parts_of, set_adapter
 from .configs import AdaLoraConfig, DyLoraConfig, LoraConfig
 
 
