@@ -219,7 +219,7 @@ class AdaptedModule(Adapted):
 
     def forward(self, *args, **kwargs):
         parts = self.running()
-        if not parts:
+        if not parts or not (args or kwargs):
             return super().forward(*args, **kwargs)
         first = self._name_of_x(kwargs)
         x = args[0] if args else kwargs[first]

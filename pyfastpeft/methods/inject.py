@@ -188,7 +188,8 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
     if target is None:
         target = usual(targets.family(model, op))
     elif target == "all-linear":
-        layers = {path: m for path, m in layers.items() if m is not head(model) and not is_embedding(m)}
+        last = head(model)
+        layers = {path: m for path, m in layers.items() if m is not last and not is_embedding(m)}
         target = ".*"
     if not isinstance(target, str):
         # What is saved trains whole; PEFT's files name layers in there, too.

@@ -257,8 +257,8 @@ def _entrance(model):
 def _words(model):
     need_transformers(model, "prompt tuning")
     try:
-        words = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # of one's own, or of audio
+        words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # of audio
         words = None
     needed = "a model whose inputs are embedded words"
     checks.need(isinstance(words, nn.Embedding), "prompt tuning", "model", type(model).__name__, needed, TypeError)
