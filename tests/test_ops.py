@@ -359,33 +359,3 @@ def test_autocast_of_dora_and_adalora(backend):
         out.float().square().sum().backward()
     trained = (lora_E, *(inputs[name] for name in ("x", "lora_A", "lora_B", "magnitude")))
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in trained)
-
-
-FIRST_ORDER = {
-    "lora": lambda x, w, A, B: ops.lora_linear(x, w, None, A, B, 0.7),
-    "group": lambda x, w, A, B: ops.lora_linear_group(x, [w, w], [None, None], [A, A], [B, B], [0.7, 0.7])[1],
-    "dora": lambda x, w, A, B: ops.dora_linear(x, w, None, A, B, B[:, 0], 0.7),
-    "ia3": lambda x, w, A, B: ops.ia3_linear(x, w, None, A[0], True),
-    "multi_lora": lambda x, w, A, B: ops.multi_lora_linear(x, w, None, A[None], B[None], ops.route([0, 0, -1], 1), 0.7),
-    "bottleneck": lambda x, w, A, B: ops.bottleneck(x, x @ w.T, A, None, B, None, 0.7, "gelu"),
-}
-
-
-@pytest.mark.parametrize("op", FIRST_ORDER)
-def test_double_backward_is_refused(op):
-    """Also where torch.autograd.grad asks for something further on than the op, which it finds to get zero."""
-    x, *others = random(3, 4, grad=False), random(5, 4, grad=False), random(2, 4), random(5, 2)
-    with pytest.raises(RuntimeError, match="create_graph must be False"):
-        torch.autograd.functional.hessian(lambda x: FIRST_ORDER[op](x, *others).square().sum(), x)
-
-
-def test_forward_mode_is_refused():
-    inputs = {n: t.detach() for n, t in lora_inputs(3, 4, 5, 2, torch.float32).items()}
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: lora(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))
-    inputs = {n: t.detach() for n, t in dora_inputs(3, 4, 5, 2, torch.float32).items()}
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: dora(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))
-    inputs = {n: t.detach() for n, t in bottleneck_inputs(3, 4, None, 2, torch.float32).items()}
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: in_both(ops.bottleneck)(**inputs | {"x": x}), (inputs["x"],), (torch.ones(3, 4),))

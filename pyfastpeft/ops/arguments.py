@@ -65,7 +65,8 @@ def first_order(backward: Callable) -> Callable:
     @wraps(backward)
     def run(ctx, *dys):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("gradients of pyfastpeft's ops cannot be differentiated: create_graph must be False")
+            remedy = 'create_graph must be False, or the forward pass run under pyfastpeft.use_backend("autograd")'
+            raise RuntimeError(f"gradients of pyfastpeft's kernels cannot be differentiated: {remedy}")
         return backward(ctx, *dys)
 
     return run
@@ -85,9 +86,7 @@ def without_autocast(backward: Callable) -> Callable:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see an op on these; forward mode, to refuse it."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
+    """Whether autograd has to see an op on these."""
     graph = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     # In inference mode gradients may be enabled, and are not formed.
     return graph and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())

@@ -104,6 +104,8 @@ def bottleneck(
     if x.dtype == torch.float64:
         adapters = [None if t is None else t.double() for t in adapters]
     down, down_bias, up, up_bias = (None if t is None else t.contiguous() for t in adapters)
+    if dispatch.composed():
+        return reference.bottleneck(x, residual, down, down_bias, up, up_bias, float(scaling), activation)[0]
     arguments = x, None if residual is x else residual, down, down_bias, up, up_bias, float(scaling), activation
     if needs_gradient(x, residual, down, down_bias, up, up_bias):
         return _Bottleneck.apply(*arguments)

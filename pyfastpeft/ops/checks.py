@@ -169,6 +169,8 @@ def in_place(op: str, y: torch.Tensor, **others: torch.Tensor) -> None:
     distinct and lie apart from every other argument's."""
     if torch.compiler.is_compiling() or y.numel() == 0:
         return
+    if torch._C._are_functorch_transforms_active():  # whose tensors show no memory
+        return
     if y.requires_grad and y.is_leaf and torch.is_grad_enabled():
         need(False, op, "y", "a leaf that requires grad", "no such leaf, since it is written in place", RuntimeError)
     if y.is_inference() and not torch.is_inference_mode_enabled():

@@ -10,10 +10,12 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import choice
 
 BACKENDS = ("cuda", "cpu", "triton", "addmm", "reference")
+AUTOGRAD = "autograd"  # may be forced, too, but has no rows: ops are then their formulas in torch's operations
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,8 +32,8 @@ UNAVAILABLE: dict[str, str] = {}  # backend -> why it has no rows
 _forced: str | None = os.environ.get("PYFASTPEFT_BACKEND") or None
 _blocks = {0: _forced}  # of `use_backend`, in the order in which threads entered them: the last one decides
 _changing = threading.Lock()
-if _forced not in (None, *BACKENDS):
-    raise ValueError(f"PYFASTPEFT_BACKEND is {_forced!r}; it must be one of {', '.join(BACKENDS)}")
+if _forced not in (None, AUTOGRAD, *BACKENDS):
+    raise ValueError(f"PYFASTPEFT_BACKEND is {_forced!r}; it must be one of {', '.join(BACKENDS)}, {AUTOGRAD}")
 
 
 def _always(*args) -> str:
@@ -50,6 +52,14 @@ def register(
 def forced_backend() -> str | None:
     """The backend that `use_backend` or PYFASTPEFT_BACKEND (read when the package is imported) forces, or None."""
     return _forced
+
+
+def composed() -> bool:
+    """Whether an op is to be its formula in torch's operations, which every gradient and transform can see into: where
+    that is forced, in forward mode and in transforms of torch.func."""
+    if _forced == AUTOGRAD or forward_ad._current_level >= 0:
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def run(op: str, *args, backend: str | None = None) -> str | None:
@@ -77,7 +87,7 @@ def _rows(op: str, args: tuple, backend: str | None = None) -> list[Row]:
     device, dtype = first.device.type, first.dtype
     if backend is not None:
         rows = [*(row for row in rows if row.backend == backend), *(row for row in rows if row.backend != backend)]
-    elif _forced is not None:
+    elif _forced not in (None, AUTOGRAD):
         rows = [row for row in rows if row.backend == _forced]
     elif device == "cuda":
         ranking = choice.ranking(op, args)
@@ -115,14 +125,15 @@ def _why_not(op, args):
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend ("cuda", "cpu", "triton", "addmm" or "reference") in this process, inside a `with` block; of
-    several blocks that threads are in, the one entered last decides.
+    several blocks that threads are in, the one entered last decides. With "autograd" no kernel runs: ops are their
+    formulas in torch's operations, of which gradients of gradients can be formed.
 
     It decides the forward pass; a backward pass runs on the backend that was forced in its forward pass, if it can.
     Raises ValueError for an unknown name; an op that the backend cannot serve raises RuntimeError with the reasons.
     """
     global _forced
-    if name not in BACKENDS:
-        raise ValueError(f"use_backend: name is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    if name not in (*BACKENDS, AUTOGRAD):
+        raise ValueError(f"use_backend: name is {name!r}; it must be one of {', '.join(BACKENDS)}, {AUTOGRAD}")
     changing = nullcontext() if torch.compiler.is_compiling() else _changing  # torch's compiler takes no lock
     with changing:
         block = max(_blocks) + 1

@@ -196,7 +196,13 @@ def _linear(normed, x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout
     checks.dropout(op, dropout_p)
     if weight_norm_squared is not None:
         checks.vector(op, "weight_norm_squared", weight_norm_squared, weight.shape[0], "N", x)
-    norm = dora_norm(normed, lora_A, lora_B, scaling, weight_norm_squared).to(reference.accumulation(x.dtype))
+    sums = reference.accumulation(x.dtype)
+    if dispatch.composed():
+        constants = (t.detach() for t in (normed, lora_A, lora_B))  # in forward mode, too
+        norm = reference.norm_of_sum(*constants, scaling, weight_norm_squared).to(sums)
+        options = magnitude / norm, scaling, dropout_p, dropout_seed(x, dropout_p)
+        return reference.dora(x, weight, bias, lora_A, lora_B, *options)[0]
+    norm = dora_norm(normed, lora_A, lora_B, scaling, weight_norm_squared).to(sums)
     if x.dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
     bias = None if bias is None else bias.contiguous()

@@ -44,7 +44,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
             if y is not None:
                 return y
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if mode == "training" and not trains and not torch._C._are_functorch_transforms_active():
+        if mode == "training" and not trains:
             with suppress(native_calls.Declined):
                 return _Frozen.apply(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, dispatch, native_calls
+from . import checks, dispatch, native_calls, reference
 from .arguments import (
     as_rows,
     autocast_off,
@@ -117,6 +117,8 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, fe
     checks.vector(op, "ia3_l", ia3_l, weight.shape[1 if feedforward else 0], "K" if feedforward else "N", x)
     bias = None if bias is None else bias.contiguous()
     ia3_l = (ia3_l.double() if x.dtype == torch.float64 else ia3_l).contiguous()
+    if dispatch.composed():
+        return reference.ia3(x, weight, bias, ia3_l, feedforward)
     if needs_gradient(x, weight, bias, ia3_l):
         return _IA3.apply(x, weight, bias, ia3_l, bool(feedforward))
     return _forward(x, weight, bias, ia3_l, bool(feedforward), False)[0]

@@ -180,6 +180,9 @@ def _apply(op, y, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
         lora_A, lora_B = lora_A.double(), lora_B.double()
     bias = None if bias is None else bias.contiguous()
     scaling, dropout_p = float(scaling), float(dropout_p)
+    if dispatch.composed():
+        base = y if weight is None else F.linear(x, weight, bias)
+        return reference.lora(x, base, lora_A, lora_B, scaling, dropout_p, dropout_seed(x, dropout_p))[0]
     arguments = y, x, weight, bias, lora_A.contiguous(), lora_B.contiguous(), scaling, dropout_p
     if dropout_p and x.numel() and not dispatch.has_kernel("lora_forward", (x, weight, *arguments[3:], True)):
         rows = as_rows(x)  # whose product is no view, into which no Function may write

@@ -134,6 +134,10 @@ def lora_linear_group(
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     lora_Bs = [lora_B.contiguous() for lora_B in lora_Bs]
     scalings, dropout_p = [float(scaling) for scaling in scalings], float(dropout_p)
+    if dispatch.composed():
+        seed, bases = dropout_seed(x, dropout_p), map(partial(F.linear, x), weights, biases)
+        members = zip(bases, lora_As, lora_Bs, scalings)
+        return tuple(reference.lora(x, *member, dropout_p, seed)[0] for member in members)
     layers = weights, biases, lora_As[0], lora_Bs, scalings
     if dropout_p and x.numel() and not dispatch.has_kernel("lora_group_forward", (x, *layers, dropout_p, True)):
         rows = as_rows(x)  # whose products are no views, into which no Function may write

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
@@ -169,7 +170,10 @@ def multi_lora_linear(
     checks.adapters(op, lora_A, lora_B, x, lead=("L",))
     checks.shape(op, "lora_B", lora_B, (lora_A.shape[0], weight.shape[0], lora_A.shape[1]), "[L, N, r]")
     bias = None if bias is None else bias.contiguous()
-    arguments = x, weight, bias, *_branch(op, x, lora_A, lora_B, slots, scaling, ranks)
+    branch = _branch(op, x, lora_A, lora_B, slots, scaling, ranks)
+    if dispatch.composed():
+        return _composed(x, F.linear(x, weight, bias), *branch)
+    arguments = x, weight, bias, *branch
     if needs_gradient(x, weight, bias, lora_A, lora_B):
         return _MultiLoRA.apply(None, *arguments)
     y, *_ = _forward(None, *arguments)
@@ -223,7 +227,10 @@ def multi_lora(
     checks.shape(op, "y", y, (*x.shape[:-1], lora_B.shape[1]), "[..., N]")
     checks.like(op, "y", y, x)
     checks.in_place(op, y, x=x, lora_A=lora_A, lora_B=lora_B)
-    arguments = x, None, None, *_branch(op, x, lora_A, lora_B, slots, scaling, ranks)
+    branch = _branch(op, x, lora_A, lora_B, slots, scaling, ranks)
+    if dispatch.composed():
+        return y.copy_(_composed(x, y, *branch))
+    arguments = x, None, None, *branch
     rows = writable_rows(y)
     if needs_gradient(y, x, lora_A, lora_B):
         rows = _MultiLoRA.apply(rows, *arguments)
@@ -231,6 +238,11 @@ def multi_lora(
         _forward(rows, *arguments)
         written(rows)
     return rows if rows is y else y.copy_(rows)
+
+
+def _composed(x, base, *branch):
+    rows = x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1])
+    return reference.multi_lora(*rows, *branch)[0].reshape(base.shape)
 
 
 def _branch(op, x, lora_A, lora_B, slots, scaling, ranks):

@@ -66,7 +66,8 @@ class Declined(Exception):
 # After a large matmul Python's own memory is cold, and a frame or a name more costs a microsecond or two.
 def mode(*tensors) -> str | None:
     """ "training" if autograd records the op, else "inference". None where no native call may be made: while compiling,
-    in forward mode, where another backend is forced, and with anything but plain tensors and None."""
+    in forward mode, where another backend is forced, where torch.func transforms what is recorded, and with anything
+    but plain tensors and None."""
     if (
         is_dynamo_compiling()
         or dispatch._forced not in (None, "cpu")
@@ -76,6 +77,8 @@ def mode(*tensors) -> str | None:
         return None
     graph = is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     graph = graph and not is_inference_mode_enabled()  # in which gradients may be enabled, and are not formed
+    if graph and torch._C._are_functorch_transforms_active():
+        return None
     return "training" if graph else "inference"
 
 

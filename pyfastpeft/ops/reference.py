@@ -1,8 +1,9 @@
 """Every formula in plain PyTorch, forward and backward: the specification, and the fallback on every device.
 
 Shapes: x [M, K], weight [N, K], bias [N], lora_A [r, K], lora_B [N, r], y and dy [M, N], s [M, r].
-The functions write into their last arguments, as the kernels do. Products of adapters are formed in
-`accumulation(x.dtype)` and rounded once.
+Functions by the names of raw ops, as lora_forward, write into their last arguments, as the kernels do; those that
+return what they compute, as lora, can be differentiated any number of times and transformed by torch.func. Products
+of adapters are formed in `accumulation(x.dtype)` and rounded once.
 """
 
 import math
@@ -21,6 +22,11 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = x weight^T + bias."""
     torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
+
+
+def _write(results, *targets) -> None:
+    for result, target in zip(results, targets):
+        target.copy_(result)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -58,10 +64,27 @@ def dropout_factor(seed: Tensor, p: float, rows: int, columns: int, dtype: torch
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     wide = x.to(accumulation(x.dtype))
-    return wide if seed is None else wide * dropout_factor(seed, p, *x.shape, wide.dtype)
+    if seed is None:
+        return wide
+    return wide * dropout_factor(seed, p, math.prod(x.shape[:-1]), x.shape[-1], wide.dtype).view(x.shape)
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def lora(x, base, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    """(y, s): s = drop(x) lora_A^T;  y = base + scaling * s lora_B^T."""
+    s = _shrunk(x, lora_A, dropout_p, seed)
+    return _expanded(base, s, lora_B, scaling), s
+
+
+def _shrunk(x, lora_A, dropout_p, seed):
+    wide = _dropped(x, dropout_p, seed)
+    return wide @ lora_A.to(wide.dtype).T
+
+
+def _expanded(base, s, lora_B, scaling):
+    return (base.to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)).to(base.dtype)
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> None:
@@ -69,13 +92,8 @@ def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s
 
     Without weight, y += scaling * s lora_B^T.
     """
-    torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
     base = y if weight is None else F.linear(x, weight, bias)
-    y.copy_(_expanded(base, s, lora_B, scaling))
-
-
-def _expanded(base, s, lora_B, scaling):
-    return base.to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)
+    _write(lora(x, base, lora_A, lora_B, scaling, dropout_p, seed), y, s)
 
 
 def lora_backward(dy, x, weight, lora_A, lora_B, scaling, dropout_p, seed, s, dx, dlora_A, dlora_B) -> None:
@@ -100,7 +118,7 @@ def lora_group_forward(x, weights, biases, lora_A, lora_Bs, scalings, dropout_p,
 
     lora_A [R, K] is that of all layers, one below the other, and s_i [M, r_i] their columns of s [M, R].
     """
-    torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
+    s.copy_(_shrunk(x, lora_A, dropout_p, seed))
     for y, weight, bias, own_s, lora_B, scaling in zip(ys, weights, biases, columns(s, lora_Bs), lora_Bs, scalings):
         y.copy_(_expanded(F.linear(x, weight, bias), own_s, lora_B, scaling))
 
@@ -128,13 +146,26 @@ def columns(s: Tensor, lora_Bs: list[Tensor]) -> tuple[Tensor, ...]:
 # --- DoRA ------------------------------------------------------------------------------------------------------------
 
 
-def dora_norm(weight, lora_A, lora_B, scaling, weight_norm_squared, norm) -> None:
-    """norm [N] = ||weight + scaling * lora_B lora_A|| of every row, as the root of
+def norm_of_sum(weight, lora_A, lora_B, scaling, weight_norm_squared) -> Tensor:
+    """||weight + scaling * lora_B lora_A|| of every row [N], as the root of
     ||weight||^2 + 2 scaling <weight lora_A^T, lora_B> + scaling^2 <lora_B (lora_A lora_A^T), lora_B>."""
-    wide, factor_A, factor_B = (t.to(norm.dtype) for t in (weight, lora_A, lora_B))
+    wide, factor_A, factor_B = (t.to(accumulation(weight.dtype)) for t in (weight, lora_A, lora_B))
     squares = torch.linalg.vector_norm(wide, dim=1) ** 2 if weight_norm_squared is None else weight_norm_squared
     inner = 2 * scaling * (wide @ factor_A.T) + scaling**2 * (factor_B @ (factor_A @ factor_A.T))
-    norm.copy_((squares + (inner * factor_B).sum(1)).clamp_min(0).sqrt())
+    return (squares + (inner * factor_B).sum(1)).clamp_min(0).sqrt()
+
+
+def dora_norm(weight, lora_A, lora_B, scaling, weight_norm_squared, norm) -> None:
+    """norm [N] = ||weight + scaling * lora_B lora_A|| of every row."""
+    norm.copy_(norm_of_sum(weight, lora_A, lora_B, scaling, weight_norm_squared))
+
+
+def dora(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, s, unscaled): s = drop(x) lora_A^T;  unscaled = x weight^T + scaling * s lora_B^T;
+    y = scale * unscaled + bias."""
+    s = _shrunk(x, lora_A, dropout_p, seed)
+    unscaled = F.linear(x, weight).to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)
+    return _shifted(scale * unscaled, bias).to(x.dtype), s, unscaled
 
 
 def dora_forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed, y, s, unscaled) -> None:
@@ -142,11 +173,8 @@ def dora_forward(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, see
 
     scale [N] is of the dtype of sums; `unscaled` [M, N] may be None where no backward pass needs it.
     """
-    torch.mm(_dropped(x, dropout_p, seed), lora_A.to(s.dtype).T, out=s)
-    product = F.linear(x, weight).to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)
-    y.copy_(_shifted(scale * product, bias))
-    if unscaled is not None:
-        unscaled.copy_(product)
+    results = dora(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed)
+    _write(results, y, s, *([] if unscaled is None else [unscaled]))
 
 
 def dora_backward(
@@ -167,6 +195,14 @@ def dora_backward(
 
 
 # --- IA3 -------------------------------------------------------------------------------------------------------------
+
+
+def ia3(x, weight, bias, ia3_l, feedforward) -> Tensor:
+    """(x * ia3_l) weight^T + bias where feedforward, else (x weight^T + bias) * ia3_l."""
+    scale = ia3_l.to(accumulation(x.dtype))
+    if feedforward:
+        return F.linear((x * scale).to(x.dtype), weight, bias)
+    return (F.linear(x, weight, bias) * scale).to(x.dtype)
 
 
 def ia3_forward(x, weight, bias, ia3_l, feedforward, y, base) -> None:
@@ -234,11 +270,17 @@ def _shifted(s: Tensor, bias: Tensor | None) -> Tensor:
     return s if bias is None else s + bias
 
 
+def bottleneck(x, residual, down, down_bias, up, up_bias, scaling, activation) -> tuple[Tensor, Tensor]:
+    """(y, s): s = x down^T;  y = residual + scaling * phi(s + down_bias) up^T + up_bias.  down [r, K], up [N, r]."""
+    s = _shrunk(x, down, 0.0, None)
+    hidden = ACTIVATIONS[activation](_shifted(s, down_bias))
+    y = _shifted(residual + scaling * (hidden @ up.to(s.dtype).T), up_bias)
+    return y.to(x.dtype), s
+
+
 def bottleneck_forward(x, residual, down, down_bias, up, up_bias, scaling, activation, y, s) -> None:
     """s = x down^T;  y = residual + scaling * phi(s + down_bias) up^T + up_bias.  down [r, K], up [N, r]."""
-    torch.mm(x.to(s.dtype), down.to(s.dtype).T, out=s)
-    hidden = ACTIVATIONS[activation](_shifted(s, down_bias))
-    y.copy_(_shifted(residual + scaling * (hidden @ up.to(s.dtype).T), up_bias))
+    _write(bottleneck(x, residual, down, down_bias, up, up_bias, scaling, activation), y, s)
 
 
 def bottleneck_backward(dy, x, down, down_bias, up, scaling, activation, s, serial, dx, ddown, ddown_bias, dup) -> None:
@@ -277,18 +319,29 @@ def _segments(order, segments, ranks, rank):
             yield adapter, order[bounds[adapter] : bounds[adapter + 1]], true_rank
 
 
+def multi_lora(x, base, lora_A, lora_B, scaling, ranks, order, segments) -> tuple[Tensor, Tensor]:
+    """(y, s): for every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;  y[t] = base[t] + scaling[a] * s[t]
+    lora_B[a]^T;  y = base and s = 0 on all others."""
+    rank = lora_A.shape[1]
+    used = [
+        (tokens, *lora(x[tokens], base[tokens], lora_A[a, :r], lora_B[a, :, :r], scaling[a], 0.0, None))
+        for a, tokens, r in _segments(order, segments, ranks, rank)
+    ]
+    idle = torch.cat([order[: segments[0]], order[segments[-1] :]])
+    zeros = x.new_zeros(len(idle), rank, dtype=accumulation(x.dtype))
+    place = torch.argsort(torch.cat([idle, *(tokens for tokens, _, _ in used)]))
+    y = torch.cat([base[idle], *(y for _, y, _ in used)])[place]
+    return y, torch.cat([zeros, *(F.pad(s, (0, rank - s.shape[1])) for _, _, s in used)])[place]
+
+
 def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, segments, y, s) -> None:
     """y = x weight^T + bias;  for every adapter a, on its tokens t:  s[t] = x[t] lora_A[a]^T;
     y[t] += scaling[a] * s[t] lora_B[a]^T.  Without weight, the latter alone.
 
     lora_A [L, r, K], lora_B [L, N, r], scaling [L] float32, ranks [L] or None; rank rows beyond ranks[a] are not read.
     """
-    if weight is not None:
-        y.copy_(F.linear(x, weight, bias))
-    for a, tokens, r in _segments(order, segments, ranks, lora_A.shape[1]):
-        shrunk = x[tokens].to(s.dtype) @ lora_A[a, :r].to(s.dtype).T
-        s[tokens, :r] = shrunk
-        y[tokens] = (y[tokens] + scaling[a] * (shrunk @ lora_B[a, :, :r].to(s.dtype).T)).to(y.dtype)
+    base = y if weight is None else F.linear(x, weight, bias)
+    _write(multi_lora(x, base, lora_A, lora_B, scaling, ranks, order, segments), y, s)
 
 
 def multi_lora_backward(
