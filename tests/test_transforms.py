@@ -96,6 +96,24 @@ def test_kernels_refuse_gradients_of_gradients(op):
 
 
 @pairs
+def test_many_gradients_at_a_time(op):
+    given, (ours, formula) = [t.requires_grad_() for t in operands()], PAIRS[op]
+
+    def batched(output):
+        basis = torch.eye(output.numel(), dtype=output.dtype).view(-1, *output.shape)
+        return torch.autograd.grad(output, given, basis, is_grads_batched=True)
+
+    with pytest.raises(RuntimeError, match=r"is_grads_batched.*must be False.*use_backend\(.autograd.\)"):
+        batched(ours(*given))
+    output = ours(*given)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        vmap(lambda dy: torch.autograd.grad(output, given, dy))(torch.stack([output.detach()] * 2))
+    with pyfastpeft.use_backend("autograd"):
+        output = ours(*given)
+    close(batched(output), batched(formula(*given)))
+
+
+@pairs
 def test_transforms(op):
     given, (ours, formula) = operands(), PAIRS[op]
     close(grad(summed(ours), ALL)(*given), grad(summed(formula), ALL)(*given))

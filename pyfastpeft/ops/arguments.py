@@ -60,13 +60,19 @@ def autocast_off(x: Tensor) -> torch.autocast:
 
 def first_order(backward: Callable) -> Callable:
     """A backward pass that refuses to be differentiated, when it is called: torch's once_differentiable refuses later,
-    and to those alone who go back as far; torch.autograd.grad to something else finds zero, and says nothing."""
+    and to those alone who go back as far; torch.autograd.grad to something else finds zero, and says nothing. It
+    refuses many gradients at a time, too."""
 
     @wraps(backward)
     def run(ctx, *dys):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            remedy = 'create_graph must be False, or the forward pass run under pyfastpeft.use_backend("autograd")'
-            raise RuntimeError(f"gradients of pyfastpeft's kernels cannot be differentiated: {remedy}")
+        if not torch.compiler.is_compiling():
+            remedy = 'or the forward pass be run under pyfastpeft.use_backend("autograd")'
+            if torch.is_grad_enabled():
+                refused = "gradients of pyfastpeft's kernels cannot be differentiated: create_graph must be False"
+                raise RuntimeError(f"{refused}, {remedy}")
+            if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dys[0]):
+                refused = "pyfastpeft's kernels form one gradient at a time: is_grads_batched (vectorize) must be False"
+                raise RuntimeError(f"{refused}, {remedy}")
         return backward(ctx, *dys)
 
     return run
