@@ -532,6 +532,25 @@ def test_generating_with_a_mixed_batch_stacks_the_adapters_once(monkeypatch):
     model(input_ids=ids, adapter_names=options["adapter_names"]).logits.sum().backward()
 
 
+def test_a_list_of_names_that_changes_while_a_mixed_batch_is_generated():
+    stock = adapted(llama, lora_config(llama), lora_config(llama), lora_config(llama))
+    ours = copy.deepcopy(stock)
+    pyfastpeft.accelerate(ours)
+    ids, outs = torch.randint(0, 61, (3, 4)), []
+    for model in (stock, ours):
+        names = [RED, "__base__", GREEN]
+
+        def change(ids, scores, names=names):
+            if ids.shape[1] == 6:
+                names[:] = [BLUE, RED, "__base__"]
+            return scores
+
+        options = {"max_new_tokens": 8, "do_sample": False, "logits_processor": [change]}
+        options |= {"output_scores": True, "return_dict_in_generate": True}
+        outs.append(torch.stack(model.generate(input_ids=ids, adapter_names=names, **options).scores))
+    assert close(outs[1], outs[0])
+
+
 # --- training ---
 
 

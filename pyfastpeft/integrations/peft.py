@@ -92,7 +92,7 @@ class FusedLoraLinear(lora.Linear):
         covered = None if extra or not names else self._covered(x, names)
         if covered is None or any(a.dropout_p or a.magnitude is not None for a in covered[1]):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        lora_A, lora_B, scaling, ranks = _stacked(self, covered[1], adapter_names, accumulation(x.dtype))
+        lora_A, lora_B, scaling, ranks = _stacked(self, names, covered[1], adapter_names, accumulation(x.dtype))
         slots = _slots(tuple(adapter_names), names, x.shape[1:-1].numel(), x.device)
         return ops.multi_lora_linear(x, *covered[0], lora_A, lora_B, slots, scaling, ranks)
 
@@ -267,10 +267,17 @@ def _groups(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
 # Keyed by the hook with which PEFT hands adapter_names to one layer during one call of the model (a forward pass or a
 # whole generate), and gone with it. Adapters do not change during a call; between calls they may, also behind the
 # back of version counters: PEFT's hot-swapping writes to `.data`.
-_STACKS: WeakKeyDictionary[partial, _Stack] = WeakKeyDictionary()
+_STACKS: WeakKeyDictionary[partial, tuple[tuple[str, ...], _Stack]] = WeakKeyDictionary()
 
 
-def _stacked(layer: lora.Linear, adapters: list[_Adapter], adapter_names: Sequence[str], dtype: torch.dtype) -> _Stack:
+def _stacked(
+    layer: lora.Linear,
+    names: tuple[str, ...],
+    adapters: list[_Adapter],
+    adapter_names: Sequence[str],
+    dtype: torch.dtype,
+) -> _Stack:
+    """The adapters of these names, some of adapter_names, stacked: once a call, unless its caller changes that list."""
     trains = torch.is_grad_enabled() and any(a.lora_A.requires_grad or a.lora_B.requires_grad for a in adapters)
     if trains or torch.compiler.is_compiling():
         return _stack(adapters, dtype)
@@ -279,11 +286,13 @@ def _stacked(layer: lora.Linear, adapters: list[_Adapter], adapter_names: Sequen
     if not hooks or hooks[-1].keywords["adapter_names"] is not adapter_names:
         return _stack(adapters, dtype)
     *left, hook = hooks
-    if hook not in _STACKS:
+    stacked, stack = _STACKS.get(hook, (None, None))
+    if stacked != names:
         for other in left:
             _STACKS.pop(other, None)
-        _STACKS[hook] = _stack(adapters, dtype)
-    return _STACKS[hook]
+        stack = _stack(adapters, dtype)
+        _STACKS[hook] = names, stack
+    return stack
 
 
 def _stack(adapters: list[_Adapter], dtype: torch.dtype) -> _Stack:
@@ -429,6 +438,8 @@ def accelerate(model: nn.Module, strict: bool = True) -> AccelerationReport:
     are called next with that very tensor and nothing that it depends on has changed since. Writes through `.data` in
     between are not seen. Compiled layers, those in inference mode and those with hooks run alone, on a CPU also those
     that form no gradients. A copy of the model has to be accelerated again to share its inputs.
+
+    A mixed batch sees an adapter as it was when the call of the model, or of `generate`, began.
 
     Args:
         model: a PeftModel, a PeftMixedModel, or any module into which adapters were injected.
