@@ -262,6 +262,8 @@ MULTI = [
     ({"ranks": torch.tensor([2, 1, 3])}, ValueError, "ranks is between 1 and 3; it must be in [0, r] = [0, 2]"),
     ({"ranks": torch.tensor([2, 1])}, ValueError, "ranks is a torch.int64 tensor of shape [2] on cpu; it must be of shape [L] = [3]"),
     ({"ranks": torch.tensor([2.0, 1, 1])}, TypeError, "ranks is a torch.float32 tensor"),
+    ({"ranks": torch.tensor([2, 1, 1j])}, TypeError, "ranks is a torch.complex64 tensor of shape [3] on cpu; it must be an integer tensor"),
+    ({"ranks": torch.tensor([2, 1, 3], dtype=torch.uint16)}, ValueError, "ranks is between 1 and 3; it must be in [0, r] = [0, 2]"),
     ({"scaling": torch.ones(2)}, ValueError, "scaling is a torch.float32 tensor of shape [2] on cpu; it must be of shape [L] = [3]"),
     ({"scaling": NAN}, ValueError, "scaling is nan (float); it must be a finite number"),
     ({"lora_A": torch.zeros(3, 0, 8), "lora_B": torch.zeros(3, 6, 0)}, ValueError, "it must be of rank r >= 1"),
@@ -342,6 +344,12 @@ def test_multi_lora_linear(changed, error, message):
     refused(ops.multi_lora_linear, multi_layer_arguments(**changed), error, message)
 
 
+def test_a_list_of_many_tokens_is_told_in_short():
+    with pytest.raises(TypeError, match=r"slots is \[0, 0, .*… \(list\); it must be a tensor") as raised:
+        ops.multi_lora(**multi_arguments(slots=[0] * 10000))
+    assert len(str(raised.value)) < 400
+
+
 def test_what_the_tables_change_is_all_that_was_wrong():
     ops.lora_linear(**lora_arguments())
     ops.lora_linear_group(**group_arguments())
@@ -411,12 +419,14 @@ def test_a_tensor_kept_for_a_backward_pass_is_not_written_unnoticed(op):
         ([0, 3], ValueError, "slots is between 0 and 3; it must be in [-1, 3)"),
         ([0.5], TypeError, "slots is of dtype float64; it must be of integers"),
         ([[0], [1]], ValueError, "slots is of shape [2, 1]; it must be of shape [T]"),
+        ([[0], [1, 2]], ValueError, "slots is [[0], [1, 2]] (list); it must be of shape [T]"),
         (torch.zeros(2, 2, dtype=torch.int64), ValueError, "it must be of shape [T]"),
     ],
 )
 def test_route(slots, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)) as raised:
         ops.route(slots, 3)
+    assert str(raised.value).startswith("route: ")
     with pytest.raises(ValueError, match=r"num_adapters is None .*; it must be an integer >= 1"):
         ops.route(slots, None)
 

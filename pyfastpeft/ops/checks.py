@@ -12,7 +12,8 @@ from .dispatch import FLOATS
 def _describe(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    shown = repr(value)  # of a list of slots, perhaps, one for each token
+    return f"{shown if len(shown) <= 200 else f'{shown[:200]}…'} ({type(value).__name__})"
 
 
 def need(condition: bool, op: str, argument: str, given: str, needed: str, error=ValueError) -> None:
@@ -33,6 +34,14 @@ def floating(op: str, argument: str, tensor) -> None:
         need_value(False, op, argument, tensor, "a float64, float32, bfloat16 or float16 tensor", TypeError)
     if tensor.layout != torch.strided:
         need(False, op, argument, f"of layout {tensor.layout}", "a dense tensor, of layout torch.strided", TypeError)
+
+
+def integral(op: str, argument: str, tensor) -> None:
+    """A tensor of any integer dtype."""
+    integer = isinstance(tensor, torch.Tensor) and not (
+        tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    )
+    need_value(integer, op, argument, tensor, "an integer tensor", TypeError)
 
 
 def integers(op: str, argument: str, tensor: torch.Tensor, size: int, x: torch.Tensor) -> None:

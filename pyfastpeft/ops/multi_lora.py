@@ -47,10 +47,13 @@ def route(
     Raises TypeError for slots that are not integers, ValueError for a slot out of range. The values of tensors that
     are not on the CPU are looked at only under PYFASTPEFT_CHECK=1; out of range there, a token goes to no adapter.
     """
-    op = "multi_lora"
+    op = "route"
     checks.count(op, "num_adapters", num_adapters)
     if not isinstance(slots, Tensor):
-        slots = np.asarray(slots)
+        try:
+            slots = np.asarray(slots)
+        except ValueError:  # rows of different lengths
+            checks.need_value(False, op, "slots", slots, "of shape [T]")
         if slots.size == 0:
             slots = slots.astype(np.int64)
         checks.need(slots.dtype.kind in "iu", op, "slots", f"of dtype {slots.dtype}", "of integers", TypeError)
@@ -61,8 +64,7 @@ def route(
 
 
 def _grouped(op: str, slots: Tensor, num_adapters: int) -> Routing:
-    integer = not (slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool)
-    checks.need_value(integer, op, "slots", slots, "an integer tensor", TypeError)
+    checks.integral(op, "slots", slots)
     checks.need_value(slots.dim() == 1, op, "slots", slots, "of shape [T]")
     slots = slots.to(torch.int64).contiguous()
     if checks.values_on(slots.device):
@@ -275,11 +277,11 @@ def _branch(op, x, lora_A, lora_B, slots, scaling, ranks):
 
 
 def _check_ranks(op, ranks, num_adapters, rank, x):
-    integer = isinstance(ranks, Tensor) and not (ranks.is_floating_point() or ranks.dtype == torch.bool)
-    checks.need_value(integer, op, "ranks", ranks, "an integer tensor", TypeError)
+    checks.integral(op, "ranks", ranks)
     checks.shape(op, "ranks", ranks, (num_adapters,), "[L]")
     checks.like(op, "ranks", ranks, x, dtype=False)
+    ranks = ranks.to(torch.int64).contiguous()
     if checks.values_on(ranks.device):
         given = f"between {int(ranks.min())} and {int(ranks.max())}"
         checks.need(bool(((ranks >= 0) & (ranks <= rank)).all()), op, "ranks", given, f"in [0, r] = [0, {rank}]")
-    return ranks.to(torch.int64).contiguous()
+    return ranks
