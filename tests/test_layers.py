@@ -396,6 +396,22 @@ def test_a_slot_takes_a_part_of_what_it_holds():
     assert not layer.lora_A[0, 3:].any()
 
 
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_slots_are_loaded_in_inference_mode_and_outside(made, loaded):
+    with torch.inference_mode(made):
+        layer = make("multi_lora", dtype=torch.float32)
+    with torch.inference_mode(loaded):
+        lora_A, lora_B = torch.randn(2, K), torch.randn(N, 2)
+        layer.load_adapter(0, lora_A, lora_B, 0.5)
+        layer.unload(1)
+    assert layer.ranks.tolist() == [2, 0, R, R]
+    with torch.inference_mode():
+        x, slots = torch.randn(2, K), torch.tensor([0, 1])
+        expected = layer(x) + torch.tensor([0.5, 0.0])[:, None] * (x @ lora_A.T @ lora_B.T)
+        torch.testing.assert_close(layer(x, slots), expected)
+
+
 def test_representation():
     assert repr(make("lora", dropout_p=0.1)) == (
         "LoRALinear(in_features=13, out_features=9, bias=True, rank=6, scaling=2.5, dropout_p=0.1)"

@@ -1,6 +1,7 @@
 """Many LoRA adapters on one frozen linear layer, one for each token of a batch (Chen et al. 2023, Punica)."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +78,12 @@ class MultiLoRALinear(FrozenLinear):
         adapters = self.lora_A, self.lora_B, slots, self.scaling, self.ranks
         return multi_lora_linear(x, self.weight, self.bias, *adapters)
 
-    @torch.no_grad()
     def load_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Put an adapter into a slot: lora_A [r', K] and lora_B [N, r'] with r' in [1, r], of any float dtype.
 
-        They are copied, in the dtype and to the device of the slots; what the slot held is gone. Raises ValueError or
-        TypeError naming the argument that does not fit, RuntimeError while merged; the slot is then as it was.
+        They are copied, in the dtype and to the device of the slots; what the slot held is gone. Other threads may call
+        the layer meanwhile with other slots. Raises ValueError or TypeError naming the argument that does not fit,
+        RuntimeError while merged; the slot is then as it was.
         """
         op = "MultiLoRALinear.load_adapter"
         self._need_unmerged("load_adapter() needs")
@@ -95,21 +96,23 @@ class MultiLoRALinear(FrozenLinear):
         checks.need_value(fits, op, "lora_A", lora_A, f"of shape [r', {self.in_features}] with r' in [1, {self.rank}]")
         checks.shape(op, "lora_B", lora_B, (self.out_features, rank), "[N, r']")
         checks.number(op, "scaling", scaling)
-        lora_A, lora_B = lora_A.to(self.lora_A, copy=True), lora_B.to(self.lora_B, copy=True)  # of this slot, perhaps
-        self.unload(slot)
-        self.lora_A[slot, :rank] = lora_A
-        self.lora_B[slot, :, :rank] = lora_B
-        self.scaling[slot] = float(scaling)
-        self.ranks[slot] = rank
+        # Copies, since they may be parts of this slot.
+        lora_A, lora_B = (given.detach().to(self.lora_A, copy=True) for given in (lora_A, lora_B))
+        with self._writing():
+            self.unload(slot)
+            self.lora_A[slot, :rank] = lora_A
+            self.lora_B[slot, :, :rank] = lora_B
+            self.scaling[slot] = float(scaling)
+            self.ranks[slot] = rank
 
-    @torch.no_grad()
     def unload(self, slot: int) -> None:
         """Empty a slot: its tokens get the base alone, at no cost. Raises ValueError for a slot that is none,
         RuntimeError while merged."""
         self._need_unmerged("unload() needs")
         self._need_slot("MultiLoRALinear.unload", slot)
-        for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
-            tensor[slot] = 0
+        with self._writing():
+            for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
+                tensor[slot] = 0
 
     def merge(self, slot: int) -> None:
         """weight + scaling[slot] * lora_B[slot] lora_A[slot], summed in float32 and rounded once, takes the weight's
@@ -118,6 +121,12 @@ class MultiLoRALinear(FrozenLinear):
         rank = self.ranks[slot]
         weight, lora_A, lora_B = self._mergeable(self.lora_A[slot, :rank], self.lora_B[slot, :, :rank])
         self._merge(weight + self.scaling[slot] * (lora_B @ lora_A))
+
+    @contextmanager
+    def _writing(self):
+        """In which slots can be written: also, anywhere, those of a layer that was made in inference mode."""
+        with torch.inference_mode(self.lora_A.is_inference()), torch.no_grad():
+            yield
 
     def _need_slot(self, op, slot):
         fits = checks.whole(slot) and 0 <= slot < self.num_adapters
