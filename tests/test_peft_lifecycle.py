@@ -418,6 +418,22 @@ def test_inputs_of_another_dtype_fail_as_they_do_in_peft(pair):
             model(inputs_embeds=embeds().bfloat16())
 
 
+@pytest.mark.parametrize("config", [lora_config, ia3_config])
+def test_inputs_that_are_not_dense_take_pefts_forward_pass(config):
+    stock = mlp(config(MLP)).base_model.model.up
+    ours = copy.deepcopy(stock)
+    pyfastpeft.accelerate(ours)
+    x = embeds()[0]
+    inputs = [x.to_sparse(), x.to_sparse_csr()]
+    if config is lora_config:  # PEFT's IA3 takes no nested tensors
+        inputs.append(torch.nested.nested_tensor([x[:2], x[2:]]))
+    for given in inputs:
+        with torch.no_grad(), recorded() as calls:
+            out, expected = ours(given), stock(given)
+        assert calls == []
+        assert all(torch.equal(a, b) for a, b in zip(out.unbind(), expected.unbind()))
+
+
 def test_input_casting_turned_off():
     model = adapted(MLP, lora_config(MLP), dtype=torch.bfloat16)  # float32 adapters
     pyfastpeft.accelerate(model)

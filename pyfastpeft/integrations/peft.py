@@ -332,8 +332,9 @@ def _intercepted(module: nn.Module) -> bool:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether this is an ordinary floating-point tensor: not quantised, sharded or of any other subclass."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in FLOATS
+    """Whether this is an ordinary floating-point tensor: dense, not quantised, sharded or of any other subclass."""
+    ordinary = type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in FLOATS
+    return ordinary and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _base(base: nn.Module) -> _Base | str:
