@@ -85,6 +85,7 @@ def multi_arguments(**changed):
 
 INTEGER = torch.zeros(4, 8, dtype=torch.int64)
 META = torch.zeros(2, 8, device="meta")
+NESTED = torch.nested.nested_tensor([torch.zeros(3, 8), torch.zeros(1, 8)])
 QUANTISED = torch.quantize_per_tensor(torch.zeros(4, 8), 1.0, 0, torch.qint8)
 NAN, INF = float("nan"), float("inf")
 
@@ -98,6 +99,7 @@ LORA = [
         "x is a torch.float32 tensor of shape [] on cpu; it must be of shape [..., K] with K >= 1",
     ),
     ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
+    ({"x": NESTED}, TypeError, "x is a nested tensor; it must be a dense one"),
     ({"x": QUANTISED}, TypeError, "x is a torch.qint8 tensor of shape [4, 8] on cpu; it must be a float64"),
     (
         {"weight": random(6, 9)},
@@ -175,6 +177,7 @@ IA3 = [
 
 BOTTLENECK = [
     ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
+    ({"x": NESTED}, TypeError, "x is a nested tensor; it must be a dense one"),
     ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
     ({"residual": None}, TypeError, "residual is None (NoneType); it must be a float64"),
     ({"residual": random(4, 8)}, ValueError, "residual is a torch.float32 tensor of shape [4, 8] on cpu; it must be of shape [..., N] = [4, 6]"),
@@ -215,6 +218,7 @@ GROUP = [
 
 DORA = [
     ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
+    ({"x": NESTED}, TypeError, "x is a nested tensor; it must be a dense one"),
     ({"x": INTEGER}, TypeError, "x is a torch.int64 tensor of shape [4, 8] on cpu; it must be a float64"),
     ({"weight": random(6, 9)}, ValueError, "x is a torch.float32 tensor of shape [4, 8] on cpu; it must be of shape [..., K] with K = 9"),
     ({"lora_A": META}, ValueError, "lora_A is a torch.float32 tensor of shape [2, 8] on meta; it must be on cpu, where x is"),
@@ -279,6 +283,7 @@ MULTI_LAYER = [
     ({"x": random(4, 7)}, ValueError, "x is a torch.float32 tensor of shape [4, 7] on cpu; it must be of shape [..., K] with K = 8, as weight has"),
     ({"x": random(4, 8).half()}, TypeError, "x is a torch.float16 tensor of shape [4, 8] on cpu; it must be of dtype torch.float32, as weight is"),
     ({"x": random(4, 8).to_sparse()}, TypeError, "x is of layout torch.sparse_coo; it must be a dense tensor"),
+    ({"x": NESTED}, TypeError, "x is a nested tensor; it must be a dense one"),
     ({"x": random(3, 8)}, ValueError, "slots is a torch.int64 tensor of shape [4] on cpu; it must be of shape [T] = [3]"),
     ({"weight": random(6)}, ValueError, "weight is a torch.float32 tensor of shape [6] on cpu; it must be of shape [N, K]"),
     ({"weight": random(6, 8).to("meta")}, ValueError, "x is a torch.float32 tensor of shape [4, 8] on cpu; it must be on meta, where weight is"),

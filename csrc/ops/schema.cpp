@@ -114,10 +114,12 @@ void refuse_all(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-// Modes, transforms, traces and autocast have to see what an op consists of.
+// Modes, transforms, traces and autocast have to see what an op consists of; nested tensors have no rows.
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, PythonTLSSnapshot, m) { refuse_all(m); }
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, FuncTorchDynamicLayerFrontMode, m) { refuse_all(m); }
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, Tracer, m) { refuse_all(m); }
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, AutocastCPU, m) { refuse_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, NestedTensorCPU, m) { refuse_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, AutogradNestedTensor, m) { refuse_all(m); }
 
 }  // namespace pyfastpeft

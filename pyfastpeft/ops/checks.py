@@ -34,6 +34,8 @@ def floating(op: str, argument: str, tensor) -> None:
         need_value(False, op, argument, tensor, "a float64, float32, bfloat16 or float16 tensor", TypeError)
     if tensor.layout != torch.strided:
         need(False, op, argument, f"of layout {tensor.layout}", "a dense tensor, of layout torch.strided", TypeError)
+    if tensor.is_nested:
+        need(False, op, argument, "a nested tensor", "a dense one", TypeError)
 
 
 def integral(op: str, argument: str, tensor) -> None:
