@@ -998,6 +998,12 @@ def test_dropout_follows_the_mode_of_the_model():
     add_weighted_adapter(model.eval(), ["default"], [1.0], "sum", "cat")
     set_adapter(model, "sum")
     assert torch.equal(output(model, given), output(model, given))
+    model.train()
+    assert not torch.equal(output(model, given), output(model, given))
+    for module in model.modules():  # as TRL's disable_dropout
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    assert torch.equal(output(model, given), output(model.eval(), given))
 
 
 def test_a_config_belongs_to_one_model():

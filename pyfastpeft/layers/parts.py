@@ -22,7 +22,8 @@ class LoRAPart(Part):
 
     def __init__(self, in_features, out_features, r, scaling, dropout_p=0.0, init=True, device=None, dtype=None):
         super().__init__()
-        self.r, self.scaling, self.dropout_p = r, scaling, dropout_p
+        self.r, self.scaling = r, scaling
+        self.dropout = nn.Dropout(dropout_p)  # a module, so that what sets the dropouts of a model finds it
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
         if init == "gaussian":
@@ -37,7 +38,7 @@ class LoRAPart(Part):
     @property
     def drop(self) -> float:
         """The share of x that the branch does not see now."""
-        return self.dropout_p if self.training else 0.0
+        return self.dropout.p if self.dropout.training else 0.0
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """(lora_A [r, K], lora_B [N, r], scaling) of the change that this part makes to the weight."""
@@ -54,7 +55,7 @@ class LoRAPart(Part):
         return merged + scaling * (lora_B.to(merged.dtype) @ lora_A.to(merged.dtype))
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, dropout_p={self.dropout_p:g}"
+        return f"r={self.r}, scaling={self.scaling:g}"
 
 
 class EmbeddingLoRAPart(LoRAPart):

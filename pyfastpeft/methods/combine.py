@@ -71,7 +71,7 @@ def _part(held: list[LoRAPart], weights: list[float], combination_type: str, r: 
         part = EmbeddingLoRAPart(embedding, rank, 1.0, **like)
         part.embed_scale = held[0].embed_scale
     else:
-        part = LoRAPart(lora_A.shape[1], len(lora_B), rank, 1.0, held[0].dropout_p, **like)
+        part = LoRAPart(lora_A.shape[1], len(lora_B), rank, 1.0, held[0].dropout.p, **like)
     part.lora_A.copy_(lora_A)
     part.lora_B.copy_(lora_B)
     return part
