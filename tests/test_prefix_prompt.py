@@ -1,6 +1,7 @@
 """Prefix and prompt tuning: equal to PEFT where PEFT is right, and right where PEFT is not."""
 
 import copy
+import functools
 import itertools
 import pickle
 from functools import partial
@@ -876,6 +877,22 @@ def test_of_the_virtual_tokens_the_last_alone_gets_logits(family):
     torch.testing.assert_close(ours(**inputs, labels=labels).loss, theirs(**inputs, labels=labels).loss)
     (own,), (peers,) = ([p.grad for p in model.parameters() if p.requires_grad] for model in (ours, theirs))
     torch.testing.assert_close(own, peers)
+
+
+def test_a_forward_set_on_the_model_gets_labels_for_all_tokens():
+    """As TRL's, which forms the loss from the hidden states."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        states = self.model(*args, **kwargs).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(
+            loss=self.loss_function(self.lm_head(states), labels, VOCABULARY)
+        )
+
+    model, inputs = adapted(lambda: decoder("llama"), "prompt"), batch()
+    inputs["labels"] = inputs["input_ids"]
+    expected = model(**inputs).loss
+    model.forward = functools.wraps(type(model).forward)(forward).__get__(model)
+    torch.testing.assert_close(model(**inputs).loss, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

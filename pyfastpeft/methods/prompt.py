@@ -124,7 +124,9 @@ class Prompts:
             kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (virtual, 0))
         labels, keep, before = kwargs.get("labels"), kwargs.get("logits_to_keep"), virtual
         every = keep is None or (isinstance(keep, int) and keep in (0, self.tokens))
-        if every and "logits_to_keep" in self.names and type(self.tokens) is int:
+        # A forward that was set on the instance, as by TRL, may not heed it.
+        heeded = "logits_to_keep" in self.names and "forward" not in module.__dict__
+        if every and heeded and type(self.tokens) is int:
             # Of the virtual tokens only the last, which predicts the first real one, needs logits.
             before = 1 if kwargs.get("shift_labels") is None else 0
             kwargs["logits_to_keep"] = self.tokens + before
