@@ -1,6 +1,8 @@
 """Adapted models in transformers.Trainer: methods without a callback, AdaLoRA and DyLoRA with theirs, checkpoints."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -334,6 +336,12 @@ def test_missing_keys_are_told_of_where_they_matter():
     assert model.load_state_dict(state, strict=False).missing_keys == [gone]
 
 
+def reads_head(model, input_ids, labels):
+    """As TRL's trainers have it."""
+    logits = model.model(input_ids).last_hidden_state @ model.lm_head.weight.T
+    return {"loss": model.loss_function(logits, labels, 61)}
+
+
 def test_bad_inputs(tmp_path):
     with pytest.raises(ValueError, match="AdapterCallback: model is a LlamaForCausalLM without adapters"):
         AdapterCallback(llama())
@@ -355,3 +363,9 @@ def test_bad_inputs(tmp_path):
     model = adapted(AdaLoraConfig(**ADALORA | {"tfinal": STEPS}))
     with pytest.raises(ValueError, match=r"total_step is 6 \(int\); it must be more than tinit \+ tfinal"):
         train(model, tmp_path, [AdapterCallback(model)])
+    for target, named in ((["q_proj", "lm_head"], True), (["q_proj"], False)):
+        model = adapted(LoraConfig(r=3, target_modules=target, modules_to_save=None if named else ["lm_head"]))
+        model.forward = partial(reads_head, model)
+        told = pytest.raises(ValueError, match="AdapterCallback: model is one whose head has an adapter, but is never")
+        with told if named else nullcontext():
+            train(model, tmp_path, [AdapterCallback(model)])

@@ -16,6 +16,7 @@ from ..methods.adapt import adaptation, need_adapter
 from ..methods.checkpoint import save_adapter
 from ..methods.configs import AdaLoraConfig, DyLoraConfig
 from ..methods.files import tensors_as_bytes, write_files
+from ..methods.inject import head
 from ..methods.losses import regularize
 from ..methods.ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank
 from ..ops.checks import need
@@ -79,6 +80,14 @@ class AdapterCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         for name in self.nested:
             draw_rank(self.model, name, step=state.global_step, seed=args.seed)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Raises ValueError where the head is not called, but its weight read, as TRL's trainers do."""
+        parts = getattr(head(self.model), "adapters", {})
+        own = [p for name in self._current() if name in parts for p in parts[name].parameters() if p.requires_grad]
+        reached = any(p.grad is not None for p in own) or all(p.grad is None for p in self.model.parameters())
+        given, needed = "one whose head has an adapter, but is never called", "without: modules_to_save trains it whole"
+        need(not own or reached, "AdapterCallback", "model", given, needed)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if not getattr(optimizer, "step_was_skipped", False):
