@@ -315,6 +315,22 @@ def test_targets_by_name(options, expected):
     assert paths_of(tree(), **options) == expected
 
 
+def test_convolutions_stay_and_are_told_of():
+    """PEFT adapts those that target_modules mean; they can be excluded as there."""
+    model = nn.ModuleDict(
+        {"embed": nn.ModuleDict({"proj": nn.Conv2d(3, 8, 4)}), "attn": nn.ModuleDict(), "fc": Block()}
+    )
+    model["attn"]["proj"] = nn.Linear(8, 8)
+    for target in (["proj", "up"], r".*\.(proj|up)"):
+        with pytest.warns(UserWarning, match=r"LoraConfig: target_modules means \['embed.proj'\], too, convolutions"):
+            assert paths_of(copy.deepcopy(model), target_modules=target) == ["attn.proj", "fc.up"]
+        for exclude in (["embed.proj", "fc.up"], r"embed.*|fc\.up"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                named = {"target_modules": target, "exclude_modules": exclude}
+                assert paths_of(copy.deepcopy(model), **named) == ["attn.proj"]
+
+
 def test_layers_of_a_transformer():
     model = llama(num_hidden_layers=4)
     paths = paths_of(model, target_modules=["q_proj"], layers_to_transform=[0, -1])
@@ -543,6 +559,23 @@ def test_layers_whose_weights_alone_are_read(kind, sizes, uncalled):
     model(**given).logits.square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in adapter_parameters(model, "default").values())
     close(output(unload(model, merge=True), given), changed)
+
+
+class BiasedAttention(nn.Module):
+    """As in timm's BEiT, EVA and Swin V2."""
+
+    def __init__(self, qkv_bias_separate=False, biased=True):
+        super().__init__()
+        self.qkv, self.qkv_bias_separate = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), qkv_bias_separate
+        self.q_bias, self.proj = nn.Parameter(torch.zeros(HIDDEN)) if biased else None, nn.Linear(HIDDEN, HIDDEN)
+
+
+def test_queries_keys_and_values_of_timm():
+    for options in ({"qkv_bias_separate": True}, {"biased": False}):
+        assert paths_of(BiasedAttention(**options), target_modules="all-linear") == ["qkv", "proj"]
+    assert paths_of(BiasedAttention(), target_modules="all-linear") == ["proj"]
+    with pytest.raises(TypeError, match=r"holding \['qkv'\].*a Linear; it must be of linear layers.* called"):
+        adapt(BiasedAttention(), LoraConfig(target_modules=["qkv", "proj"]))
 
 
 def test_adapters_of_pefts_on_layers_whose_weights_alone_are_read(tmp_path):

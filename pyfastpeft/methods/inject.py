@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..layers.adapted import (
@@ -153,13 +154,16 @@ _UNCALLED = re.compile(
 
 
 def uncalled_layers(model: nn.Module) -> set[str]:
-    """The paths of layers whose weights torch's nn.MultiheadAttention and models of transformers read instead of
-    calling them: what an adapter adds to their outputs would have no effect until it is merged."""
+    """The paths of layers whose weights torch's nn.MultiheadAttention and models of transformers and timm read instead
+    of calling them: what an adapter adds to their outputs would have no effect until it is merged."""
     modules, found = own_modules(model), set()
     for path, module in modules.items():
         owner, _, name = path.rpartition(".")
         known = _UNCALLED.fullmatch(f"{type(modules[owner]).__name__}.{name}")
-        if known or isinstance(module, NonDynamicallyQuantizableLinear):
+        # timm's BEiT, EVA and Swin V2 have biases for queries and values alone.
+        together = getattr(modules[owner], "qkv_bias_separate", None) is False
+        biased = name == "qkv" and together and modules[owner].q_bias is not None
+        if known or biased or isinstance(module, NonDynamicallyQuantizableLinear):
             found.add(path)
     return found
 
@@ -185,6 +189,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
     architecture."""
     op, saved, target = type(config).__name__, saved_modules(model, config), config.target_modules
     layers = {path: module for path, module in matrices(model).items() if path not in saved}
+    exclude = _without_convolutions(model, config, op, layers, saved)
     if target is None:
         target = usual(targets.family(model, op))
     elif target == "all-linear":
@@ -199,8 +204,23 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
             needed = "of linear layers, Conv1D or embeddings that are called and not among modules_to_save"
             given = f"holding {others}, which means {path!r}, a {type(module).__name__}"
             need(not others, op, "target_modules", given, needed, TypeError)
-    options = config.exclude_modules, config.layers_to_transform, config.layers_pattern
+    options = exclude, config.layers_to_transform, config.layers_pattern
     return targets.select(op, "target_modules", list(layers), target, *options)
+
+
+def _without_convolutions(model, config, op, layers, saved):
+    """exclude_modules without names that mean convolutions alone. A warning where target_modules mean some, which PEFT
+    would adapt."""
+    target, exclude = config.target_modules, config.exclude_modules or ()
+    found = [path for path, module in own_modules(model).items() if isinstance(module, _ConvNd) and path not in saved]
+    named = target not in (None, "all-linear") and config.layers_to_transform is None
+    left = [path for path in found if named and targets.matches(path, target) and not targets.matches(path, exclude)]
+    if left and any(targets.matches(path, target) for path in layers):
+        told = "for which it has no adapters; name them in exclude_modules if they are to stay as they are"
+        warnings.warn(f"{op}: target_modules means {left[:5]}, too, convolutions, {told}", stacklevel=6)
+    if isinstance(exclude, str):
+        return exclude
+    return [name for name in exclude if targets.any_of(layers, name) or not targets.any_of(found, name)]
 
 
 def take_targets_of_peft(model: nn.Module, config: Config) -> None:
