@@ -4,10 +4,13 @@ import copy
 import pickle
 import re
 import warnings
+from abc import ABC
+from typing import Generic, TypeVar
 
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 pytest.importorskip("transformers")
 
@@ -737,6 +740,78 @@ class Views(nn.Linear):
         return Viewing.apply(super().forward(x))
 
 
+class Abstract(ABC, nn.Linear):
+    """In memory as ABC wants it, not as nn.Linear does."""
+
+
+class Typed(Generic[TypeVar("T")], Block):
+    """As `Abstract`, and no matrix."""
+
+
+def test_classes_with_another_first_base_than_module():
+    layer, block = nn.Sequential(Abstract(HIDDEN, HIDDEN), Typed())
+    model, x = nn.Sequential(layer, block), torch.randn(3, HIDDEN)
+    before = model(x)
+    adapt(model, LoraConfig(target_modules=["0"], r=2), "lora")
+    adapt(model, BottleneckConfig(target_modules=["1"], placement="parallel", bottleneck_size=2), "bottleneck")
+    set_adapter(model, "lora", "bottleneck")
+    randomise(model)
+    y = model(x)
+    close(block(Abstract.forward(layer, x) + layer.adapters["lora"].beside(torch.zeros_like(x), x, None)), y)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+    unload(model)
+    assert torch.equal(model(x), before)
+    assert [type(module) for module in model] == [Abstract, Typed]
+
+
+def test_dora_on_layers_that_compute_their_own_base():
+    """As PEFT: what the layer computes without its bias takes the place of x W^T."""
+    peft = pytest.importorskip("peft")
+    layer, x = Doubling(6, 5), torch.randn(3, 6)
+    model, config = nn.Sequential(layer), {"target_modules": ["0"], "r": 2, "lora_alpha": 6, "use_dora": True}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+    adapt(model, LoraConfig(**config))
+    randomise(model)
+    part, theirs_too = layer.adapters["default"], theirs.base_model.model[0]
+    with torch.no_grad():
+        theirs_too.lora_A["default"].weight.copy_(part.lora_A)
+        theirs_too.lora_B["default"].weight.copy_(part.lora_B)
+        theirs_too.lora_magnitude_vector["default"].weight.copy_(part.magnitude)
+    y, y_theirs = model(x), theirs(x)
+    close(y, y_theirs)
+    y.square().sum().backward()
+    y_theirs.square().sum().backward()
+    close(part.lora_A.grad, theirs_too.lora_A["default"].weight.grad)
+    close(part.magnitude.grad, theirs_too.lora_magnitude_vector["default"].weight.grad)
+
+
+def test_copies_of_parameters_that_cannot_train():
+    """Quantised ones: whole numbers, or a class of tensors that is no sharded one."""
+    for kind, weight in (("Parameter of torch.int8", torch.ones(5, 6).to(torch.int8)), ("TwoTensor", None)):
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5))
+        weight = TwoTensor(torch.ones(5, 6), torch.ones(5, 6)) if weight is None else weight
+        model[0].weight = nn.Parameter(weight, requires_grad=False)
+        for config in (
+            SelectiveConfig(target_parameters=["0.weight"]),
+            LoraConfig(target_modules=["1"], modules_to_save=["0"]),
+        ):
+            with pytest.raises(TypeError, match=rf"{kind}.* as '0\.weight'; .* one with ordinary floating"):
+                adapt(model, config)
+            assert not carriers(model)
+
+
+def test_missing_biases_beside_a_weight_that_makes_no_other_tensors():
+    class Weight(torch.Tensor):
+        def new_zeros(self, *size, **options):
+            raise NotImplementedError
+
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    model[0].weight = nn.Parameter(torch.randn(5, 6).as_subclass(Weight))
+    adapt(model, BitFitConfig(add_missing=True))
+    assert type(model[0].bias) is nn.Parameter
+    assert model[0].bias.shape == (5,)
+
+
 @pytest.mark.parametrize("kind", [Doubling, Views])
 def test_layers_that_compute_their_own_base(kind):
     layer = kind(6, 5)
@@ -994,6 +1069,9 @@ def test_models_are_adapted_before_they_are_wrapped():
 def test_dora_needs_an_ordinary_weight():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     with pytest.raises(TypeError, match=r"True with '0', whose weight is a Tensor of torch.float32; it must be False"):
+        adapt(model, LoraConfig(target_modules=["0"], use_dora=True))
+    model = nn.Sequential(nn.Linear(4, 3).to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=r"True with '0', whose weight is a Parameter of torch.float8_e4m3fn"):
         adapt(model, LoraConfig(target_modules=["0"], use_dora=True))
 
 
@@ -1505,6 +1583,12 @@ def test_bad_targets(config, error, message):
     with pytest.raises(error, match=message):
         adapt(model, config)
     assert_same(snapshot(model), before)
+
+
+def test_all_linear_in_a_model_without_linear_layers():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3))
+    with pytest.raises(ValueError, match=r"a Sequential in which 'all-linear' means nothing; .* linear layers"):
+        adapt(model, LoraConfig(target_modules="all-linear"))
 
 
 def test_bad_calls():

@@ -631,6 +631,15 @@ def test_a_module_without_known_widths_or_norms_is_an_error():
     model = nn.Sequential(nn.Dropout(), nn.Linear(K, N))
     with pytest.raises(TypeError, match="meaning '0', a Dropout; it must be of modules that hold linear layers"):
         pyfastpeft.adapt(model, BottleneckConfig(target_modules=["0"]))
+
+    class Packed(nn.Identity):
+        """As torch's quantised layers."""
+
+        def weight(self):
+            return torch.ones(N)
+
+    with pytest.raises(TypeError, match="meaning '0', a Packed; it must be of modules that hold linear layers"):
+        pyfastpeft.adapt(nn.Sequential(Packed()), BottleneckConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="train_layer_norm is True for a model without"):
         pyfastpeft.adapt(model, BottleneckConfig(target_modules=["1"], train_layer_norm=True))
 

@@ -30,9 +30,10 @@ class Part(nn.Module):
         """The layer's input [..., K] as the layer is to see it."""
         return x
 
-    def beside(self, y: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+    def beside(self, y: Tensor, x: Tensor, weight: Tensor | None, base: Tensor | None = None) -> Tensor:
         """The layer's output [..., N] with this part's branch of its input x [..., K]; y may be written in place.
-        weight [N, K], None where the layer is no matrix."""
+        weight [N, K], None where the layer is no matrix; base [..., N], what the layer computes of x without its bias,
+        None where that is x weight^T."""
         return y
 
     def after(self, y: Tensor) -> Tensor:
@@ -135,13 +136,14 @@ class AdaptedMatrix(Mergeable, Adapted):
                 return y
         for part in parts:
             x = part.before(x)
-        y = super().forward(x, *args, **kwargs)
+        y, base = super().forward(x, *args, **kwargs), None
         if self.foreign:
             kind, needed = _plain_class(type(self)).__name__, "a tensor, or the layer named in exclude_modules"
             checks.need(isinstance(y, Tensor), kind, "its output", f"a {type(y).__name__}", needed, TypeError)
+            base = y if getattr(self, "bias", None) is None else y - self.bias
             y = y.clone()  # it may keep its output for its backward pass, or return a view
         for part in parts:
-            y = part.beside(y, x, self.matrix())
+            y = part.beside(y, x, self.matrix(), base)
         for part in parts:
             y = part.after(y)
         return y
@@ -265,7 +267,10 @@ def carrier_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _mixed(base: type[Adapted], kind: type[nn.Module], **own) -> type[nn.Module]:
     first = [*signature(kind.forward).parameters, None][1]
-    return type(f"Adapted{kind.__name__}", (base, kind), {"_first": first} | own)
+    order = type(kind.__name__, (base, kind), {}).__mro__[1:]
+    # Of several bases the first gives the layout in memory, and classes of another layout cannot be swapped.
+    ordered = type("Ordered", (type(kind),), {"mro": lambda cls: [cls, *order]})
+    return ordered(f"Adapted{kind.__name__}", (kind, base), {"_first": first} | own)
 
 
 def _brought(kind: type[Adapted]) -> set[str]:
@@ -303,9 +308,10 @@ class Replacement(nn.Module):
         for name in names:
             original = module._parameters[name]
             if original is None:
-                copy = nn.Parameter(module.weight.new_zeros(module.out_features))
+                like = {"device": module.weight.device, "dtype": module.weight.dtype}
+                copy = nn.Parameter(torch.zeros(module.out_features, **like), requires_grad=False)
             elif original not in copies:
-                copy = copies[original] = nn.Parameter(original.detach().clone())
+                copy = copies[original] = nn.Parameter(original.detach().clone(), requires_grad=False)
             else:
                 copy = copies[original]
             self.register_parameter(name, copy)

@@ -98,7 +98,7 @@ class SerialPart(Bottleneck, Part):
 class ParallelPart(Bottleneck, Part):
     """Beside a layer: reads its input, and is added to its output."""
 
-    def beside(self, y, x, weight):
+    def beside(self, y, x, weight, base=None):
         return self(x, y)
 
 

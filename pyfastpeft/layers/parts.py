@@ -47,7 +47,7 @@ class LoRAPart(Part):
     def fused(self, x, weight, bias):
         return ops.lora_linear(x, weight, bias, *self.factors(), self.drop)
 
-    def beside(self, y, x, weight):
+    def beside(self, y, x, weight, base=None):
         return ops.lora_delta_(y, x.to(y.dtype), *self.factors(), self.drop)
 
     def merged_beside(self, merged, weight):
@@ -74,7 +74,7 @@ class EmbeddingLoRAPart(LoRAPart):
         self.padding_idx = embedding.padding_idx
         self.embed_scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
 
-    def beside(self, y, x, weight):
+    def beside(self, y, x, weight, base=None):
         lora_A, lora_B, scaling = self.factors()
         scaling *= self.embed_scale
         shrunk = F.embedding(x, lora_A.T, self.padding_idx)
@@ -97,9 +97,14 @@ class DoRAPart(LoRAPart):
     def fused(self, x, weight, bias):
         return ops.dora_linear(x, weight, bias, self.lora_A, self.lora_B, self.magnitude, self.scaling, self.drop)
 
-    def beside(self, y, x, weight):
-        whole = ops.dora_linear(x, weight, None, self.lora_A, self.lora_B, self.magnitude, self.scaling, self.drop)
-        return y + (whole - F.linear(x, weight))
+    def beside(self, y, x, weight, base=None):
+        if base is None:
+            base, own = F.linear(x, weight), (self.lora_A, self.lora_B, self.magnitude, self.scaling, self.drop)
+            whole = ops.dora_linear(x, weight, None, *own)
+        else:
+            whole = super().beside(base.clone(), x, weight)
+            whole = whole * (self.magnitude / self._norm(weight)).to(whole.dtype)
+        return y + (whole - base)
 
     def merged_beside(self, merged, weight):
         changed = super().merged_beside(weight, weight)
@@ -131,8 +136,8 @@ class AdaLoRAPart(LoRAPart):
             return None
         return ops.adalora_linear(x, weight, bias, self.lora_A, self.lora_E, self.lora_B, self.scaling, self.drop)
 
-    def beside(self, y, x, weight):
-        return super().beside(y, x, weight) if self.r else y
+    def beside(self, y, x, weight, base=None):
+        return super().beside(y, x, weight, base) if self.r else y
 
     def keep(self, ranks: Tensor) -> None:
         """Drop all but `ranks`, bool [r], for good; the parameters are new ones. What is computed stays the same if

@@ -1,6 +1,6 @@
 """Bottleneck adapters in a model: after its sub-layers, or beside them."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.adapted import attach, placed
 from ..layers.bottleneck import EntrancePart, ExitPart, ParallelPart, Passage, SerialPart
@@ -101,10 +101,11 @@ def _widths(path, module, autocast_adapter_dtype) -> tuple[int, int, dict]:
     layers = [m for inner, m in own_modules(module).items() if inner in known or isinstance(m, nn.Linear)]
     if layers:
         return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1].weight, autocast_adapter_dtype)
-    vector = getattr(module, "weight", None) is not None and module.weight.dim() == 1
+    weight = getattr(module, "weight", None)  # a method of torch's quantised layers
+    vector = isinstance(weight, Tensor) and weight.dim() == 1
     given, needed = f"meaning {path!r}, a {type(module).__name__}", "of modules that hold linear layers, or of norms"
     need(vector, OP, "target_modules", given, needed, TypeError)
-    return len(module.weight), len(module.weight), placed(module.weight, autocast_adapter_dtype)
+    return len(weight), len(weight), placed(weight, autocast_adapter_dtype)
 
 
 def _options(config) -> dict:

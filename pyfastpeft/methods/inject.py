@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..layers.adapted import (
     AdaptedLinear,
@@ -25,6 +26,7 @@ from ..layers.adapted import (
 )
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need
+from ..ops.dispatch import FLOATS
 from ..ops.frozen import prefers_own_linear
 from . import prefix, prompt, targets
 from .configs import (
@@ -195,6 +197,8 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
     elif target == "all-linear":
         last = head(model)
         layers = {path: m for path, m in layers.items() if m is not last and not is_embedding(m)}
+        needed = "one of linear layers or Conv1D beside its head and its modules_to_save, which stay as they are"
+        need(layers, op, "model", f"a {type(model).__name__} in which 'all-linear' means nothing", needed)
         target = ".*"
     if not isinstance(target, str):
         # What is saved trains whole; PEFT's files name layers in there, too.
@@ -284,7 +288,7 @@ def _lora_part(path, module, config, like):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
         return EmbeddingLoRAPart(module, r, scaling, config.init_lora_weights, **like)
     if config.use_dora:
-        plain = type(module.weight) is nn.Parameter and module.weight.is_floating_point()
+        plain = type(module.weight) is nn.Parameter and module.weight.dtype in FLOATS
         given = f"True with {path!r}, whose weight is a {type(module.weight).__name__} of {module.weight.dtype}"
         needed = "False where weights are quantised or parametrised"
         need(plain, "LoraConfig", "use_dora", given, needed, TypeError)
@@ -379,7 +383,14 @@ def replace(model: nn.Module, name: str, chosen: dict[str, list[str]]) -> None:
     copies = {}
     for path, names in chosen.items():
         module = model.get_submodule(path)
-        attach(module, name, Replacement(module, tuple(names), copies))
+        part = Replacement(module, tuple(names), copies)
+        for own, copy in part.named_parameters():
+            sharded = hasattr(copy, "full_tensor")  # or quantised, if of a class of its own
+            fits = not is_traceable_wrapper_subclass(copy) or sharded
+            given = f"one with a {type(copy).__name__} of {copy.dtype} as {f'{path}.{own}'.removeprefix('.')!r}"
+            needed = "one with ordinary floating-point parameters where copies are to train"
+            need(fits and (copy.is_floating_point() or copy.is_complex()), "adapt", "model", given, needed, TypeError)
+        attach(module, name, part)
 
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
