@@ -5,11 +5,15 @@ import pickle
 import re
 import warnings
 from abc import ABC
+from contextlib import nullcontext
 from typing import Generic, TypeVar
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.two_tensor import TwoTensor
 
 pytest.importorskip("transformers")
@@ -1064,6 +1068,61 @@ def test_models_are_adapted_before_they_are_wrapped():
         adapt(model, LoraConfig(**TREE))
     assert_same(snapshot(model), before)
     adapt(model.module, LoraConfig(**TREE))
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", [fully_shard, FullyShardedDataParallel])
+def test_models_that_fsdp_shards(shard, mesh, tmp_path):
+    """Adapted before, they train; what FSDP would undo, or what is a part of what is to be saved, is an error."""
+    plain, ids = tree(), torch.randint(VOCABULARY, (2, 7))
+    whole = adapt(copy.deepcopy(plain), LoraConfig(**TREE), "lora")
+    adapt(whole, SelectiveConfig(target_parameters=["1.up.weight"]), "copies")
+    set_adapter(whole, "lora", "copies")
+    randomise(whole)
+    options = {"mesh": mesh} if shard is fully_shard else {"use_orig_params": True, "device_id": torch.device("cpu")}
+    model, bare = shard(copy.deepcopy(whole), **options), shard(copy.deepcopy(plain), **options)
+    close(model(ids), whole(ids))
+    if shard is fully_shard:
+        model.reshard()
+    needed = "it must be whole, as after unshard" if shard is fully_shard else "must be in .*summon_full_params"
+    with pytest.raises((TypeError, RuntimeError), match=needed):
+        save_adapter(model, tmp_path / "adapter", "lora")
+    for call, message in (
+        (lambda: adapt(bare, LoraConfig(**TREE)), "adapt: .* FSDP shards, .*; it must be adapted before"),
+        (lambda: add_weighted_adapter(model, ["lora"], [1.0], "sum"), "add_weighted_adapter: .* FSDP shards"),
+        (lambda: merge_adapter(model), "merge_adapter: .* FSDP shards, which puts back"),
+        (lambda: save_training_state(tmp_path, model, name="lora"), "save_training_state: .* FSDP shards"),
+        (lambda: disable_adapter(model).__enter__(), r"disable_adapter: .* FSDP shards, .*1.up'\] to exchange"),
+        (lambda: set_adapter(model, "lora"), "set_adapter: .* FSDP shards, .* to exchange; .* not sharded yet"),
+        (lambda: unload(model), "unload: .* FSDP shards, .* to exchange"),
+    ):
+        with pytest.raises((TypeError, RuntimeError), match=message):
+            call()
+    set_adapter(model, "copies", "lora")  # exchanges nothing
+    with FullyShardedDataParallel.summon_full_params(model) if shard is not fully_shard else nullcontext():
+        if shard is fully_shard:
+            model.unshard()
+        save_adapter(model, tmp_path / "adapter", "lora")
+    set_adapter(whole, "lora")
+    close(load_adapter(plain, tmp_path / "adapter")(ids), whole(ids))
+
+
+def test_tensor_parallel_models(mesh):
+    """Beside weights that are DTensors nothing is adapted; copies of them, and missing biases, train."""
+    plan = {"1.up": ColwiseParallel(), "1.down": RowwiseParallel()}
+    model, ids = parallelize_module(tree(), mesh, plan), torch.randint(VOCABULARY, (2, 7))
+    with pytest.raises(TypeError, match=r"model is one whose '1.up' has a DTensor as its weight; .* whole weights"):
+        adapt(model, LoraConfig(target_modules=["up"]))
+    assert not carriers(model)
+    adapt(model, BitFitConfig(add_missing=True))
+    model(ids).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_dora_needs_an_ordinary_weight():

@@ -308,8 +308,10 @@ class Replacement(nn.Module):
         for name in names:
             original = module._parameters[name]
             if original is None:
-                like = {"device": module.weight.device, "dtype": module.weight.dtype}
-                copy = nn.Parameter(torch.zeros(module.out_features, **like), requires_grad=False)
+                weight, size = module.weight, module.out_features
+                like = {"device": weight.device, "dtype": weight.dtype}  # a quantised one may make no other tensors
+                zeros = weight.new_zeros(size) if checks.distributed(weight) else torch.zeros(size, **like)
+                copy = nn.Parameter(zeros, requires_grad=False)
             elif original not in copies:
                 copy = copies[original] = nn.Parameter(original.detach().clone(), requires_grad=False)
             else:

@@ -62,6 +62,8 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     wrapped = isinstance(plain, (DataParallel, DistributedDataParallel))
     given = f"a {type(plain).__name__}, which does not know new parameters and names all others anew"
     need(not wrapped, op, "model", given, "its module, adapted before it is wrapped", TypeError)
+    given = f"a {type(plain).__name__} that FSDP shards, which does not know new parameters"
+    need(not sharded(model), op, "model", given, "adapted before it is sharded", TypeError)
     ours, config = isinstance(config, Config), deepcopy(as_config(config))
     if not ours:
         inject.take_targets_of_peft(model, config)
@@ -101,7 +103,8 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     """Let exactly these adapters run, together, in this order; those without `inference_mode` train.
 
     Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
-    RuntimeError while adapters are merged, or for one of which layers were replaced or copies tied after `adapt`.
+    RuntimeError while adapters are merged, for one of which layers were replaced or copies tied after `adapt`, or
+    where parameters that FSDP shards would change places.
     """
     known = adaptation(model, "set_adapter")
     for name in names:
@@ -113,10 +116,11 @@ def set_adapter(model: nn.Module, *names: str) -> None:
         replaced = [parameter for name in names if name in parts for parameter in parts[name].names]
         twice = {parameter for parameter in replaced if replaced.count(parameter) > 1}
         need(not twice, "set_adapter", "names", f"{names}, which all replace {twice} of {path!r}", "without conflict")
-    _run(model, known, names)
+    _run(model, known, names, "set_adapter")
 
 
-def _run(model, known, names):
+def _run(model, known, names, op):
+    _need_free(model, names, op)
     known.active = names
     for _, module in carriers(model):
         activate(module, names)
@@ -131,6 +135,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the model computes what it did before it was adapted. What is merged is unmerged before
     it and merged again after it."""
     adaptation(model, "disable_adapter")
+    _need_free(model, (), "disable_adapter")
     before = [(module, module.active, getattr(module, "merged", ())) for _, module in carriers(model)]
     unmerge_adapter(model)
     for module, *_ in before:
@@ -157,7 +162,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     known = adaptation(model, "delete_adapter")
     _need_name(known, "delete_adapter", name)
     _need_unmerged(model, "delete_adapter")
-    _run(model, known, tuple(other for other in known.active if other != name))
+    _run(model, known, tuple(other for other in known.active if other != name), "delete_adapter")
     _detach_all(model, known, name)
     del known.configs[name], known.places[name]
     if not known.configs:
@@ -176,6 +181,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     Returns the model. Raises as `merge_adapter` does; TypeError for a model that would compute something else then.
     """
     known = adaptation(model, "unload")
+    _need_free(model, (), "unload")
     kept, made, together = {}, {}, {}
     if merge:
         before = merged_adapters(model)
@@ -256,6 +262,9 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
     for name in names:
         need_adapter(model, "merge_adapter", name)
     here = [(path, m, [n for n in names if n in getattr(m, "adapters", {})]) for path, m in carriers(model)]
+    whole = not any(present for *_, present in here) or not sharded(model)
+    given = f"a {type(model).__name__} that FSDP shards, which puts back the weights of before"
+    need(whole, "merge_adapter", "model", given, "one that is not sharded", TypeError)
     for path, module, present in here:
         for name in present:
             part = module.adapters[name]
@@ -333,6 +342,7 @@ def add_weighted_adapter(
     """
     op = "add_weighted_adapter"
     known = adaptation(model, op)
+    need(not sharded(model), op, "model", f"a {type(model).__name__} that FSDP shards", "not sharded yet", TypeError)
     several = isinstance(names, Sequence) and not isinstance(names, str)
     need_value(several, op, "names", names, "a list of names", TypeError)
     need_value(len(set(names)) == len(names), op, "names", names, "distinct")
@@ -345,7 +355,7 @@ def add_weighted_adapter(
     for path, part in parts.items():
         attach(model.get_submodule(path), name, part)
     known.configs[name], known.places[name] = config, _places(model, name)
-    _run(model, known, before)
+    _run(model, known, before, op)
 
 
 def _detach_all(model, known, name):
@@ -353,6 +363,20 @@ def _detach_all(model, known, name):
         detach(module, name)
     inject.eject(model)
     inject.set_base_layers(model, bool(known.active))
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether torch's FSDP, 1 or 2, shards parameters of a model."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return any(kind.__module__.startswith("torch.distributed.fsdp.") for kind in kinds)
+
+
+def _need_free(model, names, op):
+    """Raise RuntimeError where parameters that are to change places for `names` to run have places that FSDP keeps."""
+    parts = [(path, name, part) for path, m in carriers(model) for name, part in getattr(m, "replaced", {}).items()]
+    moved = [path for path, name, part in parts if part.installed != (name in names)]
+    given = f"one that FSDP shards, with copies of parameters of {moved[:3]} to exchange"
+    need(not moved or not sharded(model), op, "model", given, "one that is not sharded yet", RuntimeError)
 
 
 def adaptation(model: nn.Module, op: str) -> Adaptation:

@@ -44,10 +44,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     that were there stay whole.
 
     Raises ValueError for a name that the model does not have, RuntimeError where layers that the adapter was put into
-    have been replaced since, or its copies tied, NotADirectoryError or OSError where it cannot write.
+    have been replaced since, or its copies tied, RuntimeError or TypeError where this process may hold only a part of
+    it, NotADirectoryError or OSError where it cannot write.
     """
     model = uncompiled(model)
     config = need_adapter(model, "save_adapter", name)
+    flat = [m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    whole = all(module.training_state.name == "SUMMON_FULL_PARAMS" for module in flat)
+    needed = "in FullyShardedDataParallel.summon_full_params(model), which makes its parameters whole"
+    need(whole, "save_adapter", "model", "one that FSDP flattens and shards", needed, RuntimeError)
     if isinstance(config, AdaLoraConfig) and config.rank_pattern:
         config = dataclasses.replace(config, rank_pattern=_kept_ranks(model, config, name))
     tensors = {slot.key: slot.read() for slot in _slots(model, config, name)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..ops.checks import need, need_value
+from ..ops.checks import distributed, need, need_value
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -28,6 +28,9 @@ def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     packed, seen = {}, set()
     for key, tensor in tensors.items():
         need_value(tensor.device.type != "meta", "save", key, tensor, "a tensor that has values")
+        given = f"a DTensor of shape {list(tensor.shape)}, of which this process may hold a part"
+        needed = "whole, as after unshard() of all modules that FSDP shards"
+        need(not distributed(tensor), "save", key, given, needed, TypeError)
         plain = tensor.detach().cpu().contiguous()
         storage = plain.untyped_storage()
         if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:  # tied tensors are stored for each name

@@ -25,7 +25,7 @@ from ..layers.adapted import (
     uncompiled,
 )
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
-from ..ops.checks import need
+from ..ops.checks import distributed, need
 from ..ops.dispatch import FLOATS
 from ..ops.frozen import prefers_own_linear
 from . import prefix, prompt, targets
@@ -49,6 +49,10 @@ def inject(model: nn.Module, config: Config, name: str, autocast_adapter_dtype: 
     _save_modules(model, config, name)
     INJECT[type(config)](model, config, name, autocast_adapter_dtype)
     _need_effect(model, config, name)
+    for path, module in carriers(model):
+        parallel = name in getattr(module, "adapters", {}) and distributed(getattr(module, "weight", None))
+        given = f"one whose {path!r} has a DTensor as its weight"
+        need(not parallel, "adapt", "model", given, "one with whole weights in adapted layers", TypeError)
     for layer in _transformer_layers(model):
         if isinstance(layer, nn.TransformerEncoder):
             layer.nested_before = layer.__dict__.get("nested_before", layer.use_nested_tensor)
@@ -385,8 +389,7 @@ def replace(model: nn.Module, name: str, chosen: dict[str, list[str]]) -> None:
         module = model.get_submodule(path)
         part = Replacement(module, tuple(names), copies)
         for own, copy in part.named_parameters():
-            sharded = hasattr(copy, "full_tensor")  # or quantised, if of a class of its own
-            fits = not is_traceable_wrapper_subclass(copy) or sharded
+            fits = distributed(copy) or not is_traceable_wrapper_subclass(copy)  # as quantised ones are
             given = f"one with a {type(copy).__name__} of {copy.dtype} as {f'{path}.{own}'.removeprefix('.')!r}"
             needed = "one with ordinary floating-point parameters where copies are to train"
             need(fits and (copy.is_floating_point() or copy.is_complex()), "adapt", "model", given, needed, TypeError)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import uncompiled
 from ..ops.checks import need, need_value
-from .adapt import adaptation, adapter_parameters, need_adapter
+from .adapt import adaptation, adapter_parameters, need_adapter, sharded
 from .configs import AdaLoraConfig
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
 
@@ -51,6 +51,8 @@ def save_training_state(
     for key, other in {"scheduler": scheduler, **others}.items():
         stateful = hasattr(other, "state_dict") or (key == "scheduler" and other is None)
         need_value(stateful, op, key, other, "an object with state_dict and load_state_dict", TypeError)
+    needed = "whole; torch.distributed.checkpoint saves sharded ones"
+    need(not sharded(model), op, "model", f"a {type(model).__name__} that FSDP shards", needed, TypeError)
     names = _names(op, model, optimizer, name)
     config = adaptation(model, op).configs[name]
     state = {

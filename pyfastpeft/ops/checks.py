@@ -61,6 +61,11 @@ def shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...
         need_value(False, op, argument, tensor, f"of shape {names} = {list(expected)}")
 
 
+def distributed(tensor: torch.Tensor) -> bool:
+    """Whether this is a DTensor, of which this process may hold a part."""
+    return hasattr(tensor, "full_tensor")
+
+
 def entries(op: str, argument: str, values, members, of: str) -> None:
     """A list or tuple of as many entries as `members`, the argument `of`, has, or at least one where they are the
     same."""
