@@ -604,6 +604,8 @@ def test_models_that_ask_whether_weights_are_tied():
     """UMT5 scales what its head reads if its config says that the head is tied."""
     sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     model = tf.UMT5ForConditionalGeneration(tf.UMT5Config(**sizes, decoder_start_token_id=0)).eval()
+    if hasattr(model.config, "scale_decoder_outputs"):
+        pytest.skip("since transformers 5.24 the config says so by itself")
     given = inputs(model)
     adapt(model, LoraConfig(target_modules=["lm_head"]))
     randomise(model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
 
 from pyfastpeft.layers import PrefixEncoder, PromptEmbedding
 from pyfastpeft.methods import (
@@ -264,9 +265,19 @@ def test_encoders_of_audio(make, monkeypatch):
         torch.testing.assert_close(model(frames).logits, output)
 
 
-def test_positions_that_a_model_counts_itself():
+class Positions(M2M100SinusoidalPositionalEmbedding):
+    """With the argument's name since transformers 5.24."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, cache_length=0):
+        return super().forward(input_ids, inputs_embeds, cache_length)
+
+
+@pytest.mark.parametrize("kind", [M2M100SinusoidalPositionalEmbedding, Positions])
+def test_positions_that_a_model_counts_itself(kind):
     """M2M100's, of inputs_embeds and of ids with padding."""
-    model, inputs = adapted(m2m100, "prefix"), batch()
+    base, inputs = m2m100(), batch()
+    base.get_decoder().embed_positions.__class__ = kind
+    model = adapted(lambda: base, "prefix")
     ids, decoder = inputs["input_ids"], model.get_decoder()
     expected = model(**inputs, decoder_input_ids=ids).logits
     words = decoder.embed_tokens(ids)
@@ -274,7 +285,7 @@ def test_positions_that_a_model_counts_itself():
     ids[0, :3] = model.config.pad_token_id
     shifted = decoder.embed_positions(ids), decoder.embed_positions(ids, None, 2)
     with disable_adapter(model):
-        plain = [decoder.embed_positions(ids, past_key_values_length=past) for past in (VIRTUAL, VIRTUAL + 2)]
+        plain = [decoder.embed_positions(ids, None, past) for past in (VIRTUAL, VIRTUAL + 2)]
     assert all(map(torch.equal, shifted, plain))
 
 
@@ -520,11 +531,35 @@ def test_cached_logits_are_the_uncached_ones():
         torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(ids).logits)
 
 
-def test_a_cache_of_states_alone_holds_the_prompt():
-    """Mamba's, which counts no tokens."""
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-    config = transformers.MambaConfig(**sizes, initializer_range=0.5)
-    model = adapted(lambda: build(transformers.MambaForCausalLM, config, "eager"), "prompt")
+class Llama(transformers.LlamaForCausalLM):
+    """With the argument's name since transformers 5.24."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **others):
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        return super().forward(input_ids, past_key_values=cache, **given, **others)
+
+
+def test_a_cache_by_its_newer_name():
+    model = adapted(lambda: build(Llama, transformers.LlamaConfig(**GROUPED)), "prompt")
+    ids, cache = batch()["input_ids"], transformers.DynamicCache(config=model.config)
+    first, rest = model(ids[:, :7], cache=cache), model(ids[:, 7:], cache=cache)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(ids).logits)
+    with pytest.raises(ValueError, match=r"cache is StaticCache.*a cache that grows"):
+        model(ids, cache=transformers.StaticCache(config=model.config, max_cache_len=32))
+
+
+STATES = {
+    "Mamba": {**WIDE, "state_size": 4},
+    "RecurrentGemma": {**GROUPED, "num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "head_dim": 8},
+    "FalconH1": {**GROUPED, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4},
+}
+
+
+@pytest.mark.parametrize("family", STATES)
+def test_a_cache_of_states_holds_the_prompt(family):
+    """Mamba's counts no tokens; nor did others' in transformers 4."""
+    config = getattr(transformers, f"{family}Config")(**STATES[family], initializer_range=0.5)
+    model = adapted(lambda: build(getattr(transformers, f"{family}ForCausalLM"), config, "eager"), "prompt")
     inputs = batch()
     words = model.generate(**inputs, **GENERATION, eos_token_id=None)
     assert torch.equal(words, model.generate(**inputs, **GENERATION, eos_token_id=None, use_cache=False))
@@ -535,7 +570,7 @@ def test_static_cache():
     inputs = batch(padding=5)
     options = {**GENERATION, "cache_implementation": "static", "disable_compile": True}
     assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **GENERATION))
-    with pytest.raises(ValueError, match=r"past_key_values is StaticCache.*a cache that grows"):
+    with pytest.raises(ValueError, match=r"(past_key_values|cache) is StaticCache.*a cache that grows"):
         adapted(lambda: decoder("llama"), "prompt").generate(**inputs, **options)
 
 
@@ -1007,7 +1042,7 @@ def test_generation_does_not_go_on_from_a_cache_that_holds_a_prompt(family, padd
     told = model.generate(**given, past_key_values=cache, **options)
     text = torch.cat([told, told[:, :more]], 1)
     mask = nn.functional.pad(given["attention_mask"], (0, 3 + more), value=1)
-    with pytest.raises(ValueError, match="past_key_values is one of 18 tokens, 4 of them virtual"):
+    with pytest.raises(ValueError, match=r"(past_key_values|cache) is one of 18 tokens, 4 of them virtual"):
         model.generate(text, attention_mask=mask, past_key_values=cache, **options)
 
 

@@ -36,7 +36,7 @@ from .virtual import (
 )
 
 ATTENTION = "pyfastpeft_prefix"
-PAST = "past_key_values_length"
+PASTS = "past_key_values_length", "cache_length"  # before transformers 5.24, and since
 
 
 def inject(model: nn.Module, config, name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -109,14 +109,14 @@ class Prefixes:
             return args, {**kwargs, "position_ids": shifted}
         return (*args[: integer[0]], shifted, *args[integer[0] + 1 :]), kwargs
 
-    def shift_past(self, place, module, args, kwargs):
-        """Pre-hook of a module that counts positions itself, from its argument number `place`, what a cache holds."""
+    def shift_past(self, past, place, module, args, kwargs):
+        """Pre-hook of a module that counts positions itself, from its argument `past`, what a cache holds."""
         virtual = self.num_virtual_tokens()
         if not virtual:
             return None
         if place < len(args):
             return (*args[:place], args[place] + virtual, *args[place + 1 :]), kwargs
-        return args, {**kwargs, PAST: kwargs.get(PAST, 0) + virtual}
+        return args, {**kwargs, past: kwargs.get(past, 0) + virtual}
 
     def detach(self):
         for handle in self.handles:
@@ -234,8 +234,9 @@ def _attach(model, attentions):
             module.compute_bias = partial(shifted_bias, module)
     for module in position_modules(_stack(model)) if _reads_tokens(_stack(model)) else ():
         names, hook = list(inspect.signature(module.forward).parameters), prefixes.shift
-        if PAST in names and "position_ids" not in names:
-            hook = partial(prefixes.shift_past, names.index(PAST))
+        past = next((name for name in PASTS if name in names), None)
+        if past and "position_ids" not in names:
+            hook = partial(prefixes.shift_past, past, names.index(past))
         prefixes.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
 

@@ -90,24 +90,32 @@ class Prompts:
             return None
         kwargs = {**kwargs, **dict(zip(self.names, args))}
         virtual = len(prompt)
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, (name, cache, states) = kwargs.get("attention_mask"), caches(kwargs)
         grows = not getattr(cache, "is_compileable", False)
-        checks.need(grows, "prompt tuning", "past_key_values", type(cache).__name__, "a cache that grows, or none")
+        checks.need(grows, "prompt tuning", name, type(cache).__name__, "a cache that grows, or none")
         if mask is not None:
             plain = isinstance(mask, Tensor) and mask.dim() == 2
             checks.need_value(plain, "prompt tuning", "attention_mask", mask, "a tensor of shape [B, T]")
             kwargs["attention_mask"] = F.pad(mask, (virtual, 0), value=1)
-        kwargs.pop("cache_position", None)  # the model counts for itself
+        places = kwargs.get("cache_position")  # transformers 4's, whose caches of states cannot tell what they hold
         positions = kwargs.get("position_ids")
-        states = kwargs.get("cache_params")  # Mamba's, which count no tokens
         inputs = kwargs.get("inputs_embeds")
         tokens = (kwargs["input_ids"] if inputs is None else inputs).shape[1]
-        before = 0 if cache is None else cache.get_seq_length()
+        begins = places is not None and int(places[0]) == 0
+        before = 0 if cache is None or begins else cache.get_seq_length()
         for embedding in self.positions:
             need_room("prompt tuning", embedding, tokens + max(before - virtual, 0), virtual)
-        if before > 0 or (states is not None and states.has_previous_state()):
+        if places is not None:
+            begun = not begins
+            if begun:
+                kwargs["cache_position"] = places + virtual
+            elif states is None:  # the model counts for itself; Mamba's places are not its tokens'
+                del kwargs["cache_position"]
+        else:
+            begun = before > 0 or (states is not None and states.has_previous_state())
+        if begun:
             if before > 0:
-                self.need_own_cache(before, virtual, tokens, mask, positions)
+                self.need_own_cache(name, before, virtual, tokens, mask, positions)
             if positions is not None:
                 kwargs["position_ids"] = positions + virtual
             return (), kwargs
@@ -137,7 +145,7 @@ class Prompts:
                 kwargs[name] = behind(kwargs[name], virtual)
         return (), kwargs
 
-    def need_own_cache(self, before, virtual, tokens, mask, positions):
+    def need_own_cache(self, name, before, virtual, tokens, mask, positions):
         """Raise ValueError where generate took what a cache of `before` tokens holds for text: of a text that goes on
         from it, it leaves out as many tokens as there are virtual ones, or passes some again. Positions tell only where
         their values may be looked at; some models count from 1."""
@@ -149,7 +157,7 @@ class Prompts:
             fits = last in (real - 1, real) and last + 1 != before + tokens
         given = f"one of {before} tokens, {virtual} of them virtual, that an earlier call filled"
         needed = "one that this call of generate fills itself, from the whole text"
-        checks.need(fits, "prompt tuning", "past_key_values", given, needed)
+        checks.need(fits, "prompt tuning", name, given, needed)
 
     def trim(self, module, args, output):
         """Hook of the model: what comes out has one row for each real token."""
@@ -173,6 +181,16 @@ class Prompts:
         if prompt is None or mask is None:
             return None
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (len(prompt), 0), value=1)}
+
+
+def caches(kwargs):
+    """The name of a cache, in transformers 5.24 and later or before; it, and what Mamba has, which counts no tokens."""
+    name = "past_key_values" if kwargs.get("cache") is None else "cache"
+    cache = kwargs.get(name)
+    linear = getattr(cache, "is_linear", [])
+    if linear and all(linear):
+        return name, None, cache
+    return name, cache, kwargs.get("cache_params")
 
 
 def behind(positions: Tensor, virtual: int) -> Tensor:
