@@ -322,14 +322,13 @@ def test_targets_by_name(options, expected):
     assert paths_of(tree(), **options) == expected
 
 
-def test_convolutions_stay_and_are_told_of():
-    """PEFT adapts those that target_modules mean; they can be excluded as there."""
-    model = nn.ModuleDict(
-        {"embed": nn.ModuleDict({"proj": nn.Conv2d(3, 8, 4)}), "attn": nn.ModuleDict(), "fc": Block()}
-    )
+@pytest.mark.parametrize("other", [lambda: nn.Conv2d(3, 8, 4), lambda: nn.MultiheadAttention(8, 2)])
+def test_other_layers_that_are_meant_are_told_of(other):
+    """PEFT adapts them; they can be excluded as there."""
+    model = nn.ModuleDict({"embed": nn.ModuleDict({"proj": other()}), "attn": nn.ModuleDict(), "fc": Block()})
     model["attn"]["proj"] = nn.Linear(8, 8)
     for target in (["proj", "up"], r".*\.(proj|up)"):
-        with pytest.warns(UserWarning, match=r"LoraConfig: target_modules means \['embed.proj'\], too, convolutions"):
+        with pytest.warns(UserWarning, match="LoraConfig: target_modules also means 'embed.proj', a (Conv|Multi)"):
             assert paths_of(copy.deepcopy(model), target_modules=target) == ["attn.proj", "fc.up"]
         for exclude in (["embed.proj", "fc.up"], r"embed.*|fc\.up"):
             with warnings.catch_warnings():

@@ -195,7 +195,7 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
     architecture."""
     op, saved, target = type(config).__name__, saved_modules(model, config), config.target_modules
     layers = {path: module for path, module in matrices(model).items() if path not in saved}
-    exclude = _without_convolutions(model, config, op, layers, saved)
+    exclude = _without_others(model, config, op, layers, saved)
     if target is None:
         target = usual(targets.family(model, op))
     elif target == "all-linear":
@@ -216,19 +216,21 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
     return targets.select(op, "target_modules", list(layers), target, *options)
 
 
-def _without_convolutions(model, config, op, layers, saved):
-    """exclude_modules without names that mean convolutions alone. A warning where target_modules mean some, which PEFT
-    would adapt."""
+def _without_others(model, config, op, layers, saved):
+    """exclude_modules without names that mean convolutions or attention of torch's alone. A warning where
+    target_modules mean some of these, which PEFT would adapt."""
     target, exclude = config.target_modules, config.exclude_modules or ()
-    found = [path for path, module in own_modules(model).items() if isinstance(module, _ConvNd) and path not in saved]
+    others = {path: m for path, m in own_modules(model).items() if isinstance(m, (_ConvNd, nn.MultiheadAttention))}
     named = target not in (None, "all-linear") and config.layers_to_transform is None
-    left = [path for path in found if named and targets.matches(path, target) and not targets.matches(path, exclude)]
+    left = [path for path in others.keys() - saved if named and targets.matches(path, target)]
+    left = sorted(path for path in left if not targets.matches(path, exclude))
     if left and any(targets.matches(path, target) for path in layers):
-        told = "for which it has no adapters; name them in exclude_modules if they are to stay as they are"
-        warnings.warn(f"{op}: target_modules means {left[:5]}, too, convolutions, {told}", stacklevel=6)
+        given = f"target_modules also means {left[0]!r}, a {type(others[left[0]]).__name__}"
+        given += f", and {len(left) - 1} more" if left[1:] else ""
+        warnings.warn(f"{op}: {given}, which stay as they are; exclude_modules can name them", stacklevel=6)
     if isinstance(exclude, str):
         return exclude
-    return [name for name in exclude if targets.any_of(layers, name) or not targets.any_of(found, name)]
+    return [name for name in exclude if targets.any_of(layers, name) or not targets.any_of(others, name)]
 
 
 def take_targets_of_peft(model: nn.Module, config: Config) -> None:
