@@ -389,6 +389,15 @@ def test_ends_of_names_mean_the_targets_alone(tmp_path):
         torch.testing.assert_close(other(x), ours(x))
 
 
+@pytest.mark.parametrize("target", [r".*self_attn.*", r".*(q_proj|mlp)"])
+def test_patterns_that_mean_more_than_layers_are_written_by_name(target, tmp_path):
+    """PEFT takes all modules that a pattern means, and has no adapter for a block."""
+    ours = pyfastpeft.adapt(llama(), methods.LoraConfig(**HALF, target_modules=target, init_lora_weights=False))
+    pyfastpeft.save_adapter(ours, tmp_path)
+    for again in (pyfastpeft.load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)):
+        torch.testing.assert_close(logits(again), logits(ours))
+
+
 @pytest.mark.parametrize("config", [methods.LoraConfig, methods.AdaLoraConfig, methods.IA3Config])
 @pytest.mark.parametrize(
     "model",

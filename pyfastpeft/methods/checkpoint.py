@@ -16,7 +16,7 @@ from ..ops.checks import need, need_value
 from .adapt import adapt, delete_adapter, disable_adapter, need_adapter, parts_of, set_adapter
 from .configs import AdaLoraConfig, Config, IA3Config, LoraConfig, VirtualTokensConfig, from_fields
 from .files import json_as_bytes, need_file, opened, read_json, tensors_as_bytes, write_files
-from .inject import matrices, of_pattern, own_modules, saved_names, uncalled_layers
+from .inject import matrices, of_pattern, own_modules, saved_modules, saved_names, uncalled_layers
 from .targets import known_names, matches, need_pattern
 from .virtual import task_of
 
@@ -310,13 +310,17 @@ def _sortable_patterns(model, config, name) -> dict:
 
 def _named_targets(model, config, name) -> dict:
     """target_modules and what goes with it, by names alone where PEFT may find other modules than were found here."""
-    parts = parts_of(model, name)
-    inner = getattr(config, "feedforward_modules", None)
+    parts, modules = parts_of(model, name), own_modules(model)
+    inner, exclude = getattr(config, "feedforward_modules", None), config.exclude_modules or ()
     given = config.target_modules not in (None, "all-linear") and config.layers_to_transform is None
     listed = not isinstance(config.target_modules, (str, type(None))) and not isinstance(inner, (str, type(None)))
+    if given:
+        known = {model.pyfastpeft.places[name][path] for path in parts} | {*saved_modules(model, config).values()}
+        others = [path for path, module in modules.items() if path and module not in known]
+        given = not any(matches(path, config.target_modules) and not matches(path, exclude) for path in others)
     if given and (type(config) is not IA3Config or (listed and set(inner) <= set(config.target_modules))):
         return {}
-    every = [path for path in own_modules(model) if path]
+    every = [path for path in modules if path]
     inputs = [path for path, part in parts.items() if getattr(part, "feedforward", False)]
     groups = [path for path in parts if path not in inputs], inputs
     names = [_names(group, every) for group in groups]
