@@ -914,6 +914,20 @@ def test_of_the_virtual_tokens_the_last_alone_gets_logits(family):
     torch.testing.assert_close(own, peers)
 
 
+@pytest.mark.parametrize("make", [bert, distilbert, lambda: decoder("llama"), lambda: decoder("llama").model])
+def test_a_forward_that_is_called_itself_is_refused(make):
+    """As sentence-transformers calls it, past the hooks."""
+    model, inputs = adapted(make, "prompt"), batch()
+    expected = model(**inputs)[0]
+    with pytest.raises(
+        ValueError, match=r"prompt tuning: model is a \w+ whose forward.* is called; it must be called its"
+    ):
+        model.forward(**inputs)
+    torch.testing.assert_close(model(**inputs)[0], expected)
+    with disable_adapter(model):
+        torch.testing.assert_close(model.forward(**inputs)[0], make()(**inputs)[0])
+
+
 def test_a_forward_set_on_the_model_gets_labels_for_all_tokens():
     """As TRL's, which forms the loss from the hidden states."""
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.adapted import Parts
 from ..layers.prompt import PromptEmbedding
 from ..ops import checks
 from .tables import table
@@ -77,6 +78,7 @@ class Prompts:
         self.positions = [module for module in position_modules(entrance) if isinstance(module, nn.Embedding)]
         self.handles = []
         self.tokens = None  # how many real tokens the call under way has, if virtual ones were put in front
+        self.called = False  # whether one is under way
 
     def rows(self):
         """[V, d], or None where no prompt is active."""
@@ -85,7 +87,7 @@ class Prompts:
 
     def prepend(self, module, args, kwargs):
         """Pre-hook of the model, or of its encoder."""
-        self.tokens, prompt = None, self.rows()
+        self.tokens, self.called, prompt = None, True, self.rows()
         if prompt is None:
             return None
         kwargs = {**kwargs, **dict(zip(self.names, args))}
@@ -144,6 +146,17 @@ class Prompts:
             if isinstance(kwargs.get(name), Tensor):
                 kwargs[name] = behind(kwargs[name], virtual)
         return (), kwargs
+
+    def need_call(self, module, args):
+        """Pre-hook of what the model, or its encoder, consists of. Raises ValueError where forward is called itself, as
+        by sentence-transformers, and the virtual tokens would be left out."""
+        if not self.called and active_parts(self.model, PromptEmbedding):
+            kind, needed = type(self.model).__name__, "called itself, for the virtual tokens to be put in front"
+            checks.need(False, "prompt tuning", "model", f"a {kind} whose forward, or a part of it, is called", needed)
+
+    def leave(self, module, args, output):
+        """Hook of the model, or of its encoder."""
+        self.called = False
 
     def need_own_cache(self, name, before, virtual, tokens, mask, positions):
         """Raise ValueError where generate took what a cache of `before` tokens holds for text: of a text that goes on
@@ -263,6 +276,10 @@ def _attach(model):
     if head is not None and "logits_to_keep" in prompts.names:
         prompts.handles.append(head.register_forward_pre_hook(without_gaps))
     prompts.handles.append(entrance.register_forward_pre_hook(prompts.prepend, with_kwargs=True))
+    prompts.handles.append(entrance.register_forward_hook(prompts.leave))
+    outside = model.get_input_embeddings(), head
+    inner = [child for child in entrance.children() if child not in outside and not isinstance(child, Parts)]
+    prompts.handles += [child.register_forward_pre_hook(prompts.need_call) for child in inner]
     if entrance is model:
         prompts.handles.append(model.register_forward_hook(prompts.trim))
     else:
