@@ -563,9 +563,13 @@ def test_report(tmp_path):
     results["tasks"]["t"]["most_frequent"] = {"answer": "yes", "measured": {"bleu": 72}}
     text = report.markdown(results)
     assert "Always 'yes', the most frequent answer of the training rows: bleu 72." in text
-    assert re.search(r"no\*\*: .* higher bleu than the most frequent answer; not so Houlsby \(seed 0: 71.*\), H", text)
+    assert re.search(
+        r"no\*\*: .* higher bleu than the most frequent answer; not so Houlsby \(seed 0: 71.*, seed 1: ", text
+    )
     results["runs"][-2]["tasks"]["t"]["bleu"] = 73
     assert "Houlsby (seed 0" not in report.markdown(results)
+    results["tasks"]["t"]["most_frequent"]["measured"]["bleu"] = 101
+    assert "than the most frequent answer; so in no run\n" in report.markdown(results)
 
     (tmp_path / "r.json").write_text(json.dumps(results))
     (tmp_path / "notes.md").write_text("<!-- benchmark table start --><!-- benchmark table end -->")

@@ -87,6 +87,19 @@ def _row(method, runs, task, names, before):
     return [method, rate, *cost, f"{before:.3g}", *values]
 
 
+def _verdict(text: str, found: list[tuple[str, int, float, bool]]) -> tuple[str, bool]:
+    """The text, with those runs of (method, seed, value, whether it holds) of which it does not, and whether it holds
+    of all."""
+    worse = {}
+    for method, seed, value, holds in found:
+        if not holds:
+            worse.setdefault(method, []).append(f"seed {seed}: {value:.3g}")
+    told = ", ".join(f"{method} ({', '.join(seeds)})" for method, seeds in worse.items())
+    if worse:
+        text += f"; not so {told}" if any(holds for *_, holds in found) else "; so in no run"
+    return text, not worse
+
+
 def verdicts(results: dict) -> Iterator[tuple[str, bool]]:
     """What must hold on every task, with its figures, and whether it does."""
     methods = by_method(results)
@@ -97,25 +110,14 @@ def verdicts(results: dict) -> Iterator[tuple[str, bool]]:
             losses = {run["seed"]: run["tasks"][task]["loss"] for run in methods.get(name, [])}
             if losses:
                 limits[f"{name} prompting"] = losses.get
+        runs = [(method, run["seed"], run["tasks"][task]) for method, runs in trained.items() for run in runs]
         for what, limit in limits.items():
-            worse = [
-                f"{name} (seed {run['seed']}: {run['tasks'][task]['loss']:.3g})"
-                for name, runs in trained.items()
-                for run in runs
-                if not run["tasks"][task]["loss"] < limit(run["seed"])
-            ]
             text = f"{task}: every method, every seed, ends with a lower validation loss than {what}"
-            yield text + (f"; not so {', '.join(worse)}" if worse else ""), not worse
+            yield _verdict(text, [(name, seed, got["loss"], got["loss"] < limit(seed)) for name, seed, got in runs])
         if always := about.get("most_frequent"):
-            name, least = next(iter(always["measured"].items()))
-            worse = [
-                f"{method} (seed {run['seed']}: {run['tasks'][task][name]:.3g})"
-                for method, runs in trained.items()
-                for run in runs
-                if not run["tasks"][task][name] > least
-            ]
-            text = f"{task}: every method, every seed, ends with a higher {name} than the most frequent answer"
-            yield text + (f"; not so {', '.join(worse)}" if worse else ""), not worse
+            metric, least = next(iter(always["measured"].items()))
+            text = f"{task}: every method, every seed, ends with a higher {metric} than the most frequent answer"
+            yield _verdict(text, [(name, seed, got[metric], got[metric] > least) for name, seed, got in runs])
         drops = {
             name: about["loss_before"] - statistics.mean(run["tasks"][task]["loss"] for run in trained[name])
             for name in COMPARED
