@@ -45,6 +45,8 @@ from pyfastpeft import (
     DyLoraConfig,
     IA3Config,
     LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     SelectiveConfig,
     adapt,
     adapter_parameters,
@@ -928,6 +930,44 @@ def test_forwards_that_were_replaced():
     assert not carriers(model)
 
 
+def test_models_that_accelerate_offloads():
+    """Adapters of what is brought to a device only while it runs are there all the time."""
+    accelerate = pytest.importorskip("accelerate")
+    ids, whole, model = torch.randint(3, VOCABULARY, (2, 7)), llama(), llama()
+    model.load_state_dict(whole.state_dict())
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    configs = (
+        lambda: LoraConfig(target_modules=["q_proj", "embed_tokens"]),
+        lambda: IA3Config(),
+        lambda: BottleneckConfig(bottleneck_size=2, placement="parallel"),
+        lambda: PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        lambda: PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    )
+    for config in configs:
+        for each in (whole, model):
+            torch.manual_seed(1)
+            randomise(adapt(each, config()))
+            each(ids, labels=ids).loss.backward()
+        found = adapter_parameters(model, "default")
+        for path, parameter in adapter_parameters(whole, "default").items():
+            close(found[path].grad, parameter.grad)
+        unload(whole), unload(model)
+    close(model(ids).logits, whole(ids).logits, 0)
+    for config, needed in (
+        (LoraConfig(use_dora=True), "weight is a Parameter of torch.float32 on meta; .* or offloaded"),
+        (SelectiveConfig(target_parameters=["q_proj.weight"]), "offloads the parameters of .*q_proj', of which"),
+    ):
+        with pytest.raises(TypeError, match=needed):
+            adapt(model, config)
+    adapt(model, LoraConfig())
+    with pytest.raises(TypeError, match=r"model is one that offloads the weight of .*q_proj"):
+        merge_adapter(model)
+    copies = adapt(llama(), SelectiveConfig(target_parameters=["q_proj.weight"]))
+    accelerate.cpu_offload(copies, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"accelerate offloads, with copies of parameters of \['model.*q_proj'"):
+        set_adapter(copies)
+
+
 # --- several adapters ---
 
 
@@ -1099,9 +1139,9 @@ def test_models_that_fsdp_shards(shard, mesh, tmp_path):
         (lambda: add_weighted_adapter(model, ["lora"], [1.0], "sum"), "add_weighted_adapter: .* FSDP shards"),
         (lambda: merge_adapter(model), "merge_adapter: .* FSDP shards, which puts back"),
         (lambda: save_training_state(tmp_path, model, name="lora"), "save_training_state: .* FSDP shards"),
-        (lambda: disable_adapter(model).__enter__(), r"disable_adapter: .* FSDP shards, .*1.up'\] to exchange"),
-        (lambda: set_adapter(model, "lora"), "set_adapter: .* FSDP shards, .* to exchange; .* not sharded yet"),
-        (lambda: unload(model), "unload: .* FSDP shards, .* to exchange"),
+        (lambda: disable_adapter(model).__enter__(), r"disable_adapter: .* FSDP shards .*1.up'\] to exchange"),
+        (lambda: set_adapter(model, "lora"), "set_adapter: .* FSDP shards .* to exchange; .* one that does not"),
+        (lambda: unload(model), "unload: .* FSDP shards .* to exchange"),
     ):
         with pytest.raises((TypeError, RuntimeError), match=message):
             call()
@@ -1128,7 +1168,7 @@ def test_tensor_parallel_models(mesh):
 
 def test_dora_needs_an_ordinary_weight():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    with pytest.raises(TypeError, match=r"True with '0', whose weight is a Tensor of torch.float32; it must be False"):
+    with pytest.raises(TypeError, match=r"'0', whose weight is a Tensor of torch.float32 on cpu; it must be False"):
         adapt(model, LoraConfig(target_modules=["0"], use_dora=True))
     model = nn.Sequential(nn.Linear(4, 3).to(torch.float8_e4m3fn))
     with pytest.raises(TypeError, match=r"True with '0', whose weight is a Parameter of torch.float8_e4m3fn"):

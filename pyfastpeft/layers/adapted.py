@@ -354,14 +354,24 @@ def adapters_in(module: nn.Module) -> list[str]:
     return [name for parts in _parts(module).values() for name in parts]
 
 
-def placed(weight: Tensor, autocast_adapter_dtype: bool) -> dict:
-    """Device and dtype for the parameters of an adapter beside `weight`: its own, but float32 where it is none of the
-    ops' dtypes, or of 16 bits and `autocast_adapter_dtype` holds. Raises TypeError for a complex one."""
+def offloaded_for(module: nn.Module) -> torch.device | int | str | None:
+    """The device to which accelerate brings a module's own parameters for its forward pass alone; None where they stay
+    where they are."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return next((each.execution_device for each in hooks if getattr(each, "offload", False)), None)
+
+
+def placed(module: nn.Module, weight: Tensor, autocast_adapter_dtype: bool) -> dict:
+    """Device and dtype for the parameters of an adapter beside `weight` of a module: its own when the module runs, but
+    float32 where it is none of the ops' dtypes, or of 16 bits and `autocast_adapter_dtype` holds. Raises TypeError for
+    a complex one."""
     given, needed = f"one with a weight of {weight.dtype} in a target", "of real numbers there"
     checks.need(not weight.is_complex(), "adapt", "model", given, needed, TypeError)
     narrow = weight.dtype in (torch.bfloat16, torch.float16) and autocast_adapter_dtype
     dtype = torch.float32 if narrow or weight.dtype not in FLOATS else weight.dtype
-    return {"device": weight.device, "dtype": dtype}
+    there = offloaded_for(module)
+    return {"device": weight.device if there is None else there, "dtype": dtype}
 
 
 def attach(module: nn.Module, name: str, part: nn.Module) -> None:

@@ -20,6 +20,7 @@ from ..layers.adapted import (
     carriers,
     detach,
     need_unmerged,
+    offloaded_for,
     uncompiled,
 )
 from ..ops.checks import need, need_value
@@ -104,7 +105,7 @@ def set_adapter(model: nn.Module, *names: str) -> None:
 
     Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
     RuntimeError while adapters are merged, for one of which layers were replaced or copies tied after `adapt`, or
-    where parameters that FSDP shards would change places.
+    where parameters that FSDP shards or accelerate offloads would change places.
     """
     known = adaptation(model, "set_adapter")
     for name in names:
@@ -275,6 +276,8 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
             plain = kind == "Parameter" and dtype.is_floating_point and not module.foreign
             given = f"holding a {kind} of {dtype} in {path!r}, an {type(module).__name__}"
             need(plain, "merge_adapter", "model", given, "of ordinary weights in ordinary layers", TypeError)
+            given = f"one that offloads the weight of {path!r}"
+            need(offloaded_for(module) is None, "merge_adapter", "model", given, "one that does not", TypeError)
     if names != known.active:
         set_adapter(model, *names)
     for _, module, present in here:
@@ -372,11 +375,14 @@ def sharded(model: nn.Module) -> bool:
 
 
 def _need_free(model, names, op):
-    """Raise RuntimeError where parameters that are to change places for `names` to run have places that FSDP keeps."""
-    parts = [(path, name, part) for path, m in carriers(model) for name, part in getattr(m, "replaced", {}).items()]
-    moved = [path for path, name, part in parts if part.installed != (name in names)]
-    given = f"one that FSDP shards, with copies of parameters of {moved[:3]} to exchange"
-    need(not moved or not sharded(model), op, "model", given, "one that is not sharded yet", RuntimeError)
+    """Raise RuntimeError where parameters that are to change places for `names` to run have places that FSDP or
+    accelerate keeps."""
+    parts = [(*held, *each) for held in carriers(model) for each in getattr(held[1], "replaced", {}).items()]
+    moved = {path: module for path, module, name, part in parts if part.installed != (name in names)}
+    every = bool(moved) and sharded(model)
+    kept = [path for path, module in moved.items() if every or offloaded_for(module) is not None]
+    given = f"one that FSDP shards or accelerate offloads, with copies of parameters of {kept[:3]} to exchange"
+    need(not kept, op, "model", given, "one that does not", RuntimeError)
 
 
 def adaptation(model: nn.Module, op: str) -> Adaptation:

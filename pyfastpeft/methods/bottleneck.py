@@ -100,12 +100,12 @@ def _widths(path, module, autocast_adapter_dtype) -> tuple[int, int, dict]:
     known = matrices(module)
     layers = [m for inner, m in own_modules(module).items() if inner in known or isinstance(m, nn.Linear)]
     if layers:
-        return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1].weight, autocast_adapter_dtype)
+        return sizes(layers[0])[0], sizes(layers[-1])[1], placed(layers[-1], layers[-1].weight, autocast_adapter_dtype)
     weight = getattr(module, "weight", None)  # a method of torch's quantised layers
     vector = isinstance(weight, Tensor) and weight.dim() == 1
     given, needed = f"meaning {path!r}, a {type(module).__name__}", "of modules that hold linear layers, or of norms"
     need(vector, OP, "target_modules", given, needed, TypeError)
-    return len(weight), len(weight), placed(weight, autocast_adapter_dtype)
+    return len(weight), len(weight), placed(module, weight, autocast_adapter_dtype)
 
 
 def _options(config) -> dict:

@@ -21,6 +21,7 @@ from ..layers.adapted import (
     adapters_in,
     attach,
     carriers,
+    offloaded_for,
     placed,
     uncompiled,
 )
@@ -263,7 +264,8 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
                 need(False, type(config).__name__, argument, given, needed)
     for path in found:
         module = model.get_submodule(path)
-        attach(module, name, _lora_part(path, module, config, placed(module.weight, autocast_adapter_dtype)))
+        like = placed(module, module.weight, autocast_adapter_dtype)
+        attach(module, name, _lora_part(path, module, config, like))
     if config.bias != "none":
         saved = saved_modules(model, config)
         # PEFT takes parameters of this name alone.
@@ -294,9 +296,10 @@ def _lora_part(path, module, config, like):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
         return EmbeddingLoRAPart(module, r, scaling, config.init_lora_weights, **like)
     if config.use_dora:
-        plain = type(module.weight) is nn.Parameter and module.weight.dtype in FLOATS
-        given = f"True with {path!r}, whose weight is a {type(module.weight).__name__} of {module.weight.dtype}"
-        needed = "False where weights are quantised or parametrised"
+        plain = type(module.weight) is nn.Parameter and module.weight.dtype in FLOATS and offloaded_for(module) is None
+        kind = f"{type(module.weight).__name__} of {module.weight.dtype} on {module.weight.device}"
+        given, needed = f"True with {path!r}, whose weight is a {kind}", "False where that is quantised or parametrised"
+        needed += ", or offloaded"
         need(plain, "LoraConfig", "use_dora", given, needed, TypeError)
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return DoRAPart(weight, r, scaling, **options)
@@ -328,7 +331,8 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, autocast_adapter_dtype:
     for path in found:
         module = model.get_submodule(path)
         _need_linear(module, path, op)
-        size, like = sizes(module)[0 if path in feedforward else 1], placed(module.weight, autocast_adapter_dtype)
+        size = sizes(module)[0 if path in feedforward else 1]
+        like = placed(module, module.weight, autocast_adapter_dtype)
         attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **like))
 
 
@@ -389,6 +393,8 @@ def replace(model: nn.Module, name: str, chosen: dict[str, list[str]]) -> None:
     copies = {}
     for path, names in chosen.items():
         module = model.get_submodule(path)
+        given = f"one that offloads the parameters of {path!r}, of which {name!r} would have copies"
+        need(offloaded_for(module) is None, "adapt", "model", given, "one that keeps them in memory", TypeError)
         part = Replacement(module, tuple(names), copies)
         for own, copy in part.named_parameters():
             fits = distributed(copy) or not is_traceable_wrapper_subclass(copy)  # as quantised ones are

@@ -40,8 +40,9 @@ def num_submodules(model: nn.Module, config) -> int:
 
 def add_part(model: nn.Module, name: str, part: nn.Module, autocast_adapter_dtype: bool) -> None:
     """Put a part at the top of the model."""
-    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    attach(model, name, part.to(**placed(like, autocast_adapter_dtype)))
+    own = ((module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    like = next((module, parameter) for module, parameter in own if parameter.is_floating_point())
+    attach(model, name, part.to(**placed(*like, autocast_adapter_dtype)))
 
 
 def parts(model: nn.Module, kind: type) -> list[nn.Module]:
