@@ -176,8 +176,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """The plain model again, without any adapter; with `merge`, with the active ones merged into its weights. Those
-    that were tied to a weight that changes are copies then; where that is the head or the table of words alone, so are
-    all tied weights of a transformers model.
+    that were tied to a weight that changes are copies then; so are all tied weights of a transformers model whose head
+    was its table of words.
 
     Returns the model. Raises as `merge_adapter` does; TypeError for a model that would compute something else then.
     """
@@ -212,12 +212,12 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
         if value not in made:
             made[value] = nn.Parameter(value.detach(), owner[name] is None or owner[name].requires_grad)
         owner[name] = made[value]
-    untied = tied and not _is_tied(model)
+    parted = [places for places in together.values() if len({owner[name] for owner, name in places}) > 1]
+    untied = tied and (not _is_tied(model) or (parted and not _asks_for_ties(model)))
     if untied:
         model.config.tie_word_embeddings = False  # or what is saved is tied again when it is loaded
-    for places in together.values():
-        if untied or len({owner[name] for owner, name in places}) > 1:
-            _untie(places)
+    for places in together.values() if untied else parted:
+        _untie(places)
     return model
 
 
