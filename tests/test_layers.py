@@ -157,6 +157,25 @@ def test_from_linear_shares_the_weight(adapt, bias):
     torch.testing.assert_close(layer(x), linear(x))
 
 
+def test_from_linear_takes_the_weight_of_a_conv1d_as_a_view():
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(N, K)
+    nn.init.normal_(conv.bias)
+    layer = MultiLoRALinear.from_linear(conv, L, R)
+    assert layer.weight.shape == (N, K)
+    assert layer.weight.data_ptr() == conv.weight.data_ptr()
+    assert not any(p.requires_grad for p in conv.parameters())
+    layer.load_adapter(1, torch.randn(2, K), torch.randn(N, 2), 0.5)
+    x = torch.randn(len(SLOTS), K)
+    for each in (layer, LoRALinear.from_linear(conv, 2), IA3Linear.from_linear(conv)):
+        torch.testing.assert_close(each(x), conv(x))
+    expected = conv(x)
+    rows = SLOTS == 1
+    expected[rows] += 0.5 * x[rows] @ layer.lora_A[1, :2].T @ layer.lora_B[1, :, :2].T
+    out = layer(x, SLOTS)
+    torch.testing.assert_close(out[rows], expected[rows])
+    torch.testing.assert_close(out[SLOTS == -1], expected[SLOTS == -1])
+
+
 @pytest.mark.parametrize("kind", [LoRALinear, IA3Linear, MultiLoRALinear])
 def test_from_linear_refuses_what_is_not_exactly_a_linear_layer(kind):
     class Quantised(nn.Linear):

@@ -254,9 +254,14 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     scaled = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.")
     if scaled and issubclass(kind, nn.Embedding):
         return _mixed(AdaptedEmbedding, kind)
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+    if is_conv1d(kind):
         return _mixed(AdaptedMatrix, kind, plain=AdaptedLinear.plain, transposed=True)
     return None
+
+
+def is_conv1d(kind: type[nn.Module]) -> bool:
+    """Whether a class is exactly transformers' Conv1D, a linear layer that stores its weight as [K, N]."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 @cache

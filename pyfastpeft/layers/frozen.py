@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops import checks
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
-from .adapted import BaseLinear, Mergeable
+from .adapted import BaseLinear, Mergeable, is_conv1d
 
 
 class FrozenLinear(Mergeable, nn.Module):
@@ -17,31 +17,35 @@ class FrozenLinear(Mergeable, nn.Module):
     While merged, a layer loads no state dict, and none loads its own: RuntimeError.
     """
 
-    def _take(self, linear: nn.Linear, adapter_dtype: torch.dtype | None) -> dict:
+    def _take(self, linear: nn.Module, adapter_dtype: torch.dtype | None) -> dict:
         """Initialise with the parameters of `linear`, which are shared, not copied, and frozen: after the checks of all
         else. Returns the device and the dtype of the adapter's parameters."""
         super().__init__()
         name = type(self).__name__
-        if type(linear) not in (nn.Linear, BaseLinear):  # a subclass may hold or compute something else
-            raise TypeError(f"{name}: linear is a {type(linear).__name__}; it must be exactly a torch.nn.Linear")
+        transposed = is_conv1d(type(linear))
+        # A subclass may hold or compute something else.
+        if not transposed and type(linear) not in (nn.Linear, BaseLinear):
+            needed = "it must be exactly a torch.nn.Linear, or transformers' Conv1D"
+            raise TypeError(f"{name}: linear is a {type(linear).__name__}; {needed}")
         checks.floating(name, "linear.weight", linear.weight)
         dtype, needed = adapter_dtype or linear.weight.dtype, f"None or one of {', '.join(map(str, FLOATS))}"
         checks.need_value(dtype in FLOATS, name, "adapter_dtype", adapter_dtype, needed, TypeError)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.requires_grad_(False)
+        linear.requires_grad_(False)
+        self.weight, self.bias = _frozen(linear.weight.T) if transposed else linear.weight, linear.bias
+        self.out_features, self.in_features = self.weight.shape
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.register_buffer("unmerged_bias", None, persistent=False)
         self.train(linear.training)
         return {"device": self.weight.device, "dtype": dtype}
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *args, **options):
-        """A layer on the weight and bias of `linear`, which are shared, not copied, and frozen.
+    def from_linear(cls, linear: nn.Module, *args, **options):
+        """A layer on the weight and bias of `linear`, which are shared, not copied, and frozen; the weight of a Conv1D
+        of transformers, which is stored as [K, N], as a view.
 
         The other arguments are those of the class, without in_features, out_features, bias, device and dtype, which
-        are those of `linear`. Raises TypeError unless it is exactly a torch.nn.Linear of a float dtype, or for an
-        argument that the class lacks; `linear` is then as it was.
+        are those of `linear`. Raises TypeError unless it is exactly a torch.nn.Linear or Conv1D of a float dtype, or
+        for an argument that the class lacks; `linear` is then as it was.
         """
         layer = cls.__new__(cls)
         taken = signature(layer._adapt)

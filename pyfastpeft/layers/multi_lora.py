@@ -2,12 +2,13 @@
 
 import math
 from contextlib import contextmanager
+from threading import local
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import Routing, checks, multi_lora_linear
+from ..ops import Routing, checks, multi_lora_linear, route
 from ..ops.reference import accumulation
 from .frozen import FrozenLinear
 
@@ -23,9 +24,12 @@ class MultiLoRALinear(FrozenLinear):
         device, dtype: of all parameters. adapter_dtype: of lora_A and lora_B, if another.
 
     Attributes: weight [N, K]; bias [N] or None; lora_A [L, r, K], Kaiming-uniform (a = sqrt(5)); lora_B [L, N, r],
-    zero; scaling [L] and ranks [L], the true rank of every slot. All slots train. `from_linear` adapts an existing
-    layer. Raises ValueError or TypeError naming the argument that does not fit.
+    zero; scaling [L] and ranks [L], the true rank of every slot; served, the key of a model that `serve` put the layer
+    into, or None. All slots train. `from_linear` adapts an existing layer. Raises ValueError or TypeError naming the
+    argument that does not fit.
     """
+
+    served: str | None = None
 
     def __init__(
         self,
@@ -67,9 +71,12 @@ class MultiLoRALinear(FrozenLinear):
         """x [..., K] -> y [..., N].
 
         slots: for each of the T tokens its slot in [-1, L), -1 for the base alone: [T] or x's leading dimensions,
-        integer; or the Routing that `ops.route` made of them, which all layers of a step can share. None: the base
-        alone or, while an adapter is merged, that adapter for all tokens; then nothing else is allowed.
+        integer; or the Routing that `ops.route` made of them, which all layers of a step can share. None: those of
+        the block of the served model that the thread is in; outside of any, the base alone or, while an adapter is
+        merged, that adapter for all tokens; then nothing else is allowed.
         """
+        if slots is None and self.served is not None:
+            slots = _current(x, self.served, self.num_adapters)
         if slots is None:
             return F.linear(x, self.weight, self.bias)
         self._need_unmerged("slots need")
@@ -141,3 +148,95 @@ class MultiLoRALinear(FrozenLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_adapters={self.num_adapters}, rank={self.rank}"
+
+
+# --- the batches of served models ------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Slots of one batch, grouped once for every number of tokens that layers see.
+
+    slots [S]: for each of S tokens, or for each of S rows of a batch [B, …, K], of which B may be a multiple, as
+    `generate` repeats rows for beams; or a Routing of tokens. Raises as `ops.route` does.
+    """
+
+    def __init__(self, slots, num_adapters: int, device: torch.device):
+        self.num_adapters, self.slots, self.routings = num_adapters, None, {}
+        with torch.inference_mode(False):
+            if isinstance(slots, Routing):
+                fits = all(t.dim() == 1 and t.dtype == torch.int64 for t in slots)
+                needed = f"a Routing among {num_adapters} adapters, as ops.route makes it"
+                checks.need_value(fits and len(slots.segments) == num_adapters + 1, "slots", "slots", slots, needed)
+                self.given = slots
+            else:
+                self.given = route(slots, num_adapters, device)  # which checks their values
+                self.slots = torch.as_tensor(slots, dtype=torch.int64, device=device)
+
+    def routing(self, x: Tensor) -> Routing:
+        """That of the tokens of x [..., K]. Raises ValueError where they are neither those of the slots nor of rows."""
+        tokens = math.prod(x.shape[:-1])
+        rows = x.shape[0] if x.dim() > 2 else tokens  # also a batch whose rows are joined: their tokens are alike many
+        key = rows, tokens, x.device
+        if key not in self.routings:
+            self.routings[key] = self._grouped(x, *key)
+        return self.routings[key]
+
+    def _grouped(self, x, rows, tokens, device):
+        count = len(self.given.order)
+        if tokens == count:
+            return Routing(*(tensor.to(device) for tensor in self.given))
+        fits = self.slots is not None and count > 0 and rows % count == 0
+        needed = "one for each token of x, or for each row of a batch of as many rows or a multiple"
+        checks.need(fits, "slots", "slots", f"of {count} tokens or rows where x is of shape {list(x.shape)}", needed)
+        with torch.inference_mode(False):  # else a later pass could not keep it for its backward pass
+            return route(self.slots.repeat_interleave(tokens // count).to(device), self.num_adapters)
+
+
+class _Thread(local):
+    """The batches of the blocks that a thread is in, by the key of the model."""
+
+    def __init__(self):
+        self.batches: dict[str, Batch] = {}
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def running(served: str, batch: Batch):
+    """In which layers of the model with this key take the slots of `batch`, in this thread."""
+    before = _thread.batches.get(served)
+    _thread.batches[served] = batch
+    try:
+        yield
+    finally:
+        _thread.batches[served] = before
+
+
+def _current(x: Tensor, served: str, num_adapters: int) -> Routing | None:
+    if torch.compiler.is_compiling():
+        return Routing(*torch.ops.pyfastpeft_layers.current_routing(x.detach(), served, num_adapters))
+    batch = _thread.batches.get(served)
+    return None if batch is None else batch.routing(x)
+
+
+def _current_routing(x, served, num_adapters):
+    routing = _current(x, served, num_adapters)
+    if routing is not None:
+        return routing.order.clone(), routing.segments.clone()  # a compiled graph may write into what it is given
+    order, segments = _empty_routing(x, served, num_adapters)
+    return torch.arange(len(order), out=order), segments.fill_(len(order))
+
+
+def _empty_routing(x, served, num_adapters):
+    sizes = math.prod(x.shape[:-1]), num_adapters + 1
+    return tuple(x.new_empty(size, dtype=torch.int64) for size in sizes)
+
+
+# One node of a compiled graph, which looks up the thread's block when it runs: torch.compile has no guards on values of
+# threads. A captured CUDA graph would look it up once for all.
+_OP = "pyfastpeft_layers::current_routing"
+_SCHEMA = "(Tensor x, str served, int num_adapters) -> (Tensor order, Tensor segments)"
+torch.library.define(_OP, _SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+torch.library.impl(_OP, "CompositeExplicitAutograd")(_current_routing)
+torch.library.register_fake(_OP)(_empty_routing)

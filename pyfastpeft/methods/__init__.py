@@ -30,6 +30,7 @@ from .configs import (
 from .losses import L2SP, TFewLoss, loraplus_groups, low_rank_penalty, rank_classification, regularize, tfew_loss
 from .prompt import nearest_words
 from .ranks import RankAllocator, draw_rank, orthogonality_loss, set_rank, truncate
+from .serve import Served, serve
 from .training_state import load_training_state, save_training_state
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "PromptTuningConfig",
     "RankAllocator",
     "SelectiveConfig",
+    "Served",
     "TFewLoss",
     "adapt",
     "adapter_parameters",
@@ -67,6 +69,7 @@ __all__ = [
     "regularize",
     "save_adapter",
     "save_training_state",
+    "serve",
     "set_adapter",
     "set_rank",
     "tfew_loss",

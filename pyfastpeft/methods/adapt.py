@@ -58,26 +58,16 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     where a target is misspelt; the model is then as it was.
     """
     op = "adapt"
-    _need_module(model, op)
+    need_adaptable(model, op)
     plain = uncompiled(model)
-    wrapped = isinstance(plain, (DataParallel, DistributedDataParallel))
-    given = f"a {type(plain).__name__}, which does not know new parameters and names all others anew"
-    need(not wrapped, op, "model", given, "its module, adapted before it is wrapped", TypeError)
-    given = f"a {type(plain).__name__} that FSDP shards, which does not know new parameters"
-    need(not sharded(model), op, "model", given, "adapted before it is sharded", TypeError)
     ours, config = isinstance(config, Config), deepcopy(as_config(config))
     if not ours:
         inject.take_targets_of_peft(model, config)
     known = adaptation(model, op) if hasattr(model, "pyfastpeft") else Adaptation()
     _need_new(known, op, name)
     _need_unmerged(model, op)
-    theirs = [type(m) for m in model.modules() if any(c.__module__.startswith("peft.") for c in type(m).__mro__)]
-    needed = "a plain one, as PEFT's unload() leaves it; accelerate is for models that PEFT adapted"
-    need(not theirs, op, "model", f"one with {len(theirs)} modules of PEFT's, {theirs[:2]} …", needed)
     strange = [path for path, module in carriers(model) if not {*adapters_in(module)} <= set(known.configs)]
     need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
-    lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
-    need(not lazy, op, "model", f"one with {lazy[:3]} without a shape yet", "run once before, which gives them shapes")
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if not known.configs:
@@ -98,6 +88,22 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     model.requires_grad_(False)
     set_adapter(model, name)
     return model
+
+
+def need_adaptable(model: nn.Module, op: str) -> None:
+    """Raise TypeError or ValueError, naming `op`, unless layers of `model` can take new parameters."""
+    _need_module(model, op)
+    plain = uncompiled(model)
+    wrapped = isinstance(plain, (DataParallel, DistributedDataParallel))
+    given = f"a {type(plain).__name__}, which does not know new parameters and names all others anew"
+    need(not wrapped, op, "model", given, "its module, adapted before it is wrapped", TypeError)
+    given = f"a {type(plain).__name__} that FSDP shards, which does not know new parameters"
+    need(not sharded(model), op, "model", given, "adapted before it is sharded", TypeError)
+    theirs = [type(m) for m in model.modules() if any(c.__module__.startswith("peft.") for c in type(m).__mro__)]
+    needed = "a plain one, as PEFT's unload() leaves it; accelerate is for models that PEFT adapted"
+    need(not theirs, op, "model", f"one with {len(theirs)} modules of PEFT's, {theirs[:2]} …", needed)
+    lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
+    need(not lazy, op, "model", f"one with {lazy[:3]} without a shape yet", "run once before, which gives them shapes")
 
 
 def set_adapter(model: nn.Module, *names: str) -> None:

@@ -88,10 +88,8 @@ def load_adapter(
     need_value(isinstance(model, nn.Module), "load_adapter", "model", model, "a torch.nn.Module", TypeError)
     config = load_config(directory)
     config.inference_mode = True  # nothing is drawn, and no text read, that the file has
-    ours, theirs = getattr(getattr(model, "config", None), "_name_or_path", None), config.base_model_name_or_path
-    same = not (check_base_model and ours and theirs) or os.path.normpath(ours) == os.path.normpath(theirs)
-    needed = f"{theirs!r}, for which the adapter was made, or check_base_model=False"
-    need(same, "load_adapter", "model", f"{ours!r}", needed)
+    if check_base_model:
+        need_base(model, config)
     path = need_file(directory, TENSORS_FILE)
     active = model.pyfastpeft.active if hasattr(model, "pyfastpeft") else ()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -111,6 +109,14 @@ def load_adapter(
         model.pyfastpeft.configs[name].inference_mode = False
         set_adapter(model, name)
     return model
+
+
+def need_base(model: nn.Module, config: Config) -> None:
+    """Raise ValueError where the names of the model and of that which the adapter is for are known and differ."""
+    ours, theirs = getattr(getattr(model, "config", None), "_name_or_path", None), config.base_model_name_or_path
+    same = not (ours and theirs) or os.path.normpath(ours) == os.path.normpath(theirs)
+    needed = f"{theirs!r}, for which the adapter was made, or check_base_model=False"
+    need(same, "load_adapter", "model", f"{ours!r}", needed)
 
 
 def load_config(directory: str | os.PathLike) -> Config:
@@ -137,7 +143,7 @@ def _leave_out_unmatched(model, config, keys) -> None:
             found = known_names(given, paths)
             setattr(config, argument, found if found or argument != "target_modules" else given)
     if isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig):
-        layers = {key.removeprefix(_base(config)).partition(".lora_")[0] for key in keys}
+        layers = {key.removeprefix(key_base(config)).partition(".lora_")[0] for key in keys}
         for argument in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(config, argument)
             for key in patterns:
@@ -159,7 +165,7 @@ class Slot(NamedTuple):
 
 
 def _slots(model: nn.Module, config: Config, name: str) -> list[Slot]:
-    base = _base(config)
+    base = key_base(config)
     slots = []
     for path, module in model.pyfastpeft.places[name].items():  # where it is, without the names of wrappers
         here, inner = f"{base}{path}.".replace("..", "."), ""
@@ -183,7 +189,7 @@ def _slots(model: nn.Module, config: Config, name: str) -> list[Slot]:
     return slots
 
 
-def _base(config):
+def key_base(config: Config) -> str:
     """What PEFT's keys start with: its wrappers' names."""
     return "base_model." if isinstance(config, VirtualTokensConfig) else "base_model.model."
 
@@ -221,25 +227,24 @@ def _fill(model, config, name, file, path, strict) -> None:
     """Check all of the file against all of the adapter, then copy."""
     if isinstance(config, AdaLoraConfig) and config.rank_pattern:
         stray = config.rank_pattern.keys() - _kept_ranks(model, config, name).keys()
-        told = f"with a rank_pattern for {_some(stray)}"
+        told = f"with a rank_pattern for {some(stray)}"
         need(not stray, "load_adapter", CONFIG_FILE, told, "with one for layers that have the adapter")
     slots = {slot.key: slot for slot in _slots(model, config, name)}
     given = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     empty = [key for key, slot in slots.items() if slot.read().is_meta]
     needed = "one whose adapted layers have values, or they would be lost"
-    need(not empty, "load_adapter", "model", f"without memory for {_some(empty)}, on the meta device", needed)
+    need(not empty, "load_adapter", "model", f"without memory for {some(empty)}, on the meta device", needed)
     missing = slots.keys() - given.keys()
     needed = f"a file with all tensors of the {config.peft_type} adapter that {CONFIG_FILE} tells of"
-    need(not missing, "load_adapter", str(path), f"without {_some(missing)}", needed)
+    need(not missing, "load_adapter", str(path), f"without {some(missing)}", needed)
     for key, slot in slots.items():
-        shape, dtype = tuple(given[key].get_shape()), given[key].get_dtype()
-        told = f"holding {key} of shape {list(shape)}"
-        need(shape == slot.shape, "load_adapter", str(path), told, f"of shape {list(slot.shape)} there")
-        told = f"holding {key} of dtype {dtype}"
-        need(dtype.startswith(("F", "BF")), "load_adapter", str(path), told, "of a floating dtype there", TypeError)
-    unknown = _unknown(model, config, file, given.keys() - slots.keys())
+        need_stored(path, key, given[key], slot.shape)
+    unknown = given.keys() - slots.keys()
     if unknown:
-        told = f"holding {_some(unknown)}, for which neither the {config.peft_type} adapter nor the model has a place"
+        with disable_adapter(model):
+            unknown = unknown_tensors(model, config, file, unknown)
+    if unknown:
+        told = f"holding {some(unknown)}, for which neither the {config.peft_type} adapter nor the model has a place"
         need(not strict, "load_adapter", str(path), told, "without them, or loaded with strict=False")
         warnings.warn(f"load_adapter: {path} is {told}; they are left out", stacklevel=3)
     with torch.no_grad():
@@ -247,13 +252,19 @@ def _fill(model, config, name, file, path, strict) -> None:
             slot.write(file.get_tensor(key))
 
 
-def _unknown(model, config, file, keys: Iterable[str]) -> list[str]:
+def need_stored(path: os.PathLike, key: str, given, shape: tuple[int, ...]) -> None:
+    """Raise ValueError or TypeError unless what the file at `path` has at `key` is of this shape, and floating."""
+    stored, dtype = tuple(given.get_shape()), given.get_dtype()
+    told = f"holding {key} of shape {list(stored)}"
+    need(stored == shape, "load_adapter", str(path), told, f"of shape {list(shape)} there")
+    told = f"holding {key} of dtype {dtype}"
+    need(dtype.startswith(("F", "BF")), "load_adapter", str(path), told, "of a floating dtype there", TypeError)
+
+
+def unknown_tensors(model: nn.Module, config: Config, file, keys: Iterable[str]) -> list[str]:
     """Those of `keys` that are not simply copies: of the base model's own tensors, as PEFT writes an adapted
     embedding's, or of others in the file, as it writes biases of modules_to_save."""
-    if not keys:
-        return []
-    with disable_adapter(model):
-        own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     unknown = []
     for key in keys:
         tensor = file.get_tensor(key)
@@ -261,14 +272,14 @@ def _unknown(model, config, file, keys: Iterable[str]) -> list[str]:
             saved = (re.sub(rf"\.modules_to_save\.{name}", ".", key) for name in ("", r"[^.]+\."))
             twin = next((file.get_tensor(each) for each in saved if each in file.keys()), None)  # noqa: SIM118
         else:
-            twin = own.get(re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix(_base(config))))
+            twin = own.get(re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix(key_base(config))))
         same = twin is not None and twin.shape == tensor.shape
         if not (same and torch.equal(twin.detach().cpu(), tensor.to(twin.dtype))):
             unknown.append(key)
     return unknown
 
 
-def _some(keys) -> str:
+def some(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 

@@ -275,8 +275,6 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
 
 
 def _lora_part(path, module, config, like):
-    r = config.r if isinstance(config, AdaLoraConfig) else of_pattern(path, config.rank_pattern, config.r)
-    alpha = of_pattern(path, config.alpha_pattern, config.lora_alpha)
     options = {"dropout_p": config.lora_dropout, "init": config.init_lora_weights, **like}
     if isinstance(config, AdaLoraConfig):
         _need_linear(module, path, "AdaLoraConfig")
@@ -287,11 +285,11 @@ def _lora_part(path, module, config, like):
             need(len(mask) == config.init_r, "AdaLoraConfig", "rank_pattern", given, needed)
             part.keep(torch.tensor(mask, device=part.lora_E.device))
         return part
+    r, alpha, scaling = rank_and_scaling(path, config)
     if isinstance(config, DyLoraConfig):
         _need_linear(module, path, "DyLoraConfig")
         frozen_above = config.min_rank if config.frozen else None
         return DyLoRAPart(*sizes(module), r, alpha, **options, frozen_above=frozen_above)
-    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     if is_embedding(module):
         need(not config.use_dora, "LoraConfig", "use_dora", f"True with the embedding {path!r}", "False there")
         return EmbeddingLoRAPart(module, r, scaling, config.init_lora_weights, **like)
@@ -304,6 +302,13 @@ def _lora_part(path, module, config, like):
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return DoRAPart(weight, r, scaling, **options)
     return LoRAPart(*sizes(module), r, scaling, **options)
+
+
+def rank_and_scaling(path: str, config: LoraConfig) -> tuple[int, float, float]:
+    """The rank, alpha and scaling of LoRA in the layer at `path`."""
+    r = of_pattern(path, config.rank_pattern, config.r)
+    alpha = of_pattern(path, config.alpha_pattern, config.lora_alpha)
+    return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def _need_linear(module, path, op):

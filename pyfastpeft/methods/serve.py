@@ -1,0 +1,261 @@
+"""A model that serves many LoRA adapters at once: every row, or every token, of a batch goes through its own."""
+
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.adapted import is_conv1d, uncompiled
+from ..layers.multi_lora import Batch, MultiLoRALinear, running
+from ..layers.parts import AdaLoRAPart, LoRAPart
+from ..ops import Routing
+from ..ops.checks import need, need_value, whole
+from ..ops.dispatch import FLOATS
+from .adapt import need_adaptable
+from .checkpoint import (
+    CONFIG_FILE,
+    SUFFIXES,
+    TENSORS_FILE,
+    key_base,
+    load_config,
+    need_base,
+    need_stored,
+    some,
+    unknown_tensors,
+)
+from .configs import AdaLoraConfig, LoraConfig
+from .files import need_file, opened
+from .inject import rank_and_scaling, target_matrices
+from .targets import ends, known_names, need_pattern, select
+
+
+def serve(
+    model: nn.Module,
+    num_adapters: int,
+    rank: int,
+    target_modules: str | Sequence[str] | None = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    adapter_dtype: torch.dtype | None = None,
+) -> "Served":
+    """Put `MultiLoRALinear` layers with empty slots into the places of linear layers of `model`, in place.
+
+    Args:
+        model: a transformers model, or any module tree, without adapters. Its weights are shared, not copied; those of
+            the served layers are frozen.
+        num_adapters: L, the number of slots. rank: the largest rank that a slot can hold.
+        target_modules, exclude_modules: which layers, nn.Linear or transformers' Conv1D, as in `LoraConfig`: all that
+            any of the adapters has. "all-linear" leaves out the head.
+        adapter_dtype: of the adapters. Default: that of each layer's weight; `adapt` and PEFT have float32 for 16-bit
+            ones.
+
+    Returns the handle by which adapters are loaded and batches told of them. Raises ValueError or TypeError naming what
+    does not fit, with close names where a target is misspelt; the model is then as it was.
+    """
+    op = "serve"
+    need_adaptable(model, op)
+    plain = uncompiled(model)
+    adapted = hasattr(plain, "pyfastpeft") or any(isinstance(module, MultiLoRALinear) for module in plain.modules())
+    needed = "a plain one, as unload() and remove() leave it"
+    need(not adapted, op, "model", "one that is adapted or served already", needed)
+    config = LoraConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    found = target_matrices(plain, config, lambda family: ends(family.query, family.value))
+    linears = {path: plain.get_submodule(path) for path in found}
+    for path, linear in linears.items():
+        why = _unfit(plain, path, linear)
+        needed = "of ordinary nn.Linear and Conv1D layers in a batch's order; name others in exclude_modules"
+        need(not why, op, "target_modules", f"meaning {path!r}, {why}", needed, TypeError)
+    flags = {parameter: parameter.requires_grad for linear in linears.values() for parameter in linear.parameters()}
+    try:
+        layers = {
+            path: MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=adapter_dtype)
+            for path, linear in linears.items()
+        }
+    except BaseException:
+        _set_flags(flags)
+        raise
+    return Served(plain, linears, layers, flags)
+
+
+def _unfit(model, path, linear) -> str:
+    """Why a MultiLoRALinear cannot take the place of a layer, or ""."""
+    weight, parent = linear.weight, model.get_submodule(path.rpartition(".")[0])
+    hooks = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    if linear is model:
+        return "the model itself, for which there is MultiLoRALinear.from_linear"
+    if type(linear) is not nn.Linear and not is_conv1d(type(linear)):
+        return f"a {type(linear).__name__}"
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS or weight.is_meta:
+        return f"whose weight is a {type(weight).__name__} of {weight.dtype} on {weight.device}"
+    if hooks or "forward" in linear.__dict__:
+        return "which has hooks or a forward of its own"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "whose weight torch's nn.TransformerEncoderLayer reads instead of calling it"
+    if ".experts." in f".{path}.":
+        return "an expert, which sees tokens in an order of its own"
+    return ""
+
+
+def _set_flags(flags):
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
+
+
+def _swap(model, others):
+    """Replace modules of `model`, wherever they are, by those of a table."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            parent._modules[name] = others.get(child, child)
+
+
+class Served:
+    """What `serve` returns: the handle of a served model.
+
+    Attributes: model; layers, path -> MultiLoRALinear; num_adapters; rank; loaded, slot -> the directory of the adapter
+    that it holds. Outside of `slots` blocks the model computes what it did before.
+    """
+
+    def __init__(self, model, linears, layers, flags):
+        self.model, self.layers, self.loaded = model, layers, {}
+        first = next(iter(layers.values()))
+        self.num_adapters, self.rank = first.num_adapters, first.rank
+        self._linears, self._flags, self._key = linears, flags, uuid4().hex
+        for layer in layers.values():
+            layer.requires_grad_(False)
+            for tensor in (layer.lora_A, layer.lora_B, layer.scaling, layer.ranks):
+                tensor.zero_()
+            layer.served = self._key
+        _swap(model, {linears[path]: layer for path, layer in layers.items()})
+
+    @contextmanager
+    def slots(self, slots: Sequence[int] | Tensor | Routing):
+        """In which the model runs a batch, `with served.slots(…): model.generate(…)`, through the adapters in `slots`.
+
+        slots [S]: integers in [-1, num_adapters), -1 for the base alone: one for each row of the batch (layers see
+        [B, …, K]; also B = n S, where `generate` makes n beams or sequences of each row), or one for each token of a
+        packed batch [T, K] or [1, T, K]; or the `Routing` of tokens that `ops.route` made of them.
+
+        A block holds for its thread alone, so threads may run different batches at once, also of a compiled model; for
+        the threads that nn.DataParallel starts it does not hold. Of nested blocks the inner one counts. Raises
+        ValueError or TypeError for slots that are none, and, from the layers, where they do not fit the batch.
+        """
+        self._need_served("slots")
+        device = next(iter(self.layers.values())).weight.device
+        with running(self._key, Batch(slots, self.num_adapters, device)):
+            yield
+
+    def load_adapter(self, slot: int, directory: str | os.PathLike, check_base_model: bool = True) -> None:
+        """Put the LoRA, rsLoRA, AdaLoRA or DyLoRA adapter that PEFT or `save_adapter` wrote to `directory` into a slot;
+        what the slot held is gone. Other threads may run batches with other slots meanwhile.
+
+        check_base_model: as in `pyfastpeft.load_adapter`. Raises FileNotFoundError or NotADirectoryError for missing
+        files and ValueError or TypeError, naming the file and the key or field, for what does not fit: DoRA, biases,
+        modules_to_save, tensors of layers that are not served, ranks above `rank`; the slot is then as it was.
+        """
+        self._need_slot("load_adapter", slot)
+        factors = self._read(directory, check_base_model)
+        for path, layer in self.layers.items():
+            if path in factors:
+                layer.load_adapter(slot, *factors[path])
+            else:
+                layer.unload(slot)
+        self.loaded[slot] = os.fspath(directory)
+
+    def unload(self, slot: int) -> None:
+        """Empty a slot: its rows get the base alone. Raises ValueError for a slot that is none."""
+        self._need_slot("unload", slot)
+        for layer in self.layers.values():
+            layer.unload(slot)
+        self.loaded.pop(slot, None)
+
+    def remove(self) -> nn.Module:
+        """The plain model again, with the modules and parameters of before. Nothing can be loaded any more."""
+        self._need_served("remove")
+        for path, layer in self.layers.items():
+            linear = self._linears[path]
+            if layer.merged:
+                layer.unmerge()
+            # They share memory, unless the model was moved or cast meanwhile.
+            linear.weight.data = layer.weight.data.T if is_conv1d(type(linear)) else layer.weight.data
+            if linear.bias is not None:
+                linear.bias.data = layer.bias.data
+            linear.train(layer.training)
+        _swap(self.model, {layer: self._linears[path] for path, layer in self.layers.items()})
+        _set_flags(self._flags)
+        self.layers, self.loaded = {}, {}
+        return self.model
+
+    def _read(self, directory, check_base_model) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """path -> lora_A [r, K], lora_B [N, r] and scaling of the adapter in `directory`, all checked."""
+        op, config = "load_adapter", load_config(directory)
+        known = isinstance(config, LoraConfig)
+        need(known, op, CONFIG_FILE, f"of peft_type {config.peft_type!r}", "of LORA, ADALORA or DYLORA, to be served")
+        for field in ("use_dora", "bias", "modules_to_save"):
+            value = getattr(config, field)
+            needed = "unset: of an adapter, low-rank factors alone are served"
+            need_value(not value or value == "none", op, f"{field} of {CONFIG_FILE}", value, needed)
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, field) or ():
+                need_pattern(op, field, pattern)
+        if check_base_model:
+            need_base(self.model, config)
+        allocated, source, factors = isinstance(config, AdaLoraConfig), need_file(directory, TENSORS_FILE), {}
+        suffixes = SUFFIXES[AdaLoRAPart if allocated else LoRAPart]
+        path_of = {layer: path for path, layer in self.layers.items()}
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        keys = {
+            path: {own: f"{key_base(config)}{path}.{suffix}" for own, suffix in suffixes.items()}
+            for path, layer in modules.items()
+            if layer in path_of
+        }
+        with opened(source) as file:
+            given = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            stray = given.keys() - {key for path in keys for key in keys[path].values()}
+            stray = unknown_tensors(self.model, config, file, stray)
+            needed = "without those, or one for which serve() was told of their layers in target_modules"
+            need(not stray, op, str(source), f"holding {some(stray)}, for which there are no slots", needed)
+            held = {path_of[modules[path]]: keys[path] for path in keys if given.keys() & {*keys[path].values()}}
+            held = {path: keys[path] for path in _meant(config, list(modules)) if path in self.layers} | held
+            missing = {key for path in held for key in held[path].values()} - given.keys()
+            needed = f"a file with all tensors of the {config.peft_type} adapter that {CONFIG_FILE} tells of"
+            need(not missing, op, str(source), f"without {some(missing)}", needed)
+            for path, named in held.items():
+                r, scaling = _allocated(path, config) if allocated else rank_and_scaling(path, config)[::2]
+                needed = f"of ranks up to {self.rank}, that of serve()"
+                need(r <= self.rank, op, str(source), f"of rank {r} in {path!r}", needed)
+                layer = self.layers[path]
+                shapes = {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r), "lora_E": (r, 1)}
+                for own, key in named.items():
+                    need_stored(source, key, given[key], shapes[own])
+                tensors = {own: file.get_tensor(key) for own, key in named.items()}
+                if r:  # AdaLoRA may leave a layer none
+                    factors[path] = tensors["lora_A"] * tensors.get("lora_E", 1), tensors["lora_B"], scaling
+        merged = [path for path, layer in self.layers.items() if layer.merged]
+        need(not merged, op, "model", f"one whose {merged[:3]} are merged", "unmerged", RuntimeError)
+        return factors
+
+    def _need_served(self, op):
+        need(bool(self.layers), op, "the model", "plain again, by remove()", "served", RuntimeError)
+
+    def _need_slot(self, op, slot):
+        self._need_served(op)
+        fits = whole(slot) and 0 <= slot < self.num_adapters
+        need_value(fits, op, "slot", slot, f"an integer in [0, {self.num_adapters})")
+
+
+def _allocated(path, config) -> tuple[int, float]:
+    """The rank and scaling of AdaLoRA in a layer, as in `AdaLoRAPart`."""
+    mask = (config.rank_pattern or {}).get(f"{path}.lora_E")
+    return config.init_r if mask is None else sum(mask), config.lora_alpha / (config.init_r + 1e-5)
+
+
+def _meant(config, paths) -> list[str]:
+    """Those of `paths`, of modules of any kind, that a stored config means."""
+    if config.target_modules in (None, "all-linear"):
+        return []
+    names = [config.target_modules, config.exclude_modules]
+    known = [given if isinstance(given, str) or not given else known_names(given, paths) for given in names]
+    options = known[1], config.layers_to_transform, config.layers_pattern
+    return select("load_adapter", "target_modules", paths, known[0] or names[0], *options)
