@@ -7,8 +7,9 @@ from threading import Thread
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, gpt2, llama, randomise, t5
+from tiny_models import COMMON, GROUPED, VOCABULARY, gpt2, llama, randomise, t5
 from torch import nn
 
 import pyfastpeft
@@ -257,6 +258,25 @@ def test_remove_gives_the_plain_model_back(tmp_path):
     assert {p.dtype for p in served.remove().parameters()} == {torch.float64}
 
 
+def test_batches_whose_rows_are_joined_before_experts(tmp_path):
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "decoder_sparse_step": 1}
+    model = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**GROUPED, **sizes, shared_expert_intermediate_size=16)).eval()
+    randomise(model, 0.2)
+    directory, base, ids = write(model, LoraConfig(r=2, target_modules="all-linear"), tmp_path), model, tokens(2, 7)
+    model = copy.deepcopy(base)
+    served = pyfastpeft.serve(model, 1, 2)
+    assert any("shared_expert" in path for path in served.layers)
+    served.load_adapter(0, directory)
+    with served.slots([-1, 0]):
+        out = logits(model, ids)
+    for row, alike in enumerate((base, pyfastpeft.load_adapter(copy.deepcopy(base), directory))):
+        torch.testing.assert_close(out[row], logits(alike, ids[row : row + 1])[0], rtol=1e-4, atol=1e-4)
+    model = nn.Sequential(nn.Linear(3, 3))
+    served = pyfastpeft.serve(model, 2, 2, ["0"])
+    with pytest.raises(ValueError, match=r"slots is of 2 .* x is of shape \[4, 3\]"), served.slots([0, 1]):
+        model(torch.ones(4, 3))
+
+
 def test_modules_in_several_places_are_served_once(tmp_path):
     class Twice(nn.Module):
         def __init__(self):
@@ -300,6 +320,10 @@ class Quantised(nn.Linear):
     pass
 
 
+def longformer():
+    return tf.LongformerModel(tf.LongformerConfig(**COMMON, attention_window=4, max_position_embeddings=32))
+
+
 def hooked():
     model = llama()
     model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *args: None)
@@ -326,6 +350,7 @@ def hooked():
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1),
             {"target_modules": ["linear1"]}, TypeError, "meaning 'layers.0.linear1', whose weight torch's",
         ),
+        (longformer, {}, TypeError, "meaning '.*attention.self.query', which sees tokens, not the rows"),
         (
             lambda: nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 3)])}),
             {"target_modules": ".*"}, TypeError, "meaning 'experts.0', an expert",

@@ -174,20 +174,21 @@ class Batch:
 
     def routing(self, x: Tensor) -> Routing:
         """That of the tokens of x [..., K]. Raises ValueError where they are neither those of the slots nor of rows."""
-        tokens = math.prod(x.shape[:-1])
-        rows = x.shape[0] if x.dim() > 2 else tokens  # also a batch whose rows are joined: their tokens are alike many
-        key = rows, tokens, x.device
+        count, tokens = len(self.given.order), math.prod(x.shape[:-1])
+        key = tokens, x.device
+        # Without rows, x is a batch that was seen before, its rows joined, as models of experts have it.
+        rows = x.shape[0] if x.dim() > 2 else tokens if key in self.routings else 1
+        fits = tokens == count or (self.slots is not None and count > 0 and rows % count == 0)
+        given = f"of {count} tokens or rows where x is of shape {list(x.shape)}"
+        needed = "one for each token of x, or for each row of a batch of as many rows or a multiple"
+        checks.need(fits, "slots", "slots", given, f"{needed}; other layers can be excluded when serve() is called")
         if key not in self.routings:
-            self.routings[key] = self._grouped(x, *key)
+            self.routings[key] = self._grouped(tokens, count, x.device)
         return self.routings[key]
 
-    def _grouped(self, x, rows, tokens, device):
-        count = len(self.given.order)
+    def _grouped(self, tokens, count, device):
         if tokens == count:
             return Routing(*(tensor.to(device) for tensor in self.given))
-        fits = self.slots is not None and count > 0 and rows % count == 0
-        needed = "one for each token of x, or for each row of a batch of as many rows or a multiple"
-        checks.need(fits, "slots", "slots", f"of {count} tokens or rows where x is of shape {list(x.shape)}", needed)
         with torch.inference_mode(False):  # else a later pass could not keep it for its backward pass
             return route(self.slots.repeat_interleave(tokens // count).to(device), self.num_adapters)
 

@@ -1,6 +1,7 @@
 """A model that serves many LoRA adapters at once: every row, or every token, of a batch goes through its own."""
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from uuid import uuid4
@@ -30,6 +31,12 @@ from .configs import AdaLoraConfig, LoraConfig
 from .files import need_file, opened
 from .inject import rank_and_scaling, target_matrices
 from .targets import ends, known_names, need_pattern, select
+
+# Modules whose linear layers see [T, B, K], as `module.class`.
+_TOKENS_FIRST = re.compile(
+    r"transformers\.models\.((fsmt|xlnet|mask2former|oneformer)\..*|longformer\..*SelfAttention"
+    r"|led\..*EncoderSelfAttention|bridgetower\..*ResidualAttention)"
+)
 
 
 def serve(
@@ -82,6 +89,7 @@ def serve(
 def _unfit(model, path, linear) -> str:
     """Why a MultiLoRALinear cannot take the place of a layer, or ""."""
     weight, parent = linear.weight, model.get_submodule(path.rpartition(".")[0])
+    owners = [type(model.get_submodule(path[: hit.start()])) for hit in re.finditer(r"^|\.", path)]
     hooks = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
     if linear is model:
         return "the model itself, for which there is MultiLoRALinear.from_linear"
@@ -93,6 +101,8 @@ def _unfit(model, path, linear) -> str:
         return "which has hooks or a forward of its own"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "whose weight torch's nn.TransformerEncoderLayer reads instead of calling it"
+    if any(_TOKENS_FIRST.fullmatch(f"{kind.__module__}.{kind.__name__}") for kind in owners):
+        return "which sees tokens, not the rows of a batch, in its first dimension"
     if ".experts." in f".{path}.":
         return "an expert, which sees tokens in an order of its own"
     return ""
@@ -135,7 +145,8 @@ class Served:
 
         slots [S]: integers in [-1, num_adapters), -1 for the base alone: one for each row of the batch (layers see
         [B, …, K]; also B = n S, where `generate` makes n beams or sequences of each row), or one for each token of a
-        packed batch [T, K] or [1, T, K]; or the `Routing` of tokens that `ops.route` made of them.
+        packed batch [T, K] or [1, T, K]; or the `Routing` of tokens that `ops.route` made of them. Every served layer
+        has to see rows or tokens in that order, rows first: exclude an encoder of images where rows differ in theirs.
 
         A block holds for its thread alone, so threads may run different batches at once, also of a compiled model; for
         the threads that nn.DataParallel starts it does not hold. Of nested blocks the inner one counts. Raises
