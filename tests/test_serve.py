@@ -18,13 +18,15 @@ from pyfastpeft.layers import MultiLoRALinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKE = {"llama": lambda: llama(pad_token_id=0), "gpt2": lambda: gpt2(pad_token_id=0), "t5": t5}
+MASKS = {"model.layers.0.self_attn.k_proj.lora_E": [False, True, True, False, True]}
+MASKS |= {"model.layers.1.mlp.up_proj.lora_E": [False] * 5}
 # Of different ranks, layers and scalings.
 CONFIGS = {
     "llama": [
         LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
         LoraConfig(r=4, target_modules=["q_proj", "mlp.down_proj"], rank_pattern={"down_proj": 6}),
         LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[1], alpha_pattern={r"1\.self_attn.*": 3}),
-        AdaLoraConfig(init_r=5, target_r=2, target_modules=["k_proj", "up_proj"]),
+        AdaLoraConfig(init_r=5, target_r=2, target_modules=["k_proj", "up_proj"], rank_pattern=MASKS),
     ],
     "gpt2": [
         LoraConfig(r=3, target_modules="all-linear"),
@@ -115,8 +117,14 @@ def test_every_row_goes_through_its_adapter(case):
     for given in (slots, torch.tensor(slots, dtype=torch.int32)):
         with case.served.slots(given):
             assert_rows(case, slots, ids, logits(case.model, ids))
-    with case.served.slots([len(case.directories)] * 6):  # an empty slot
+    last = len(case.directories)
+    with case.served.slots([last] * 6):  # an empty slot
         torch.testing.assert_close(logits(case.model, ids), logits(case.base, ids))
+    for slot in (0, 2):  # which has fewer layers
+        case.served.load_adapter(last, case.directories[slot])
+        with case.served.slots([last] * 6):
+            assert_rows(case, [slot] * 6, ids, logits(case.model, ids))
+    case.served.unload(last)
     assert torch.equal(logits(case.model, ids), logits(case.base, ids))  # outside of any block
     assert case.served.loaded == {i: str(path) for i, path in enumerate(case.directories)}
 

@@ -170,7 +170,7 @@ class Batch:
                 self.given = slots
             else:
                 self.given = route(slots, num_adapters, device)  # which checks their values
-                self.slots = torch.as_tensor(slots, dtype=torch.int64, device=device)
+                self.slots = torch.as_tensor(slots, dtype=torch.int64, device=device).clone()
 
     def routing(self, x: Tensor) -> Routing:
         """That of the tokens of x [..., K]. Raises ValueError where they are neither those of the slots nor of rows."""
@@ -179,17 +179,20 @@ class Batch:
         # Without rows, x is a batch that was seen before, its rows joined, as models of experts have it.
         rows = x.shape[0] if x.dim() > 2 else tokens if key in self.routings else 1
         fits = tokens == count or (self.slots is not None and count > 0 and rows % count == 0)
-        given = f"of {count} tokens or rows where x is of shape {list(x.shape)}"
-        needed = "one for each token of x, or for each row of a batch of as many rows or a multiple"
-        checks.need(fits, "slots", "slots", given, f"{needed}; other layers can be excluded when serve() is called")
+        if not fits:
+            given = f"of {count} tokens or rows where x is of shape {list(x.shape)}"
+            needed = "one for each token of x, or for each row of a batch of as many rows or a multiple"
+            checks.need(
+                False, "slots", "slots", given, f"{needed}; other layers can be excluded when serve() is called"
+            )
         if key not in self.routings:
             self.routings[key] = self._grouped(tokens, count, x.device)
         return self.routings[key]
 
     def _grouped(self, tokens, count, device):
-        if tokens == count:
-            return Routing(*(tensor.to(device) for tensor in self.given))
         with torch.inference_mode(False):  # else a later pass could not keep it for its backward pass
+            if tokens == count:
+                return Routing(*(tensor.to(device) for tensor in self.given))
             return route(self.slots.repeat_interleave(tokens // count).to(device), self.num_adapters)
 
 
