@@ -5,12 +5,14 @@ import functools
 import itertools
 import pickle
 from functools import partial
+from threading import Thread
 
 import peft
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
 
 from pyfastpeft.layers import PrefixEncoder, PromptEmbedding
@@ -926,6 +928,40 @@ def test_a_forward_that_is_called_itself_is_refused(make):
     torch.testing.assert_close(model(**inputs)[0], expected)
     with disable_adapter(model):
         torch.testing.assert_close(model.forward(**inputs)[0], make()(**inputs)[0])
+
+
+def test_parts_of_a_prompted_model_run_again_in_a_backward_pass():
+    """As checkpoints around them have it."""
+    model, inputs = adapted(bert, "prompt"), batch()
+    (trained,) = (p for p in model.parameters() if p.requires_grad)
+    (expected,) = torch.autograd.grad(model(**inputs)[0].square().sum(), trained)
+    model.bert = checkpoint_wrapper(model.bert)
+    (gradient,) = torch.autograd.grad(model(**inputs)[0].square().sum(), trained)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_prompted_model_is_called_in_a_call_of_another_thread():
+    model, inputs = adapted(bert, "prompt"), batch()
+    expected, found = model(**inputs)[0], []
+    handle = model.bert.register_forward_hook(lambda *_: None if found else in_a_thread())
+
+    def in_a_thread():
+        found.append(None)  # its own call starts no other
+        thread = Thread(target=lambda: found.append(model(**inputs)[0]))
+        thread.start()
+        thread.join()
+
+    torch.testing.assert_close(model(**inputs)[0], expected)
+    torch.testing.assert_close(found[1], expected)
+    handle.remove()
+
+
+def test_words_of_an_encoder_are_looked_up_outside_of_a_call():
+    model, inputs = adapted(bart, "prompt").eval(), batch()
+    ids = inputs.pop("input_ids")
+    expected = model(input_ids=ids, decoder_input_ids=ids, **inputs)[0]
+    words = model.get_encoder().embed_tokens(ids)
+    torch.testing.assert_close(model(inputs_embeds=words, decoder_input_ids=ids, **inputs)[0], expected)
 
 
 def test_a_forward_set_on_the_model_gets_labels_for_all_tokens():

@@ -78,7 +78,7 @@ class Prompts:
         self.positions = [module for module in position_modules(entrance) if isinstance(module, nn.Embedding)]
         self.handles = []
         self.tokens = None  # how many real tokens the call under way has, if virtual ones were put in front
-        self.called = False  # whether one is under way
+        self.called = 0  # how many calls are under way, in several threads
 
     def rows(self):
         """[V, d], or None where no prompt is active."""
@@ -87,7 +87,8 @@ class Prompts:
 
     def prepend(self, module, args, kwargs):
         """Pre-hook of the model, or of its encoder."""
-        self.tokens, self.called, prompt = None, True, self.rows()
+        self.called += 1
+        self.tokens, prompt = None, self.rows()
         if prompt is None:
             return None
         kwargs = {**kwargs, **dict(zip(self.names, args))}
@@ -149,14 +150,16 @@ class Prompts:
 
     def need_call(self, module, args):
         """Pre-hook of what the model, or its encoder, consists of. Raises ValueError where forward is called itself, as
-        by sentence-transformers, and the virtual tokens would be left out."""
-        if not self.called and active_parts(self.model, PromptEmbedding):
+        by sentence-transformers, and the virtual tokens would be left out. A backward pass may run parts again, which
+        a forward pass has called before."""
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not (self.called or again) and active_parts(self.model, PromptEmbedding):
             kind, needed = type(self.model).__name__, "called itself, for the virtual tokens to be put in front"
             checks.need(False, "prompt tuning", "model", f"a {kind} whose forward, or a part of it, is called", needed)
 
     def leave(self, module, args, output):
-        """Hook of the model, or of its encoder."""
-        self.called = False
+        """Hook of the model, or of its encoder, also where that raises."""
+        self.called = max(self.called - 1, 0)
 
     def need_own_cache(self, name, before, virtual, tokens, mask, positions):
         """Raise ValueError where generate took what a cache of `before` tokens holds for text: of a text that goes on
@@ -276,8 +279,8 @@ def _attach(model):
     if head is not None and "logits_to_keep" in prompts.names:
         prompts.handles.append(head.register_forward_pre_hook(without_gaps))
     prompts.handles.append(entrance.register_forward_pre_hook(prompts.prepend, with_kwargs=True))
-    prompts.handles.append(entrance.register_forward_hook(prompts.leave))
-    outside = model.get_input_embeddings(), head
+    prompts.handles.append(entrance.register_forward_hook(prompts.leave, always_call=True))
+    outside = model.get_input_embeddings(), entrance.get_input_embeddings(), head
     inner = [child for child in entrance.children() if child not in outside and not isinstance(child, Parts)]
     prompts.handles += [child.register_forward_pre_hook(prompts.need_call) for child in inner]
     if entrance is model:
