@@ -358,6 +358,10 @@ def hooked():
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1),
             {"target_modules": ["linear1"]}, TypeError, "meaning 'layers.0.linear1', whose weight torch's",
         ),
+        (
+            lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2), 1),
+            {"target_modules": ["linear1"]}, TypeError, "meaning 'layers.0.linear1', which sees tokens, not the rows",
+        ),
         (longformer, {}, TypeError, "meaning '.*attention.self.query', which sees tokens, not the rows"),
         (
             lambda: nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 3)])}),

@@ -101,7 +101,8 @@ def _unfit(model, path, linear) -> str:
         return "which has hooks or a forward of its own"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "whose weight torch's nn.TransformerEncoderLayer reads instead of calling it"
-    if any(_TOKENS_FIRST.fullmatch(f"{kind.__module__}.{kind.__name__}") for kind in owners):
+    decoder = isinstance(parent, nn.TransformerDecoderLayer) and not parent.self_attn.batch_first
+    if decoder or any(_TOKENS_FIRST.fullmatch(f"{kind.__module__}.{kind.__name__}") for kind in owners):
         return "which sees tokens, not the rows of a batch, in its first dimension"
     if ".experts." in f".{path}.":
         return "an expert, which sees tokens in an order of its own"
