@@ -86,6 +86,18 @@ def test_gradients_of_gradients(op):
     close(found, second(formula))
 
 
+@pytest.mark.parametrize("tokens", [3, 0])
+def test_gradients_of_adapters_without_tokens_are_zero(tokens):
+    x, weight, lora_A, lora_B = operands()
+    lora_A, lora_B = (torch.stack([t, t]).requires_grad_() for t in (lora_A, lora_B))
+    slots = torch.full((tokens,), -1)
+    with pyfastpeft.use_backend("autograd"):
+        y = ops.multi_lora_linear(x[:tokens], weight, None, lora_A, lora_B, slots, 0.7)
+    close(y, x[:tokens] @ weight.T)
+    for gradient in torch.autograd.grad(y.sum(), (lora_A, lora_B)):
+        assert not gradient.any()
+
+
 @pairs
 def test_kernels_refuse_gradients_of_gradients(op):
     """Also where torch.autograd.grad asks for something further on than the op, which it finds to get zero."""

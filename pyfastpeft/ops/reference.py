@@ -312,10 +312,11 @@ def group_tokens(slots, order, segments) -> None:
 
 
 def _segments(order, segments, ranks, rank):
+    """Of every adapter that has tokens, and of the first, so that gradients are zero, not missing, where none has."""
     bounds = segments.tolist()
     true_ranks = [rank] * (len(bounds) - 1) if ranks is None else ranks.tolist()
     for adapter, true_rank in enumerate(true_ranks):
-        if bounds[adapter] < bounds[adapter + 1]:
+        if adapter == 0 or bounds[adapter] < bounds[adapter + 1]:
             yield adapter, order[bounds[adapter] : bounds[adapter + 1]], true_rank
 
 
