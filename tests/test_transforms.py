@@ -154,6 +154,17 @@ def test_vmap_over_adapters(op):
     close(vmap(ours, (None, None, 0, 0))(x, weight, *many), torch.stack(apart))
 
 
+def test_norms_of_many_adapters_have_no_gradient():
+    _, weight, lora_A, lora_B = operands()
+    many = torch.stack([lora_A, -lora_A])
+
+    def norm(lora_A):
+        return ops.dora_norm(weight, lora_A, lora_B, 0.7)
+
+    close(vmap(norm)(many), torch.stack([norm(each) for each in many]))
+    assert not jvp(norm, (lora_A,), (lora_A,))[1].any()
+
+
 @pytest.mark.parametrize("op", ["lora", "dora", "ia3 output", "bottleneck"])
 def test_compiled_transforms(op):
     """Traced without them, a compiled graph of a kernel gave wrong gradients and said nothing."""

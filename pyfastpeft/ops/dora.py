@@ -135,6 +135,10 @@ def dora_norm(
         weight_norm_squared = weight_norm_squared.to(dtype).contiguous()
     if dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
+    if dispatch.composed():
+        tensors = weight, lora_A, lora_B, weight_norm_squared
+        weight, lora_A, lora_B, squares = (None if t is None else t.detach() for t in tensors)  # in forward mode, too
+        return reference.norm_of_sum(weight, lora_A, lora_B, float(scaling), squares)
     norm = weight.new_empty(len(weight), dtype=dtype)
     factors = lora_A.contiguous(), lora_B.contiguous()
     dispatch.run("dora_norm", as_rows(weight), *factors, float(scaling), weight_norm_squared, norm)
@@ -196,13 +200,10 @@ def _linear(normed, x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout
     checks.dropout(op, dropout_p)
     if weight_norm_squared is not None:
         checks.vector(op, "weight_norm_squared", weight_norm_squared, weight.shape[0], "N", x)
-    sums = reference.accumulation(x.dtype)
+    norm = dora_norm(normed, lora_A, lora_B, scaling, weight_norm_squared).to(reference.accumulation(x.dtype))
     if dispatch.composed():
-        constants = (t.detach() for t in (normed, lora_A, lora_B))  # in forward mode, too
-        norm = reference.norm_of_sum(*constants, scaling, weight_norm_squared).to(sums)
         options = magnitude / norm, scaling, dropout_p, dropout_seed(x, dropout_p)
         return reference.dora(x, weight, bias, lora_A, lora_B, *options)[0]
-    norm = dora_norm(normed, lora_A, lora_B, scaling, weight_norm_squared).to(sums)
     if x.dtype == torch.float64:
         lora_A, lora_B = lora_A.double(), lora_B.double()
     bias = None if bias is None else bias.contiguous()
