@@ -332,6 +332,11 @@ def longformer():
     return tf.LongformerModel(tf.LongformerConfig(**COMMON, attention_window=4, max_position_embeddings=32))
 
 
+def musicgen():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "num_codebooks": 2}
+    return tf.MusicgenForCausalLM(tf.MusicgenDecoderConfig(vocab_size=61, max_position_embeddings=32, **sizes))
+
+
 def hooked():
     model = llama()
     model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *args: None)
@@ -352,6 +357,7 @@ def hooked():
         (lambda: nn.Linear(3, 3), {"target_modules": ".*"}, TypeError, "the model itself"),
         (lambda: nn.Sequential(nn.Linear(3, 3, device="meta")), {"target_modules": ".*"}, TypeError, "float32 on meta"),
         (hooked, {}, TypeError, "meaning 'model.layers.1.self_attn.q_proj', which has hooks"),
+        (musicgen, {}, TypeError, "of a model whose generate, with guidance, has all rows of a batch a second time"),
         (lambda: pyfastpeft.adapt(llama(), LoraConfig()), {}, ValueError, "model is one that is adapted or served"),
         (lambda: pyfastpeft.serve(llama(), 1, 1).model, {}, ValueError, "model is one that is adapted or served"),
         (
@@ -464,6 +470,15 @@ def test_a_refused_adapter_leaves_the_slot_as_it_was(tmp_path, config, change, e
         served.load_adapter(1, bad)
     assert all(torch.equal(now, before[key]) for key, now in served.model.state_dict().items())
     assert served.loaded == {1: str(good)}
+
+
+def test_nothing_is_loaded_on_the_meta_device(tmp_path):
+    base = llama()
+    directory = write(base, LoraConfig(r=4), tmp_path / "adapter")
+    served = pyfastpeft.serve(base, 2, 4)
+    served.model.to("meta")
+    with pytest.raises(ValueError, match="load_adapter: model is without memory for model.layers.0"):
+        served.load_adapter(1, directory)
 
 
 def test_slots_that_are_none(case, tmp_path):

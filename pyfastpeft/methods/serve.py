@@ -37,6 +37,8 @@ _TOKENS_FIRST = re.compile(
     r"transformers\.models\.((fsmt|xlnet|mask2former|oneformer)\..*|longformer\..*SelfAttention"
     r"|led\..*EncoderSelfAttention|bridgetower\..*ResidualAttention)"
 )
+# Models whose `generate` runs a batch twice at once, one after the other, with guidance.
+_RUNS_TWICE = re.compile(r"transformers\.models\.(musicgen|musicgen_melody|dia|janus|qwen2_5_omni)\..*")
 
 
 def serve(
@@ -104,6 +106,8 @@ def _unfit(model, path, linear) -> str:
     decoder = isinstance(parent, nn.TransformerDecoderLayer) and not parent.self_attn.batch_first
     if decoder or any(_TOKENS_FIRST.fullmatch(f"{kind.__module__}.{kind.__name__}") for kind in owners):
         return "which sees tokens, not the rows of a batch, in its first dimension"
+    if any(_RUNS_TWICE.fullmatch(kind.__module__) for kind in owners):
+        return "of a model whose generate, with guidance, has all rows of a batch a second time after all of them"
     if ".experts." in f".{path}.":
         return "an expert, which sees tokens in an order of its own"
     return ""
@@ -125,7 +129,8 @@ class Served:
     """What `serve` returns: the handle of a served model.
 
     Attributes: model; layers, path -> MultiLoRALinear; num_adapters; rank; loaded, slot -> the directory of the adapter
-    that it holds. Outside of `slots` blocks the model computes what it did before.
+    that it holds. Outside of `slots` blocks the model computes what it did before. Its state dict holds the slots, too,
+    and the weights of Conv1D layers as [N, K]: `remove` before saving it.
     """
 
     def __init__(self, model, linears, layers, flags):
@@ -202,6 +207,8 @@ class Served:
     def _read(self, directory, check_base_model) -> dict[str, tuple[Tensor, Tensor, float]]:
         """path -> lora_A [r, K], lora_B [N, r] and scaling of the adapter in `directory`, all checked."""
         op, config = "load_adapter", load_config(directory)
+        empty = [path for path, layer in self.layers.items() if layer.lora_A.is_meta]
+        need(not empty, op, "model", f"without memory for {some(empty)}, on the meta device", "one that has values")
         known = isinstance(config, LoraConfig)
         need(known, op, CONFIG_FILE, f"of peft_type {config.peft_type!r}", "of LORA, ADALORA or DYLORA, to be served")
         for field in ("use_dora", "bias", "modules_to_save"):
