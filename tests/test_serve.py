@@ -477,7 +477,7 @@ def test_nothing_is_loaded_on_the_meta_device(tmp_path):
     directory = write(base, LoraConfig(r=4), tmp_path / "adapter")
     served = pyfastpeft.serve(base, 2, 4)
     served.model.to("meta")
-    with pytest.raises(ValueError, match="load_adapter: model is without memory for model.layers.0"):
+    with pytest.raises(ValueError, match=r"load_adapter: model is without memory for model\.layers\.0"):
         served.load_adapter(1, directory)
 
 
