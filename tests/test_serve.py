@@ -472,6 +472,32 @@ def test_a_refused_adapter_leaves_the_slot_as_it_was(tmp_path, config, change, e
     assert served.loaded == {1: str(good)}
 
 
+def test_nothing_is_drawn_for_slots():
+    state = torch.get_rng_state()
+    model = nn.Sequential(nn.Linear(3, 4))
+    drawn = torch.get_rng_state()
+    layer = pyfastpeft.serve(model, 2, 4, ["0"]).layers["0"]
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not torch.equal(state, drawn)
+    assert not any(t.any() for t in (layer.lora_A, layer.lora_B, layer.scaling, layer.ranks))
+
+
+def test_adalora_is_multiplied_before_it_is_rounded(tmp_path):
+    model = nn.Sequential(nn.Linear(32, 32))
+    pyfastpeft.adapt(model, AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["0"]))
+    part = model[0].adapters["default"]
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.copy_(torch.randn_like(parameter).bfloat16())
+    expected = (part.lora_A * part.lora_E).detach()
+    pyfastpeft.save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: t.bfloat16() for key, t in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    served = pyfastpeft.serve(pyfastpeft.unload(model), 2, 4, ["0"])
+    served.load_adapter(1, tmp_path)
+    assert torch.equal(served.layers["0"].lora_A[1], expected)
+
+
 def test_nothing_is_loaded_on_the_meta_device(tmp_path):
     base = llama()
     directory = write(base, LoraConfig(r=4), tmp_path / "adapter")

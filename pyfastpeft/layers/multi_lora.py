@@ -25,8 +25,8 @@ class MultiLoRALinear(FrozenLinear):
 
     Attributes: weight [N, K]; bias [N] or None; lora_A [L, r, K], Kaiming-uniform (a = sqrt(5)); lora_B [L, N, r],
     zero; scaling [L] and ranks [L], the true rank of every slot; served, the key of a model that `serve` put the layer
-    into, or None. All slots train. `from_linear` adapts an existing layer. Raises ValueError or TypeError naming the
-    argument that does not fit.
+    into, or None. All slots train. `from_linear` adapts an existing layer; with empty=True its slots hold nothing, as
+    after `unload`. Raises ValueError or TypeError naming the argument that does not fit.
     """
 
     served: str | None = None
@@ -46,7 +46,7 @@ class MultiLoRALinear(FrozenLinear):
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self._adapt(linear, num_adapters, rank, alpha, adapter_dtype)
 
-    def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None):
+    def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None, empty=False):
         op = "MultiLoRALinear"
         checks.count(op, "num_adapters", num_adapters)
         checks.count(op, "rank", rank)
@@ -59,7 +59,11 @@ class MultiLoRALinear(FrozenLinear):
         scaling = torch.full((num_adapters,), alpha / rank, device=device, dtype=accumulation(self.weight.dtype))
         self.register_buffer("scaling", scaling)
         self.register_buffer("ranks", torch.full((num_adapters,), rank, device=device))
-        self.reset_parameters()
+        if empty:
+            for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
+                tensor.detach().zero_()
+        else:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw every lora_A anew and set every lora_B to zero: the layer computes what its base computes."""

@@ -79,7 +79,7 @@ def serve(
     flags = {parameter: parameter.requires_grad for linear in linears.values() for parameter in linear.parameters()}
     try:
         layers = {
-            path: MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=adapter_dtype)
+            path: MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=adapter_dtype, empty=True)
             for path, linear in linears.items()
         }
     except BaseException:
@@ -140,8 +140,6 @@ class Served:
         self._linears, self._flags, self._key = linears, flags, uuid4().hex
         for layer in layers.values():
             layer.requires_grad_(False)
-            for tensor in (layer.lora_A, layer.lora_B, layer.scaling, layer.ranks):
-                tensor.zero_()
             layer.served = self._key
         _swap(model, {linears[path]: layer for path, layer in layers.items()})
 
@@ -250,7 +248,8 @@ class Served:
                     need_stored(source, key, given[key], shapes[own])
                 tensors = {own: file.get_tensor(key) for own, key in named.items()}
                 if r:  # AdaLoRA may leave a layer none
-                    factors[path] = tensors["lora_A"] * tensors.get("lora_E", 1), tensors["lora_B"], scaling
+                    lora_A = tensors["lora_A"].to(torch.promote_types(tensors["lora_A"].dtype, torch.float32))
+                    factors[path] = lora_A * tensors.get("lora_E", 1), tensors["lora_B"], scaling
         merged = [path for path, layer in self.layers.items() if layer.merged]
         need(not merged, op, "model", f"one whose {merged[:3]} are merged", "unmerged", RuntimeError)
         return factors
