@@ -25,6 +25,7 @@ class Part(nn.Module):
     """What one adapter adds to one layer. A subclass overrides what it changes of the layer's computation."""
 
     mergeable = False
+    reads_base = False
 
     def before(self, x: Tensor) -> Tensor:
         """The layer's input [..., K] as the layer is to see it."""
@@ -32,8 +33,8 @@ class Part(nn.Module):
 
     def beside(self, y: Tensor, x: Tensor, weight: Tensor | None, base: Tensor | None = None) -> Tensor:
         """The layer's output [..., N] with this part's branch of its input x [..., K]; y may be written in place.
-        weight [N, K], None where the layer is no matrix; base [..., N], what the layer computes of x without its bias,
-        None where that is x weight^T."""
+        weight [N, K], None where the layer is no matrix; base [..., N], for a part that `reads_base`, what the layer
+        computes of x without its bias, None where that is x weight^T."""
         return y
 
     def after(self, y: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ class AdaptedMatrix(Mergeable, Adapted):
         if self.foreign:
             kind, needed = _plain_class(type(self)).__name__, "a tensor, or the layer named in exclude_modules"
             checks.need(isinstance(y, Tensor), kind, "its output", f"a {type(y).__name__}", needed, TypeError)
-            base = y if getattr(self, "bias", None) is None else y - self.bias
+            if any(part.reads_base for part in parts):
+                base = y if getattr(self, "bias", None) is None else y - self.bias
             y = y.clone()  # it may keep its output for its backward pass, or return a view
         for part in parts:
             y = part.beside(y, x, self.matrix(), base)

@@ -84,6 +84,8 @@ class EmbeddingLoRAPart(LoRAPart):
 class DoRAPart(LoRAPart):
     """W' = magnitude [N] * (W + scaling * lora_B lora_A) / norm of its rows (Liu et al. 2024, equation 5)."""
 
+    reads_base = True
+
     def __init__(self, weight: Tensor, r, scaling, dropout_p=0.0, init=True, device=None, dtype=None):
         """weight [N, K]: of the base layer, whose rows' norms the magnitude starts from."""
         super().__init__(weight.shape[1], weight.shape[0], r, scaling, dropout_p, init, device, dtype)

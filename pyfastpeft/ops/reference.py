@@ -164,7 +164,7 @@ def dora(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, seed) -> tu
     """(y, s, unscaled): s = drop(x) lora_A^T;  unscaled = x weight^T + scaling * s lora_B^T;
     y = scale * unscaled + bias."""
     s = _shrunk(x, lora_A, dropout_p, seed)
-    unscaled = F.linear(x, weight).to(s.dtype) + scaling * (s @ lora_B.to(s.dtype).T)
+    unscaled = _expanded(F.linear(x, weight).to(s.dtype), s, lora_B, scaling)
     return _shifted(scale * unscaled, bias).to(x.dtype), s, unscaled
 
 
