@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,13 @@ Tensor view(const Matrix<C>& m) {
 // SHARED are read beside panels of the input.
 // With many rows the next block of the weight is asked for during the LATE last tiles: theirs would drive it out again.
 constexpr int64_t STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS, SOME = 128, SHARED = 60, LATE = 8;
+
+// Floats from the start of a cache line on, so that no vector of a panel lies on two.
+struct Freed {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Memory = std::unique_ptr<float[], Freed>;
+Memory memory(int64_t n) { return Memory(new (std::align_val_t(64)) float[n]); }
 
 bool has_unit_stride(const Tensor& w) {
   return w.stride(0) == 1 || w.stride(1) == 1 || w.size(0) == 1 || w.size(1) == 1;
@@ -76,7 +84,7 @@ struct Factor {
 class InputPanels {
  public:
   InputPanels(const Rows& in, int64_t m, const Factor& w)
-      : m_(blocks(m, k_.lanes) * k_.lanes), p_(w.p), data_(new float[m_ * p_]) {
+      : m_(blocks(m, k_.lanes) * k_.lanes), p_(w.p), data_(memory(m_ * p_)) {
     int64_t across = blocks(m, k_.width), tasks = across * blocks(p_, depth_);
     torch::stable::parallel_for(0, tasks, m * p_ < 4 * SERIAL_WORK ? tasks : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -94,7 +102,7 @@ class InputPanels {
   const int64_t depth_ = depth_of(Panels::input);
   const Kernels<float>& k_ = kernels<float>();
   int64_t m_, p_;
-  std::unique_ptr<float[]> data_;
+  Memory data_;
 };
 
 // out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS; the rows of w from next_q on, where
@@ -106,9 +114,9 @@ class Product {
         kind_(panels),
         depth_(depth_of(panels)),
         input_(input),
-        memory_(new float[panels == Panels::input    ? 2 * SHARED * input->rows() + ROWS * depth_
-                          : panels == Panels::weight ? depth_ * COLUMNS
-                                                     : 0]) {}
+        memory_(memory(panels == Panels::input    ? 2 * SHARED * input->rows() + ROWS * depth_
+                       : panels == Panels::weight ? depth_ * COLUMNS
+                                                  : 0)) {}
 
   void operator()(const Rows& in, int64_t m, int64_t q0, int64_t n, const Rows& out, bool add, int64_t next_q) {
     if (kind_ == Panels::none) {
@@ -121,7 +129,7 @@ class Product {
         return end < w_.p ? block(q0, n, end, shares) : block(next_q, n, 0, shares);
       };
       if (input_) {
-        combine(q0, n, p0, depth, upcoming(blocks(n, ROWS) * blocks(m, k_.width)));
+        combine(q0, n, p0, depth, upcoming(blocks(n, ROWS) * blocks(m, k_.width) * (depth / Next::STEPS)));
       } else {
         int64_t tiles = m / ROWS, late = std::min(tiles, LATE), packs = tiles == late ? blocks(depth, STEP) : 0;
         Upcoming next = upcoming(blocks(n, k_.width) * (packs + late * (depth / Next::STEPS))), none;
@@ -168,8 +176,9 @@ class Product {
       for (int64_t t = 0; t < input_->rows(); t += k_.width) {
         int64_t width = input_->columns(t);
         for (int64_t i = 0; i < count; ++i) to[i] = sums + (j + i) * input_->rows() + t;
-        k_.axpy(from, 1, count, input_->at(t, p0), width, depth, to, width, p0 > 0, {});
-        if (w_.dtype != Dtype::f32) next.ask();  // rows that are cast, since that leaves no time to wait for others
+        // Rows that are cast are asked for: casting waits for memory, products by rows as they lie hardly do.
+        k_.axpy(from, 1, count, input_->at(t, p0), width, depth, to, width, p0 > 0,
+                {0, 0, w_.dtype == Dtype::f32 ? nullptr : &next});
       }
     }
   }
@@ -219,7 +228,7 @@ class Product {
   Panels kind_;
   int64_t depth_;  // of a panel
   const InputPanels* input_;
-  std::unique_ptr<float[]> memory_;  // panels of the weight; with those of the input, sums, twice, and cast rows
+  Memory memory_;  // panels of the weight; with those of the input, sums, twice, and cast rows
   const float* from_[FEW];
   float* to_[FEW];
 };

@@ -296,7 +296,7 @@ inline void axpy_tile(const C* const* s, int64_t step, const C* c, int64_t ldc, 
   };
   int64_t q = 0;
   if constexpr (ask == Ask::block) {
-    constexpr int64_t SHARES = BYTES == 64 ? 1 : 16;  // where a step takes less time, a loop's end costs more
+    constexpr int64_t SHARES = BYTES == 64 ? 1 : 2;  // where a step takes less time, a loop's end costs more
     for (int64_t t = 0; q + SHARES * Next::STEPS <= depth; t += 2) {
       for (int64_t end = q + SHARES * Next::STEPS; q < end; ++q) add(q);
       next.block->ask(SHARES);
