@@ -185,7 +185,7 @@ def test_products_on_hopper_load_their_operands(tmp_path, monkeypatch):
     told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], check=True, capture_output=True, text=True)
     folders = [cutlass, *re.findall(r'"(?:-I)?(/[^"]+/include(?:/cccl)?)"', told.stderr)]  # and those of the toolkit
     own, program = ROOT / "tests/cuda_emulator/producer", tmp_path / "producer"
-    flags = ["-std=c++20", "-O1", "-DNDEBUG", "-w", "-fpermissive", f"-I{own}", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++20", "-O1", "-DNDEBUG", "-fpermissive", f"-I{own}", f"-I{ROOT / 'csrc'}"]
     flags += [part for folder in folders for part in ("-isystem", folder)]
     subprocess.run(["g++", *flags, own / "producer.cpp", "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)

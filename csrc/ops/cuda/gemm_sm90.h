@@ -22,10 +22,11 @@ struct WithTail : Single {
     const int* tail_of_block;
   };
 
+  // With values, since CUTLASS's headers make it an error where some are missing in braces.
   struct Params : Single::Params {  // of the first product
-    typename Single::Params others[kProducts - 1], tail;
-    int tiles[kProducts], base_tiles, rank, blocks;  // base_tiles: the sum of tiles
-    const int* tail_of_block;
+    typename Single::Params others[kProducts - 1] = {}, tail = {};
+    int tiles[kProducts] = {}, base_tiles = 0, rank = 0, blocks = 0;  // base_tiles: the sum of tiles
+    const int* tail_of_block = nullptr;
 
     CUTLASS_HOST_DEVICE const typename Single::Params& product(int i) const { return i ? others[i - 1] : *this; }
   };

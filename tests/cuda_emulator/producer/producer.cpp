@@ -173,7 +173,7 @@ long wrong(const std::vector<int64_t>& depths, const int* tail_of_block, int64_t
     if (a == 2) std::fill(tails[a].elements.begin(), tails[a].elements.end(), Element(NAN));  // nobody's
     tail_elements.insert(tail_elements.end(), tails[a].elements.begin(), tails[a].elements.end());
   }
-  pyfastpeft::Gemm gemm{.backward = kBackward, .rows = m, .columns = n, .rank = r};
+  pyfastpeft::Gemm gemm{.backward = kBackward, .rows = m, .columns = n, .rank = r, .products = {}};
   for (size_t i = 0; i < depths.size(); ++i) {
     lefts_of.emplace_back(m, depths[i], depths[i] + 16), rights_of.push_back(right_of(depths[i], 280 + 8 * i));
     gemm.products[i] = {depths[i], lefts_of[i].elements.data(), rights_of[i].elements.data(), lefts_of[i].stride,
