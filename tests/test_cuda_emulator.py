@@ -76,6 +76,10 @@ def test_a_block_may_have_so_much_shared_memory(monkeypatch, given):
         emulated.launch_with(like, 48 * 1024, 48 * 1024 + 1)
 
 
+def test_a_launch_leaves_others_the_shared_memory_that_they_asked_for():
+    torch.ops.pyfastpeft_emulated.launch_between(torch.empty(0), 64 * 1024, 96 * 1024)
+
+
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_the_largest_operands_fit_into_shared_memory(monkeypatch, adapter_dtype):
     """That of sm_80, which has less than sm_90. What a launch asks for follows from ranks and numbers of adapters."""

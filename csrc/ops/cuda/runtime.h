@@ -25,12 +25,13 @@ inline size_t shared_limit() {
   return limit;
 }
 
-// Lets a kernel have so many bytes of dynamic shared memory.
+// Lets a kernel have so many bytes of dynamic shared memory: as many as the device has, since another thread may be
+// about to launch it with more.
 template <class... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t shared) {
   if (shared <= 48 * 1024) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-        "shared memory");
+  int bytes = static_cast<int>(std::max(shared, shared_limit()));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
 }
 
 // Runs a kernel on the stream; `shared` is its dynamic shared memory in bytes.
