@@ -81,17 +81,17 @@ def assert_repeatable(name: str, k: int, n: int, adapter_dtype: torch.dtype, dev
 
 
 def assert_serves_slots_that_change(
-    tokens: int, included: bool, device: str, captured: Callable[[Callable], Callable]
+    tokens: int, included: bool, device: str, captured: Callable[[Callable], Callable], features: int = 136
 ) -> None:
     """`included`: the base layer, too, in one launch with the adapters of up to 64 tokens, or with blocks of tokens of
     one adapter. captured(run) captures a graph of what `run` does, and returns what replays it."""
-    inputs = multi_layer_inputs(tokens, 256, 136, 8, 5, torch.bfloat16, device=device)
+    inputs = multi_layer_inputs(tokens, 256, features, 8, 5, torch.bfloat16, device=device)
     inputs = {name: tensor.detach() for name, tensor in inputs.items()}
     if not included:
         del inputs["weight"], inputs["bias"]
-        inputs["y"] = random(tokens, 136, dtype=torch.bfloat16, grad=False, device=device)
+        inputs["y"] = random(tokens, features, dtype=torch.bfloat16, grad=False, device=device)
     slots = torch.full((tokens,), -1, device=device)
-    out = torch.empty(tokens, 136, dtype=torch.bfloat16, device=device)
+    out = torch.empty(tokens, features, dtype=torch.bfloat16, device=device)
 
     def run(x, lora_A, lora_B, y=None, **layer):
         if included:

@@ -43,6 +43,7 @@ BACKENDS = [
     name for name in ("triton", "cuda", "addmm") if any(row.backend == name for row in dispatch.TABLE["lora_forward"])
 ]
 ALIGNED = (64, 256, 136, 8)  # M K N r that every CUDA kernel takes, base product included
+WIDE = 2312  # features whose tiles, of 1064 tokens, are enough for the product of gemm.h on 132 multiprocessors
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)
@@ -121,7 +122,7 @@ def test_lora_linear_group(dtype, adapter_dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(1030, 520, 264, 5), (2048, 1024, 1032, 64), (1500, 72, 2056, 256), (2048, 2056, 264, 16)]
+    "shape", [(1030, 520, 2568, 5), (2048, 1024, 1032, 64), (1500, 72, 2056, 256), (2048, 2056, 264, 16)]
 )
 def test_lora_linear_of_many_tokens(dtype, shape):
     """By tensor descriptors, where the GPU has them; the last tile of every side is a partial one."""
@@ -213,6 +214,20 @@ def test_ia3_linear(dtype, adapter_dtype, feedforward, shape):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["dora_linear", "ia3_linear"])
+def test_frozen_scales_of_many_tokens(op, dtype):
+    """They meet the accumulator, where a kernel has one for so many tokens."""
+    inputs = gpu_lora_inputs(2048, 264, 1544, 16, dtype)
+    scale = gpu_random(1544, dtype=dtype, grad=False)
+    if op == "dora_linear":
+        ours, theirs = (functools.partial(f, scaling=0.7) for f in (ops.dora_linear, unfused_dora))
+        return assert_error_rule(ours, theirs, inputs | {"magnitude": scale}, roundings=2)
+    del inputs["lora_A"], inputs["lora_B"]
+    ours, theirs = (functools.partial(f, feedforward=False) for f in (ops.ia3_linear, unfused_ia3))
+    assert_error_rule(ours, theirs, inputs | {"ia3_l": scale})
+
+
 @dtypes
 @pytest.mark.parametrize(
     "shape", [(9, 33, 20, 4, 3), (64, 1024, 513, 16, 40), (64, 1024, 512, 16, 40), (500, 96, 136, 8, 5)]
@@ -250,7 +265,7 @@ def test_multi_lora_linear_in_blocks_of_one_adapter(dtype, adapter_dtype, ranked
     """What lies beyond true ranks, and adapters without a token, may be NaN."""
     slots, rank = in_blocks(3), 24 if ranked else 20
     ranks = torch.tensor([0, 5, rank, rank], device="cuda") if ranked else None
-    inputs = multi_layer_inputs(len(slots), 520, 264, rank, 4, dtype, adapter_dtype, device="cuda")
+    inputs = multi_layer_inputs(len(slots), WIDE, WIDE, rank, 4, dtype, adapter_dtype, device="cuda")
     with torch.no_grad():
         for a, used in enumerate([0, 5, rank, 0] if ranked else [rank] * 3 + [0]):
             inputs["lora_A"][a, used:] = float("nan")
@@ -263,7 +278,7 @@ def test_multi_lora_linear_in_blocks_of_one_adapter(dtype, adapter_dtype, ranked
 @pytest.mark.parametrize("tokens", [40, 500, None])
 def test_a_bad_adapter_reaches_its_own_tokens_alone(tokens):
     slots = torch.arange(tokens, device="cuda") % 4 - 1 if tokens else in_blocks(3)
-    inputs = multi_layer_inputs(len(slots), 64, 136, 8, 3, torch.bfloat16, device="cuda")
+    inputs = multi_layer_inputs(len(slots), 64, WIDE, 8, 3, torch.bfloat16, device="cuda")
     with torch.no_grad():
         inputs["lora_B"][1] = float("nan")
         y = ops.multi_lora_linear(**inputs, slots=slots, scaling=0.5)
@@ -348,7 +363,7 @@ def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypat
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", REPEATABLE)
 def test_a_hundred_runs_are_bit_identical(name, adapter_dtype):
-    assert_repeatable(name, 512, 264, adapter_dtype, "cuda", runs=100)
+    assert_repeatable(name, 512, WIDE, adapter_dtype, "cuda", runs=100)
 
 
 def captured(run):
@@ -365,9 +380,9 @@ def captured(run):
 
 @pytest.mark.parametrize(("tokens", "included"), [(64, False), (500, False), (9, True), (64, True), (1064, True)])
 def test_a_captured_graph_serves_slots_that_change(backend, tokens, included):
-    if backend == "addmm" and tokens * 8 * (256 + 136) > addmm.GATHERED:
+    if backend == "addmm" and tokens * 8 * (256 + WIDE) > addmm.GATHERED:
         pytest.skip("adapters that come one after the other are looked up on the host")
-    assert_serves_slots_that_change(tokens, included, "cuda", captured)
+    assert_serves_slots_that_change(tokens, included, "cuda", captured, features=WIDE)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
