@@ -363,7 +363,7 @@ def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypat
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", REPEATABLE)
 def test_a_hundred_runs_are_bit_identical(name, adapter_dtype):
-    assert_repeatable(name, 512, WIDE, adapter_dtype, "cuda", runs=100)
+    assert_repeatable(name, 2048, WIDE, adapter_dtype, "cuda", runs=100)
 
 
 def captured(run):
