@@ -26,8 +26,9 @@ def entry(tokens: int, features: int, depth: int, num_warps: int, num_stages: in
 
 
 # kernel -> kind of its operands -> (tokens at most, blocks; None: not this kernel). Every entry spills no register and
-# fits the 64 KiB of shared memory of gfx942 and the 163 KiB of sm_80; those of concat_linear, which needs tensor
-# descriptors, the 227 KiB of sm_90 and sm_100. "mixed" is 16-bit activations under adapters of another dtype.
+# fits the 64 KiB of shared memory of gfx942 and the 99 KiB of sm_86, sm_89 and sm_120; those of concat_linear, which
+# needs tensor descriptors, the 227 KiB of sm_90 and sm_100. "mixed" is 16-bit activations under adapters of another
+# dtype.
 BLOCKS = {
     "linear": {
         "half": [(16, entry(16, 32, 128, 4, 4)), (64, entry(64, 64, 64, 4, 4)), (ANY, entry(128, 128, 64, 8, 3))],

@@ -59,7 +59,6 @@ def lora(rank: int, dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     emulated_cuda.load()
     cuda._tensor_cores = lambda device: ""
-    cuda._device = lambda device: ""
     torch.manual_seed(0)
     with ops.use_backend("cuda"):
         multi_lora(9)

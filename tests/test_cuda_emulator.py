@@ -63,11 +63,10 @@ def test_the_emulator_tells_faults(tmp_path):
     assert said[5:] == ["ended"]
 
 
-@pytest.mark.parametrize("given", [None, 101_376])
-def test_a_block_may_have_so_much_shared_memory(monkeypatch, given):
-    emulated, like, limit = torch.ops.pyfastpeft_emulated, torch.empty(0), given or 232_448
-    if given:
-        monkeypatch.setenv("PYFASTPEFT_EMULATED_SHARED", str(given))
+@pytest.mark.parametrize(("capability", "limit"), [(8, 101_376), (9, 232_448)])
+def test_a_block_may_have_so_much_shared_memory(monkeypatch, capability, limit):
+    emulated, like = torch.ops.pyfastpeft_emulated, torch.empty(0)
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", str(capability))
     assert emulated.shared_limit(like) == limit
     emulated.launch_with(like, limit, limit)
     with pytest.raises(RuntimeError, match="shared memory: invalid argument"):
@@ -82,8 +81,9 @@ def test_a_launch_leaves_others_the_shared_memory_that_they_asked_for():
 
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_the_largest_operands_fit_into_shared_memory(monkeypatch, adapter_dtype):
-    """That of sm_80, which has less than sm_90. What a launch asks for follows from ranks and numbers of adapters."""
-    monkeypatch.setenv("PYFASTPEFT_EMULATED_SHARED", "166912")
+    """That of sm_86, than which none from sm_80 on has less. What a launch asks for follows from ranks and numbers of
+    adapters."""
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", "8")
     dtypes, most = (torch.bfloat16, adapter_dtype), cuda.MAX_RANK
     for tokens in (64, 70):
         gpu_cases.lora(**lora_inputs(tokens, 8, 8, most, *dtypes)).sum().backward()
@@ -581,17 +581,24 @@ def test_fused_layer_with_an_adapter_for_each_token(monkeypatch, adapter_dtype, 
         assert torch.equal(fused_layer(inputs, 0.7, **options)[0], y)
 
 
-# What some GPUs give a block: less than the fused layer takes for many tokens, or one launch for very many ranks.
-@pytest.mark.parametrize("shape", [(64, 72, 40, 128, 64), (3, 16, 16, 1600, 1)])
-def test_multi_lora_goes_other_ways_where_shared_memory_is_short(monkeypatch, shape):
-    monkeypatch.setenv("PYFASTPEFT_EMULATED_SHARED", "101376")
-    inputs = multi_layer_inputs(*shape, torch.bfloat16)
-    slots = torch.randint(-1, shape[-1], (shape[0],))
-    options = {"scaling": torch.randn(shape[-1])}
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(35, 200, 136, 16, 1), (64, 136, 72, 256, 3), (64, 72, 136, 256, 64)])
+def test_fused_layer_where_shared_memory_is_short(monkeypatch, adapter_dtype, shape):
+    """With fewer columns and stages."""
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", "8")
+    t, k, n, r, num_adapters = shape
+    inputs = layer_inputs(t, k, n, r, torch.bfloat16, adapter_dtype, (num_adapters,))
+    options = {"slots": torch.arange(t) % (num_adapters + 1) - 1, "scalings": torch.randn(num_adapters)}
+    assert_close(fused_layer(inputs, 0.7, **options)[0], exact_layer(inputs, 0.7, **options))
+
+
+def test_very_many_ranks_go_in_two_launches_where_shared_memory_is_short(monkeypatch):
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", "8")
+    slots, scaling = torch.tensor([0, -1, 0]), torch.randn(1)
     assert_error_rule(
-        functools.partial(ops.multi_lora_linear, slots=routed(slots, shape[-1]), **options),
-        functools.partial(unfused_multi_lora_linear, slots=slots, **options),
-        inputs,
+        functools.partial(ops.multi_lora_linear, slots=routed(slots, 1), scaling=scaling),
+        functools.partial(unfused_multi_lora_linear, slots=slots, scaling=scaling),
+        multi_layer_inputs(3, 16, 16, 1600, 1, torch.bfloat16),
     )
 
 

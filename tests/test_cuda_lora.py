@@ -168,10 +168,19 @@ def test_dropout_is_the_references(dtype, adapter_dtype, rank):
     assert_dropout_is_the_references(dtype, adapter_dtype, rank, 0.25)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_torch_multiplies_by_weight_on_other_gpus(monkeypatch, p):
+@dtypes
+@pytest.mark.parametrize(("rank", "p"), [(3, 0.0), (70, 0.5)])
+def test_other_gpus(monkeypatch, dtype, adapter_dtype, rank, p):
+    """Torch multiplies by weight there, and tiles are narrower or fewer at a time, for less shared memory."""
     monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", "8")
-    assert_dropout_is_the_references(brain, single, 3, p)
+    assert_dropout_is_the_references(dtype, adapter_dtype, rank, p)
+
+
+@pytest.mark.parametrize("adapter_dtype", [brain, single])
+def test_the_largest_group_on_other_gpus(monkeypatch, adapter_dtype):
+    monkeypatch.setenv("PYFASTPEFT_EMULATED_CAPABILITY", "8")
+    inputs = group_inputs(66, 200, [(24, 144), (16, 256), (8, 32)], brain, adapter_dtype)
+    assert_error_rule(group, plain_group, inputs)
 
 
 @pytest.mark.parametrize("capability", ["8", "9"])

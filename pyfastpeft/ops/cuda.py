@@ -9,7 +9,6 @@ from torch import Tensor
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 MAX_RANK, MAX_RANKS = 256, 432  # of a layer, and of the layers of a group together
-SHARED = 112 * 1024  # bytes of shared memory that a block takes
 
 
 def lora_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, y, s) -> str:
@@ -96,7 +95,7 @@ def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
     if features % 8 or outputs % 8 or rank > MAX_RANK:
         needed = f"K and N that are multiples of 8 and ranks up to {MAX_RANK}"
         return f"takes {needed}, not K={features}, N={outputs}, r={rank}"
-    return _device(x.device) or _rows(lora_A=lora_A)
+    return _tensor_cores(x.device) or _rows(lora_A=lora_A)
 
 
 def _rows(**tensors: Tensor | None) -> str:
@@ -118,11 +117,3 @@ def _rows(**tensors: Tensor | None) -> str:
 def _tensor_cores(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)  # a constant of compiled graphs, as nothing else that tells
     return "" if properties.major >= 8 else f"runs on sm_80 and newer, not on {properties.name}"
-
-
-@functools.cache
-def _device(device: torch.device) -> str:
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major >= 8 and properties.shared_memory_per_block_optin >= SHARED:
-        return ""
-    return f"runs on sm_80 and newer with {SHARED} bytes of shared memory for a block, not on {properties.name}"

@@ -337,7 +337,7 @@ int setting(const char* name, int otherwise) {
 
 int multiprocessors() { return setting("PYFASTPEFT_EMULATED_SMS", 3); }
 int capability() { return setting("PYFASTPEFT_EMULATED_CAPABILITY", 9); }
-int shared_limit() { return setting("PYFASTPEFT_EMULATED_SHARED", 227 * 1024); }
+int shared_limit() { return (capability() == 9 ? 227 : 99) * 1024; }
 int device() { return setting("PYFASTPEFT_EMULATED_DEVICE", 0); }
 int capture() { return setting("PYFASTPEFT_EMULATED_CAPTURE", 0); }
 

@@ -38,7 +38,7 @@ void make_copies(size_t but_latest);
 int multiprocessors();
 // The device's major compute capability: PYFASTPEFT_EMULATED_CAPABILITY (9).
 int capability();
-// Bytes of dynamic shared memory that a block may have: PYFASTPEFT_EMULATED_SHARED (those of sm_90).
+// Bytes of dynamic shared memory that a block may have: those of sm_90, else of sm_86, as few as on sm_89 and sm_120.
 int shared_limit();
 // The current device: PYFASTPEFT_EMULATED_DEVICE (0). All have the same memory.
 int device();

@@ -17,13 +17,12 @@ constexpr int kSlices = kDepth / 8 / sizeof(F);  // of 16 ranks, whichever adapt
 constexpr int kPass = kThreads / (kDepth * 2 / 16);  // rows of a step that all threads together load at a time
 constexpr int kWanted = 128;   // items that a launch aims at, whatever the device
 constexpr int kFirstCounter = 3;
+constexpr int kFusedRank = 256;
 
-// How an item of up to `token_tiles` tiles of tokens is cut. More columns for many tokens: their rows of x are read anew
-// for every item, from L2 and from shared memory.
-template <int token_tiles>
-struct CutFor {
-  static constexpr int kRows = kTile * token_tiles, kColumns = token_tiles == 4 ? 128 : 64;  // of y
-  static constexpr int kStages = token_tiles == 4 ? 4 : 5;
+// How an item of up to `token_tiles` tiles of tokens is cut: columns of y, and stages of the ring.
+template <int token_tiles, int columns, int stages>
+struct Cut {
+  static constexpr int kRows = kTile * token_tiles, kColumns = columns, kStages = stages;
   static constexpr int kRowWarps = token_tiles == 1 ? 1 : 2, kColumnWarps = kWarps / kRowWarps;
   static constexpr int kRowTiles = token_tiles / kRowWarps, kEights = kColumns / kColumnWarps / 8;  // of a warp
   static constexpr size_t kStage = (kRows + kColumns) * kDepth * 2;                                 // bytes
@@ -57,12 +56,11 @@ struct Adapted {
 };
 
 // Shared memory of fused_kernel, in order.
-template <int token_tiles>
+template <class Cut>
 struct FusedShared {
-  using Cut = CutFor<token_tiles>;
   size_t tokens, adapted, tiles, slices, ranks, ring, total;
 
-  __host__ __device__ FusedShared(int rank, int most_tiles)
+  __host__ __device__ constexpr FusedShared(int rank, int most_tiles)
       : tokens(16 * sizeof(int)),
         adapted(tokens + Cut::kRows * sizeof(int)),
         tiles(adapted + Cut::kRows * sizeof(Adapted)),
@@ -72,8 +70,8 @@ struct FusedShared {
         total(ring + Cut::kStages * Cut::kStage) {}
 
   // Elements of a row of s: as many 16 bytes that eight rows fall on all banks.
-  __host__ __device__ static int padded(int rank) { return (rank + 15) / 16 * 16 + 8; }
-  __host__ __device__ static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
+  __host__ __device__ static constexpr int padded(int rank) { return (rank + 15) / 16 * 16 + 8; }
+  __host__ __device__ static constexpr size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
 };
 
 // Where 16 bytes, number `run` of a row, lie in a stage of elements E: a run of eight neighbouring rows, or two runs of
@@ -91,13 +89,12 @@ __device__ __forceinline__ int swizzled(int row, int run) {
 // lora_B; before the first of these meets s it waits until the shrink is done. The last part of the same columns adds
 // up all parts in their order. An item waits only for items that were taken before it, so that no block has to be
 // resident for another to end. Positions, not tokens, are rows: those of one adapter lie next to each other.
-template <class T, class F, int token_tiles, int count>
+template <class T, class F, class Cut, int count>
 __global__ void __launch_bounds__(kThreads, 2) fused_kernel(Layer<T, F> a, int* counters, int most_tiles) {
-  using Cut = CutFor<token_tiles>;
   static_assert(kWarps * kTile * 8 * count * sizeof(float) <= Cut::kStages * Cut::kStage, "shrink_item's sums");
   constexpr int rows = Cut::kRows, kColumns = Cut::kColumns, kStages = Cut::kStages, kEights = Cut::kEights;
   auto* memory = shared_memory<char>();
-  FusedShared<token_tiles> shared(a.routing.rank, most_tiles);
+  FusedShared<Cut> shared(a.routing.rank, most_tiles);
   auto* numbers = reinterpret_cast<int*>(memory);
   auto* tokens = reinterpret_cast<int*>(memory + shared.tokens);
   auto* adapted = reinterpret_cast<Adapted*>(memory + shared.adapted);
@@ -361,14 +358,6 @@ bool in_runs(const Tensor& t, int64_t columns) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Calls f<token_tiles>() with that of a kernel for so many tokens.
-template <class F>
-void by_tokens(int64_t tokens, F f) {
-  tokens <= 16   ? f.template operator()<1>()
-  : tokens <= 32 ? f.template operator()<2>()
-                 : f.template operator()<4>();
-}
-
 int64_t adapters_of(const FusedLayer& a) { return !a.lora_A ? 0 : a.lora_A->dim() == 3 ? a.lora_A->size(0) : 1; }
 
 // At most as many tiles as any routing can need.
@@ -377,11 +366,18 @@ int most_tiles(const FusedLayer& a) {
   return static_cast<int>(tokens / kTile + std::min(adapters_of(a), tokens));
 }
 
-// Whether a block may have the shared memory that it takes.
-bool fits(const FusedLayer& a) {
-  size_t shared = 0;
-  by_tokens(a.x.size(0), [&]<int token_tiles>() { shared = FusedShared<token_tiles>(a.rank(), most_tiles(a)).total; });
-  return shared <= shared_limit();
+// Calls f<Cut>() with that of the layer. More columns for many tokens, if a block may have the shared memory: their rows
+// of x are read anew for every item, from L2 and from shared memory.
+template <class F>
+void with_cut(const FusedLayer& a, F f) {
+  using Wide = Cut<4, 128, 4>;
+  using Narrow = Cut<4, 64, 3>;
+  static_assert(FusedShared<Narrow>(kFusedRank, kFusedTokens / kTile + kFusedTokens).total <= kLeastShared);
+  int64_t tokens = a.x.size(0);
+  tokens <= 16   ? f.template operator()<Cut<1, 64, 5>>()
+  : tokens <= 32 ? f.template operator()<Cut<2, 64, 5>>()
+  : FusedShared<Wide>(a.rank(), most_tiles(a)).total <= shared_limit() ? f.template operator()<Wide>()
+                                                                       : f.template operator()<Narrow>();
 }
 
 template <class T, class F>
@@ -399,8 +395,8 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                   static_cast<int>(rank),
                   static_cast<int>(tokens)};
   int tiles = most_tiles(a);
-  auto sized = [&]<int token_tiles, int count>() {
-    constexpr int rows = CutFor<token_tiles>::kRows, kColumns = CutFor<token_tiles>::kColumns;
+  auto sized = [&]<class Cut, int count>() {
+    constexpr int rows = Cut::kRows, kColumns = Cut::kColumns;
     int64_t column_items = (n + kColumns - 1) / kColumns, steps = (k + kDepth - 1) / kDepth;
     int64_t parts = std::clamp<int64_t>(kWanted / column_items, 1, std::clamp<int64_t>(steps / 8, 1, 8));
     ShrinkItems shrinks(routing.rank, k, count);
@@ -423,17 +419,17 @@ void run(const FusedLayer& a, cudaStream_t stream) {
                       static_cast<float*>(shrink_planes.mutable_data_ptr()),
                       static_cast<float*>(base_planes.mutable_data_ptr()),
                       static_cast<int>(parts)};
-    size_t shared = FusedShared<token_tiles>(routing.rank, tiles).total;
-    auto kernel = fused_kernel<T, F, token_tiles, count>;
+    size_t shared = FusedShared<Cut>(routing.rank, tiles).total;
+    auto kernel = fused_kernel<T, F, Cut, count>;
     int64_t blocks =
         std::min(tiles * shrinks.of_tile() + column_items * parts, resident_blocks(kernel, kThreads, shared));
     launch(kernel, dim3(blocks), dim3(kThreads), shared, stream, layer, zeros, tiles);
   };
   // As many bytes of lora_A, whatever its dtype: those of 32 ranks at most, or of 16 in float32.
-  by_tokens(tokens, [&]<int token_tiles>() {
+  with_cut(a, [&]<class Cut>() {
     if constexpr (std::is_same_v<T, F>)
-      if (rank > 16) return sized.template operator()<token_tiles, 4>();
-    sized.template operator()<token_tiles, 2>();
+      if (rank > 16) return sized.template operator()<Cut, 4>();
+    sized.template operator()<Cut, 2>();
   });
 }
 
@@ -448,8 +444,8 @@ bool takes(const FusedLayer& a) {
   return item_size(dtype) == 2 && same(a.weight) && same(a.y) && same(a.bias) &&
          (adapters == dtype || adapters == Dtype::f32) && (!a.lora_B || dtype_of(*a.lora_B, "lora_B") == adapters) &&
          tokens > 0 && tokens <= kFusedTokens && k % 8 == 0 && n % 8 == 0 && rank * item_size(adapters) % 16 == 0 &&
-         rank <= 256 && bool(a.lora_A) == (rank > 0) && in_runs(a.x, k) && in_runs(a.weight, k) && in_runs(a.y, n) &&
-         whole(a.lora_A) && whole(a.lora_B) && whole(a.bias) && whole(a.scale) && fits(a);
+         rank <= kFusedRank && bool(a.lora_A) == (rank > 0) && in_runs(a.x, k) && in_runs(a.weight, k) &&
+         in_runs(a.y, n) && whole(a.lora_A) && whole(a.lora_B) && whole(a.bias) && whole(a.scale);
 }
 
 void fused_layer(const FusedLayer& a, cudaStream_t stream) {

@@ -27,7 +27,7 @@ struct FusedLayer {
   int64_t rank() const { return lora_A ? lora_A->size(-2) : 0; }
 };
 
-// Whether shapes and alignment are such that fused_layer takes them, on the current device.
+// Whether shapes and alignment are such that fused_layer takes them.
 bool takes(const FusedLayer&);
 
 void fused_layer(const FusedLayer&, cudaStream_t);

@@ -219,15 +219,15 @@ __device__ __forceinline__ void store_shrunk(const float (&s)[R / 8][4], const S
 template <int R, class T, class Factor>
 struct ShrinkShape {
   static constexpr int kThreads = 256, kColumns = 128, kStage = (kRows * sizeof(T) + R * sizeof(Factor)) * (kColumns + kPad);
-  static constexpr int kStages = std::min<int>(4, 112 * 1024 / kStage), kShared = kStages * kStage;
 };
 
 // s[part, m, j] = sum over the columns k of a part of drop(x)[m, k] factor[j, k].
 // Grid: tiles of 64 rows, parts of the columns, chunks of R ranks.  factor: [rank, columns] without gaps
-template <int R, class T, class Factor>
+template <int R, int kStages, class T, class Factor>
 __global__ void __launch_bounds__(ShrinkShape<R, T, Factor>::kThreads)
     shrink_kernel(Activation16 x, const Factor* factor, Dropout dropout, Shrunk out, int tiles_per_part) {
   using Shape = ShrinkShape<R, T, Factor>;
+  static_assert(kStages > 1);
   constexpr int C = Shape::kColumns, kThreads = Shape::kThreads;
   auto* memory = shared_memory<unsigned char>();
   auto* data = static_cast<const T*>(x.data);
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(ShrinkShape<R, T, Factor>::kThreads)
   int begin = blockIdx.y * tiles_per_part;
   int tiles = min(tiles_per_part, static_cast<int>(div_up(x.columns, C)) - begin);
   uint64_t seed = dropout.seed ? *dropout.seed : 0;
-  auto activation = [&](int tile) { return reinterpret_cast<T*>(memory + tile % Shape::kStages * Shape::kStage); };
+  auto activation = [&](int tile) { return reinterpret_cast<T*>(memory + tile % kStages * Shape::kStage); };
   auto load = [&](int tile) {
     if (tile < tiles) {
       int column = (begin + tile) * C;
@@ -247,15 +247,15 @@ __global__ void __launch_bounds__(ShrinkShape<R, T, Factor>::kThreads)
     }
     commit_async();
   };
-  for (int tile = 0; tile < Shape::kStages - 1; ++tile) load(tile);
+  for (int tile = 0; tile < kStages - 1; ++tile) load(tile);
   float s[R / 8][4] = {};
   int half = threadIdx.x / (kThreads / 2), own_row = threadIdx.x / 32 % 4 * 16, own_column = half * (C / 2);
   for (int tile = 0; tile < tiles; ++tile) {
     T* at = activation(tile);
-    wait_async<Shape::kStages - 2>();
+    wait_async<kStages - 2>();
     if (dropout.seed) drop_tile<kRows, C, kThreads>(at, dropout, seed, row, (begin + tile) * C);
     __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next takes
-    load(tile + Shape::kStages - 1);
+    load(tile + kStages - 1);
     shrink_tile<R, C / 2, C>(s, at + own_row * (C + kPad) + own_column,
                              reinterpret_cast<const Factor*>(at + kRows * (C + kPad)) + own_column);
   }
@@ -275,7 +275,10 @@ template <int R, class T, class Factor>
 struct GradientShape {
   static constexpr int kColumns = R > 16 ? 128 : 256;
   static constexpr int kActivation = kRows * (kColumns + kPad) * sizeof(T), kStage = kActivation + kRows * (R + 8) * 4;
-  static constexpr int kStages = 2, kFactor = R * (kColumns + kPad) * sizeof(Factor);
+  // Ranks up to which one pass over dy [M, N] for ds and dlora_B moves no more than two: the parts of ds that it writes
+  // and reads, one for every block of columns, weigh no more than dy.
+  static constexpr int kOnePass = std::min<int>(R, kColumns * sizeof(T) / (2 * sizeof(float)));
+  static constexpr int kStages = 2, kFactor = kOnePass * (kColumns + kPad) * sizeof(Factor);
   static constexpr int kShared = kStages * kStage + kFactor;
 };
 
@@ -301,7 +304,7 @@ __device__ __forceinline__ void load_left(float* to, const float* left, int64_t 
 }
 
 // gradient[part, j, c] = sum over the rows m of a part of left[m, j] drop(x)[m, c]; and, where factor is given,
-// s[block, m, j] = sum over the columns c of a block of drop(x)[m, c] factor[c, j].
+// s[block, m, j] = sum over the columns c of a block of drop(x)[m, c] factor[c, j], for up to kOnePass ranks.
 // Grid: blocks of kColumns columns, parts of the rows, chunks of R ranks.
 // left: [rows, rank] at a stride;  factor: [columns, rank] without gaps;  gradient: [parts, rank, columns] without gaps
 template <int R, class T, class Factor>
@@ -309,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // no more have the shared memor
     gradient_kernel(Activation16 x, const float* left, int64_t left_stride, const Factor* factor, Dropout dropout,
                     Shrunk out, float* gradient, int tiles_per_part) {
   using Shape = GradientShape<R, T, Factor>;
-  constexpr int C = Shape::kColumns, kGroups = C / 128;
+  constexpr int C = Shape::kColumns, kGroups = C / 128, kOnePass = Shape::kOnePass;
   auto* memory = shared_memory<unsigned char>();
   auto* data = static_cast<const T*>(x.data);
   int column = blockIdx.x * C, first_rank = blockIdx.z * R, ranks = min(R, out.rank - first_rank);
@@ -327,10 +330,10 @@ __global__ void __launch_bounds__(kThreads, 2)  // no more have the shared memor
     commit_async();
   };
   for (int tile = 0; tile < Shape::kStages - 1; ++tile) load(tile);
-  auto* factor_tile = reinterpret_cast<Factor*>(memory + Shape::kStages * Shape::kStage);  // [R, C + kPad]
+  auto* factor_tile = reinterpret_cast<Factor*>(memory + Shape::kStages * Shape::kStage);  // [kOnePass, C + kPad]
   if (factor) {
-    for (int i = threadIdx.x; i < R * C; i += kThreads) {
-      int j = i % R, c = i / R;
+    for (int i = threadIdx.x; i < kOnePass * C; i += kThreads) {
+      int j = i % kOnePass, c = i / kOnePass;
       bool inside = j < ranks && column + c < x.columns;
       factor_tile[j * (C + kPad) + c] = inside ? factor[int64_t(column + c) * out.rank + first_rank + j] : Factor(0.0f);
     }
@@ -350,9 +353,9 @@ __global__ void __launch_bounds__(kThreads, 2)  // no more have the shared memor
                                                       reinterpret_cast<const float*>(at + kRows * (C + kPad)));
     }
     if (factor) {
-      float s[R / 8][4] = {};
-      shrink_tile<R, C, C>(s, at + threadIdx.x / 32 * 16 * (C + kPad), factor_tile);
-      store_shrunk<R, T>(s, out, blockIdx.x, row, x.rows, first_rank);
+      float s[kOnePass / 8][4] = {};
+      shrink_tile<kOnePass, C, C>(s, at + threadIdx.x / 32 * 16 * (C + kPad), factor_tile);
+      store_shrunk<kOnePass, T>(s, out, blockIdx.x, row, x.rows, first_rank);
     }
   }
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -377,15 +380,12 @@ __global__ void __launch_bounds__(kThreads, 2)  // no more have the shared memor
 }
 
 // y[m, c] (+)= drop(sum over j of left[m, j] factor(j, c)), left and factor rounded to T: the branch alone.
-// Grid: blocks of 128 columns, rows dealt out by tiles.  left: [rows, left_stride], 0 from rank on;
+// Grid: blocks of C columns, rows dealt out by tiles.  left: [rows, left_stride], 0 from rank on;
 // factor: element (j, c) at j * by_rank + c * by_column, one of the two 1;  y: columns a multiple of 8
-constexpr int kExpandColumns = 128;
-
-template <class T, class Factor>
+template <class T, class Factor, int C>
 __global__ void __launch_bounds__(kThreads) expand_kernel(T* y, int64_t y_stride, int64_t rows, int columns, const T* left,
                                                           int left_stride, const Factor* factor, int64_t by_rank,
                                                           int64_t by_column, int rank, Dropout dropout, bool add) {
-  constexpr int C = kExpandColumns;
   auto* tile = shared_memory<T>();  // [C, pitch]: an odd number of words apart
   int depth = static_cast<int>(div_up(rank, 16)) * 16, pitch = depth + 10, column = blockIdx.x * C;
   for (int i = threadIdx.x; i < C * depth; i += kThreads) {
@@ -625,8 +625,14 @@ void shrink(const Place& place, const Activation16& x, const typename Type::Fact
     Tensor sums = scratch(place.beside, {parts > 1 ? parts : 0, x.rows, out.rank}, ScalarType::Float);
     Shrunk part = out;
     if (parts > 1) part = {.s = pointer<float>(sums), .rank = out.rank, .stride = out.rank};
-    launch(shrink_kernel<ranks, T, typename Type::Factor>, dim3(blocks, parts, chunks), dim3(Shape::kThreads),
-           Shape::kShared, place.stream, x, factor, dropout, part, tiles_per_part);
+    auto run = [&]<int R, int bytes>() {
+      constexpr int kStage = ShrinkShape<R, T, typename Type::Factor>::kStage, kStages = std::min(4, bytes / kStage);
+      launch(shrink_kernel<R, kStages, T, typename Type::Factor>, dim3(blocks, parts, div_up(out.rank, R)),
+             dim3(Shape::kThreads), kStages * kStage, place.stream, x, factor, dropout, part, tiles_per_part);
+    };
+    constexpr int kBytes = 112 * 1024;  // or what there is, where two stages of 64 float32 ranks do not fit
+    constexpr int kFew = std::min<int>(ranks, sizeof(typename Type::Factor) == 4 ? 32 : 64);
+    shared_limit() < kBytes ? run.template operator()<kFew, kLeastShared>() : run.template operator()<ranks, kBytes>();
     if (parts > 1) sum_shrunk<T>(place, sums, out);
   });
 }
@@ -654,14 +660,11 @@ Tensor gradient(const Place& place, const Activation16& x, const float* left, in
   return result;
 }
 
-// Whether one pass over dy [M, N] for ds and dlora_B moves less than two: the parts of ds that it writes and reads, one
-// for every block of columns, weigh less than dy.
 template <class Type>
 bool worth_one_pass(int rank) {
   bool worth = false;
   with_ranks(rank, [&](auto ranks) {
-    int columns = GradientShape<ranks, typename Type::T, typename Type::Factor>::kColumns;
-    worth = 2 * rank * sizeof(float) <= columns * sizeof(typename Type::T);
+    worth = rank <= GradientShape<ranks, typename Type::T, typename Type::Factor>::kOnePass;
   });
   return worth;
 }
@@ -671,12 +674,15 @@ template <class Type>
 void expand(const Place& place, const Activation16& y, const Tensor& left, const typename Type::Factor* factor,
             int64_t by_rank, int64_t by_column, int rank, const Dropout& dropout, bool add) {
   using T = typename Type::T;
-  int64_t blocks = div_up(y.columns, kExpandColumns), tiles = div_up(y.rows, kRows);
-  int64_t parts = std::min<int64_t>(tiles, div_up(8 * kBlocks, blocks));
-  size_t shared = kExpandColumns * (div_up(rank, 16) * 16 + 10) * sizeof(T);
-  launch(expand_kernel<T, typename Type::Factor>, dim3(blocks, parts), dim3(kThreads), shared, place.stream,
-         static_cast<T*>(const_cast<void*>(y.data)), y.stride, y.rows, y.columns, pointer<T>(left), left.size(1), factor,
-         by_rank, by_column, rank, dropout, add);
+  size_t of_column = (div_up(rank, 16) * 16 + 10) * sizeof(T);  // bytes of shared memory
+  auto run = [&]<int C>() {
+    int64_t blocks = div_up(y.columns, C), tiles = div_up(y.rows, kRows);
+    int64_t parts = std::min<int64_t>(tiles, div_up(8 * kBlocks, blocks));
+    launch(expand_kernel<T, typename Type::Factor, C>, dim3(blocks, parts), dim3(kThreads), C * of_column, place.stream,
+           static_cast<T*>(const_cast<void*>(y.data)), y.stride, y.rows, y.columns, pointer<T>(left), left.size(1),
+           factor, by_rank, by_column, rank, dropout, add);
+  };
+  128 * of_column <= shared_limit() ? run.template operator()<128>() : run.template operator()<96>();
 }
 
 // The factor of a tail in T: itself, where it lies as the product wants it, else a copy.  factor: [rows, columns]

@@ -17,7 +17,10 @@ inline Tensor scratch(const Tensor& t, std::initializer_list<int64_t> shape, Sca
   return torch::stable::new_empty(t, shape, dtype);
 }
 
-// Bytes of shared memory that a block may have on the current device.
+// Bytes of shared memory that a block may have on every GPU from sm_80 on.
+constexpr int kLeastShared = 99 * 1024;
+
+// Those that it may have on the current device.
 inline size_t shared_limit() {
   int device = 0, limit = 0;
   check(cudaGetDevice(&device), "device");
