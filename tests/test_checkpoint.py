@@ -34,6 +34,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import pyfastpeft
 from pyfastpeft import methods
@@ -357,6 +358,36 @@ def test_layers_that_were_wrapped_are_saved_by_their_own_names(case, tmp_path):
         model.model.layers[index] = torch.compile(layer)
     pyfastpeft.save_adapter(model, tmp_path / "wrapped")
     assert contents(tmp_path / "plain") == contents(tmp_path / "wrapped")
+
+
+LAYERS_COMPILED = ["lora-regular-expression", "rslora-patterns", "lora-embedding", "lora-modules-to-save"]
+LAYERS_COMPILED += ["lora-bias-all", "ia3-by-architecture", "adalora-pruned", "bitfit", "selective", "pfeiffer"]
+
+
+@pytest.mark.parametrize("kinds", [GradientCheckpointingLayer, (nn.Linear, nn.Embedding)])
+@pytest.mark.parametrize("case", LAYERS_COMPILED)
+def test_files_of_a_model_whose_layers_are_compiled_are_the_plain_ones(case, kinds, tmp_path):
+    make, kind, options = ALL[case]
+    plain = of_ours(case)
+    pyfastpeft.save_adapter(plain, tmp_path / "plain")
+    model = compiled_inside(make(), kinds)
+    pyfastpeft.adapt(model, getattr(methods, kind)(**copy.deepcopy(options)), "other")
+    assert methods.adapter_parameters(model, "other").keys() == methods.adapter_parameters(plain, "default").keys()
+    pyfastpeft.load_adapter(model, tmp_path / "plain")
+    if case == "rslora-patterns":
+        torch.testing.assert_close(logits(model), logits(plain))
+    pyfastpeft.save_adapter(model, tmp_path / "compiled")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "compiled")
+    pyfastpeft.unload(model, merge=case == "rslora-patterns")
+
+
+def compiled_inside(model, kinds):
+    """The model, its modules of these kinds compiled one by one."""
+    for parent in [*model.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, kinds):
+                setattr(parent, name, torch.compile(child, backend="eager"))
+    return model
 
 
 def test_parameters_that_layers_share_are_stored_for_each(tmp_path):

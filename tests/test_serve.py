@@ -240,6 +240,18 @@ def test_compiled_models_take_the_slots_of_every_call(case):
     assert len(out) == 3
 
 
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
+def test_a_model_whose_layers_are_compiled(case):
+    model, slots, ids = copy.deepcopy(case.base), [3, 0, -1, 2], tokens(4, 5)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+    served = pyfastpeft.serve(model, 4, 6)
+    for slot, directory in enumerate(case.directories):
+        served.load_adapter(slot, directory)
+    with served.slots(slots):
+        assert_rows(case, slots, ids, logits(model, ids))
+
+
 def test_remove_gives_the_plain_model_back(tmp_path):
     model = gpt2()
     modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
@@ -357,6 +369,7 @@ def hooked():
         (lambda: nn.Linear(3, 3), {"target_modules": ".*"}, TypeError, "the model itself"),
         (lambda: nn.Sequential(nn.Linear(3, 3, device="meta")), {"target_modules": ".*"}, TypeError, "float32 on meta"),
         (hooked, {}, TypeError, "meaning 'model.layers.1.self_attn.q_proj', which has hooks"),
+        (lambda: nn.Sequential(torch.compile(nn.Linear(3, 3))), {"target_modules": ["0"]}, TypeError, "compile wraps"),
         (musicgen, {}, TypeError, "of a model whose generate, with guidance, has all rows of a batch a second time"),
         (lambda: pyfastpeft.adapt(llama(), LoraConfig()), {}, ValueError, "model is one that is adapted or served"),
         (lambda: pyfastpeft.serve(llama(), 1, 1).model, {}, ValueError, "model is one that is adapted or served"),

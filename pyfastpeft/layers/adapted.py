@@ -342,14 +342,29 @@ class Replacement(nn.Module):
         return {name: originals.get(name, module._parameters[name]) for name in self.names}
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model in what torch.compile made of it, or else the model: paths of modules and parameters are those here."""
-    return getattr(model, "_orig_mod", model)
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module in what torch.compile made of it, or else the module."""
+    return getattr(module, "_orig_mod", module)
+
+
+def plain_path(path: str) -> str:
+    """The path of a module or parameter without the names that torch.compile adds where it wrapped modules."""
+    return ".".join(name for name in path.split(".") if name != "_orig_mod")
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """plain path -> module of all in `model`, torch.compile's wrappers left out."""
+    return {plain_path(path): module for path, module in model.named_modules()}  # what is inside comes later
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at a plain path."""
+    return uncompiled(model.get_submodule(path))
 
 
 def carriers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of all modules in `model` that carry parts or replacements of adapters."""
-    return [(path, module) for path, module in uncompiled(model).named_modules() if _parts(module)]
+    return [(path, module) for path, module in plain_modules(model).items() if _parts(module)]
 
 
 def _parts(module) -> dict[str, Parts]:

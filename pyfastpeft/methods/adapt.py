@@ -21,6 +21,8 @@ from ..layers.adapted import (
     detach,
     need_unmerged,
     offloaded_for,
+    plain_path,
+    submodule,
     uncompiled,
 )
 from ..ops.checks import need, need_value
@@ -71,7 +73,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if not known.configs:
-        known.trainable = {path: p.requires_grad for path, p in plain.named_parameters()}
+        known.trainable = {plain_path(path): p.requires_grad for path, p in plain.named_parameters()}
     for _, module in carriers(model):  # what is new starts from the model's own parameters
         activate(module, ())
     try:
@@ -175,7 +177,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if not known.configs:
         plain = uncompiled(model)
         for path, parameter in plain.named_parameters():
-            parameter.requires_grad_(known.trainable.get(path, True))
+            parameter.requires_grad_(known.trainable.get(plain_path(path), True))
         plain.pyfastpeft_loading.remove()
         del plain.pyfastpeft, plain.pyfastpeft_loading
 
@@ -214,7 +216,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
                 together.setdefault(parameter, []).append((module._parameters, name))
     for (path, name), value in kept.items():
         # A new parameter: the old one may be tied to another layer's, which nothing was merged into.
-        owner = model.get_submodule(path)._parameters
+        owner = submodule(model, path)._parameters
         if value not in made:
             made[value] = nn.Parameter(value.detach(), owner[name] is None or owner[name].requires_grad)
         owner[name] = made[value]
@@ -362,7 +364,7 @@ def add_weighted_adapter(
     config, parts = combine(model, known.configs, names, weights, combination_type, rank)
     before = known.active
     for path, part in parts.items():
-        attach(model.get_submodule(path), name, part)
+        attach(submodule(model, path), name, part)
     known.configs[name], known.places[name] = config, _places(model, name)
     _run(model, known, before, op)
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..layers.adapted import attach, placed
+from ..layers.adapted import attach, placed, submodule
 from ..layers.bottleneck import EntrancePart, ExitPart, ParallelPart, Passage, SerialPart
 from ..ops.checks import need
 from . import targets
@@ -43,14 +43,14 @@ def _serial(model, config, name, autocast_adapter_dtype):
         places = (family.attention_out, family.feedforward_out)
         target = targets.ends(*(places if config.placement == "houlsby" else places[1:]))
     for path in _select(model, config, target):
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         _, width, like = _widths(path, module, autocast_adapter_dtype)
         attach(module, name, SerialPart(width, config.bottleneck_size, width, **_options(config), **like))
 
 
 def _parallel(model, config, name, autocast_adapter_dtype):
     for first, last in _chains(model, config):
-        entrance, exit = model.get_submodule(first), model.get_submodule(last)
+        entrance, exit = submodule(model, first), submodule(model, last)
         need(not is_embedding(entrance), OP, "target_modules", f"meaning {first!r}", "of modules that read vectors")
         in_width, _, _ = _widths(first, entrance, autocast_adapter_dtype)
         _, out_width, like = _widths(last, exit, autocast_adapter_dtype)

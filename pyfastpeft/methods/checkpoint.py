@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import AdaptedMatrix, uncompiled
+from ..layers.adapted import AdaptedMatrix, plain_path, uncompiled
 from ..layers.parts import AdaLoRAPart, DoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import need, need_value
 from .adapt import adapt, delete_adapter, disable_adapter, need_adapter, parts_of, set_adapter
@@ -264,8 +264,8 @@ def need_stored(path: os.PathLike, key: str, given, shape: tuple[int, ...]) -> N
 def unknown_tensors(model: nn.Module, config: Config, file, keys: Iterable[str]) -> list[str]:
     """Those of `keys` that are not simply copies: of the base model's own tensors, as PEFT writes an adapted
     embedding's, or of others in the file, as it writes biases of modules_to_save."""
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    unknown = []
+    held = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    own, unknown = {plain_path(path): tensor for path, tensor in held}, []
     for key in keys:
         tensor = file.get_tensor(key)
         if ".modules_to_save." in key:  # with or without the adapter's name behind it

@@ -23,7 +23,8 @@ from ..layers.adapted import (
     carriers,
     offloaded_for,
     placed,
-    uncompiled,
+    plain_modules,
+    submodule,
 )
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import distributed, need
@@ -132,9 +133,8 @@ def set_base_layers(model: nn.Module, adapted: bool) -> None:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """path -> module of the model itself, without the parts of adapters."""
-    model = uncompiled(model)
     inside = {part for parts in model.modules() if isinstance(parts, Parts) for part in parts.modules()}
-    return {path: module for path, module in model.named_modules() if module not in inside}
+    return {path: module for path, module in plain_modules(model).items() if module not in inside}
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
@@ -263,7 +263,7 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
                 given, needed = f"holding {key!r}, which means no target", targets.close_names(key, found)
                 need(False, type(config).__name__, argument, given, needed)
     for path in found:
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         like = placed(module, module.weight, autocast_adapter_dtype)
         attach(module, name, _lora_part(path, module, config, like))
     if config.bias != "none":
@@ -334,7 +334,7 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, autocast_adapter_dtype:
     else:
         feedforward = set()
     for path in found:
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         _need_linear(module, path, op)
         size = sizes(module)[0 if path in feedforward else 1]
         like = placed(module, module.weight, autocast_adapter_dtype)
@@ -397,7 +397,7 @@ def replace(model: nn.Module, name: str, chosen: dict[str, list[str]]) -> None:
     """Give adapter `name` copies of parameters, a module's path -> their names in it; those that are tied share one."""
     copies = {}
     for path, names in chosen.items():
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         given = f"one that offloads the parameters of {path!r}, of which {name!r} would have copies"
         need(offloaded_for(module) is None, "adapt", "model", given, "one that keeps them in memory", TypeError)
         part = Replacement(module, tuple(names), copies)

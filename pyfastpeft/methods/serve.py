@@ -9,7 +9,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import is_conv1d, uncompiled
+from ..layers.adapted import is_conv1d, plain_path, submodule, uncompiled
 from ..layers.multi_lora import Batch, MultiLoRALinear, running
 from ..layers.parts import AdaLoRAPart, LoRAPart
 from ..ops import Routing
@@ -71,7 +71,7 @@ def serve(
     need(not adapted, op, "model", "one that is adapted or served already", needed)
     config = LoraConfig(target_modules=target_modules, exclude_modules=exclude_modules)
     found = target_matrices(plain, config, lambda family: ends(family.query, family.value))
-    linears = {path: plain.get_submodule(path) for path in found}
+    linears = {path: submodule(plain, path) for path in found}
     for path, linear in linears.items():
         why = _unfit(plain, path, linear)
         needed = "of ordinary nn.Linear and Conv1D layers in a batch's order; name others in exclude_modules"
@@ -90,11 +90,13 @@ def serve(
 
 def _unfit(model, path, linear) -> str:
     """Why a MultiLoRALinear cannot take the place of a layer, or ""."""
-    weight, parent = linear.weight, model.get_submodule(path.rpartition(".")[0])
-    owners = [type(model.get_submodule(path[: hit.start()])) for hit in re.finditer(r"^|\.", path)]
+    weight, parent = linear.weight, submodule(model, path.rpartition(".")[0])
+    owners = [type(submodule(model, path[: hit.start()])) for hit in re.finditer(r"^|\.", path)]
     hooks = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
     if linear is model:
         return "the model itself, for which there is MultiLoRALinear.from_linear"
+    if model.get_submodule(path) is not linear:
+        return "which torch.compile wraps by itself"
     if type(linear) is not nn.Linear and not is_conv1d(type(linear)):
         return f"a {type(linear).__name__}"
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS or weight.is_meta:
@@ -221,7 +223,8 @@ class Served:
         allocated, source, factors = isinstance(config, AdaLoraConfig), need_file(directory, TENSORS_FILE), {}
         suffixes = SUFFIXES[AdaLoRAPart if allocated else LoRAPart]
         path_of = {layer: path for path, layer in self.layers.items()}
-        modules = dict(self.model.named_modules(remove_duplicate=False))
+        every = self.model.named_modules(remove_duplicate=False)
+        modules = {plain_path(path): module for path, module in every}
         keys = {
             path: {own: f"{key_base(config)}{path}.{suffix}" for own, suffix in suffixes.items()}
             for path, layer in modules.items()

@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import uncompiled
+from ..layers.adapted import plain_path
 from ..ops.checks import need, need_value
 from .adapt import adaptation, adapter_parameters, need_adapter, sharded
 from .configs import AdaLoraConfig
@@ -124,7 +124,7 @@ def _names(op, model, optimizer, name) -> dict[nn.Parameter, str]:
     need_adapter(model, op, name)
     groups = optimizer is None or hasattr(optimizer, "param_groups")
     need_value(groups, op, "optimizer", optimizer, "a torch.optim.Optimizer, or None", TypeError)
-    every = {parameter: path for path, parameter in uncompiled(model).named_parameters()}
+    every = {parameter: plain_path(path) for path, parameter in model.named_parameters()}
     for other in known.configs:
         every |= {parameter: f"{other}/{path}" for path, parameter in adapter_parameters(model, other).items()}
     trained = list(adapter_parameters(model, name).values())
