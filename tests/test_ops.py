@@ -33,6 +33,7 @@ from op_cases import (
     plain_lora,
     raw_arguments,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyfastpeft import ops
 from pyfastpeft.ops import schemas
@@ -287,6 +288,63 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
     for mine, theirs in zip(run(torch.compile(model, fullgraph=True)), eager):
         # A compiled graph rounds less often in between.
         assert (mine - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm()
+
+
+def of_every_op(m, k, n, r):
+    """op -> a function of nothing that runs it on leaves that require grad, with dropout where it has some."""
+    layer, many = lora_inputs((2, m), k, n, r, torch.float32), multi_layer_inputs(m, k, n, r, 3, torch.float32)
+    several, slots = group_inputs(m, k, [(n, r), (n + 2, r + 1)], torch.float32), torch.randint(-1, 3, (m,))
+    served = {"slots": slots, "scaling": 0.5, "ranks": torch.tensor([r, 0, (r + 1) // 2])}
+    trained = lora_inputs(m, k, n, r, torch.float32, frozen=False)
+    factors = {name: many[name] for name in ("x", "lora_A", "lora_B")}
+    return {
+        "lora": lambda: lora(**layer),
+        "lora_whole": lambda: lora(**trained),
+        "lora_dropout": lambda: ops.lora_linear(**layer, scaling=0.5, dropout_p=0.3),
+        "delta": lambda: ops.lora_delta_(torch.zeros(2, m, n), layer["x"], layer["lora_A"], layer["lora_B"], 0.5),
+        "lora_frozen_A": lambda: lora(**layer | {"lora_A": layer["lora_A"].detach()}),
+        "group": lambda: group(**several),
+        "dora": lambda: dora(**dora_inputs(m, k, n, r, torch.float32)),
+        "ia3": lambda: ops.ia3_linear(layer["x"], layer["weight"], None, random(n), False),
+        "ia3_feedforward": lambda: ops.ia3_linear(layer["x"], layer["weight"], None, random(k), True),
+        "serial": lambda: in_both(ops.bottleneck)(**bottleneck_inputs(m, k, None, r, torch.float32)),
+        "parallel": lambda: in_both(ops.bottleneck)(**bottleneck_inputs(m, k, n, r, torch.float32)),
+        "multi_lora": lambda: ops.multi_lora(torch.zeros(m, n), **factors, **served),
+        "multi_lora_linear": lambda: ops.multi_lora_linear(**many, **served),
+        "frozen_linear": lambda: ops.frozen_linear(layer["x"], layer["weight"], layer["bias"]),
+    }
+
+
+def counted(run, train):
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+        y = run()
+        if train:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+@backends
+@pytest.mark.parametrize("op", of_every_op(1, 1, 1, 1))
+@pytest.mark.parametrize("train", [False, True])
+def test_flop_counter_counts_kernels_as_their_formulas(backend, op, train):
+    run = of_every_op(*torch.randint(1, 40, (4,)).tolist())[op]
+    with ops.use_backend("autograd"):
+        expected = counted(run, train)
+    assert counted(run, train) == expected > 0
+
+
+def test_flop_counter_counts_in_exported_graphs_and_without_values():
+    sizes = torch.randint(2, 40, (4,)).tolist()
+    inputs = multi_layer_inputs(*sizes, 3, torch.float32)
+    shapes = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    slots = torch.zeros(sizes[0], dtype=torch.int64, device="meta")
+    found = counted(lambda: ops.multi_lora_linear(**shapes, slots=slots, scaling=0.5), False)
+    plain = {name: tensor[0] if "lora" in name else tensor for name, tensor in inputs.items()}
+    assert found == counted(lambda: lora(**plain), False)  # as if all tokens had an adapter of full rank
+    layer = torch.nn.Module()
+    layer.forward = lora
+    exported = torch.export.export(layer, (), plain).module()
+    assert found == counted(lambda: exported(**plain), False)
 
 
 def test_a_compiled_graph_takes_scalings_that_change():

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import flops
+
 SCHEMAS = {
     "lora_forward": "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling,"
     " float dropout_p, Tensor? seed, Tensor(a!) y, Tensor(b!) s) -> ()",
@@ -85,7 +87,9 @@ def _callable(namespace: str, op: str) -> Callable:
     torch.library.define(twin, f"{taken}Tensor[]")
     torch.library.impl(twin, "CompositeExplicitAutograd")(compute)
     torch.library.register_fake(twin)(fresh)
-    returns = getattr(getattr(torch.ops, namespace), f"{op}_new").default
+    ops = getattr(torch.ops, namespace)
+    flops.register(op, getattr(ops, op), getattr(ops, f"{op}_new"))
+    returns = getattr(ops, f"{op}_new").default
 
     def run(*args):
         if not torch.compiler.is_compiling():
