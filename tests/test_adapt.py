@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.testing._internal.two_tensor import TwoTensor
 
 pytest.importorskip("transformers")
@@ -1230,7 +1231,9 @@ def test_layers_that_were_replaced_are_told_of(config, tmp_path):
     """transformers makes a new head when embeddings are resized."""
     model, given = adapted("llama", "lora", config)
     model.resize_token_embeddings(VOCABULARY + 3)
-    gone = re.escape("model is one whose ['lm_head'] were replaced after `adapt`, so that what 'other' had there")
+    gone = re.escape(
+        "model is one whose ['lm_head'] were replaced after `adapt`, so that what 'other' had there"
+    )
     for call in (
         lambda: save_adapter(model, tmp_path / "other", "other"),
         lambda: save_training_state(tmp_path / "state", model, name="other"),
@@ -1249,6 +1252,33 @@ def test_layers_that_were_replaced_are_told_of(config, tmp_path):
     save_adapter(model, tmp_path, "default")
     delete_adapter(model, "other")
     assert torch.equal(output(unload(model), given), plain)
+
+
+@pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_parameters_that_were_parametrized_are_told_of(normed, tmp_path):
+    model, given = adapted("tree", LoraConfig(target_modules=["up"], modules_to_save=["1.down"]))
+    with disable_adapter(model):
+        plain = output(model, given)
+    expected = output(model, given)
+    normed(model[1].down)
+    message = re.escape("model is one whose ['1.down.weight'], of which an adapter has copies, were parametrized after")
+    for call in (
+        lambda: adapt(model, LoraConfig(target_modules=["up"]), "other"),
+        lambda: save_adapter(model, tmp_path),
+        lambda: set_adapter(model),
+        lambda: set_adapter(model, "default"),
+        lambda: adapter_parameters(model, "default"),
+        lambda: delete_adapter(model, "default"),
+        lambda: unload(model),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    old = normed is nn.utils.weight_norm
+    nn.utils.remove_weight_norm(model[1].down) if old else remove_parametrizations(model[1].down, "weight")
+    set_adapter(model, "default")
+    close(output(model, given), expected)
+    save_adapter(model, tmp_path)
+    close(output(unload(model), given), plain)
 
 
 @pytest.mark.parametrize(("copied", "tied"), [("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")])

@@ -70,6 +70,7 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
     _need_unmerged(model, op)
     strange = [path for path, module in carriers(model) if not {*adapters_in(module)} <= set(known.configs)]
     need(not strange, op, "model", f"one whose {strange[:3]} were adapted in another model", "the adapted one itself")
+    _need_parameters(carriers(model), op)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if not known.configs:
@@ -112,8 +113,8 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     """Let exactly these adapters run, together, in this order; those without `inference_mode` train.
 
     Raises ValueError for a name that the model does not have, or where two of them replace one parameter;
-    RuntimeError while adapters are merged, for one of which layers were replaced or copies tied after `adapt`, or
-    where parameters that FSDP shards or accelerate offloads would change places.
+    RuntimeError while adapters are merged, for one of which layers were replaced or removed, or copies tied or
+    parametrized, after `adapt`, or where parameters that FSDP shards or accelerate offloads would change places.
     """
     known = adaptation(model, "set_adapter")
     for name in names:
@@ -384,7 +385,8 @@ def sharded(model: nn.Module) -> bool:
 
 def _need_free(model, names, op):
     """Raise RuntimeError where parameters that are to change places for `names` to run have places that FSDP or
-    accelerate keeps."""
+    accelerate keeps, or none."""
+    _need_parameters(carriers(model), op)
     parts = [(*held, *each) for held in carriers(model) for each in getattr(held[1], "replaced", {}).items()]
     moved = {path: module for path, module, name, part in parts if part.installed != (name in names)}
     every = bool(moved) and sharded(model)
@@ -406,8 +408,8 @@ def _need_module(model, op):
 
 def need_adapter(model: nn.Module, op: str, name: str) -> Config:
     """The config of adapter `name`. Raises ValueError, listing the adapters there are, unless it is one of them;
-    RuntimeError where modules that it was put into have been replaced since, or parameters of the model tied to its
-    own."""
+    RuntimeError where modules that it was put into are not in the model any more, parameters that it has copies of were
+    parametrized, or parameters of the model tied to its own."""
     known = adaptation(model, op)
     _need_name(known, op, name)
     here = {*model.modules()}
@@ -415,10 +417,20 @@ def need_adapter(model: nn.Module, op: str, name: str) -> Config:
     given = f"one whose {gone} were replaced after `adapt`, so that what {name!r} had there is lost"
     needed = "as `adapt` left it: change layers, as by resize_token_embeddings, before it"
     need(not gone, op, "model", given, needed, RuntimeError)
+    _need_parameters(known.places[name].items(), op)
     tied = _tied(model, known.places[name].values(), name)
     given = f"one whose {tied} were tied after `adapt` to what {name!r} trains"
     need(not tied, op, "model", given, "as `adapt` left it: call tie_weights before it", RuntimeError)
     return known.configs[name]
+
+
+def _need_parameters(modules, op):
+    """Raise RuntimeError where a parameter that an adapter replaces in one of `modules` (path, module) is none now."""
+    held = [(path, module, part) for path, module in modules for part in getattr(module, "replaced", {}).values()]
+    gone = [f"{path}.{key}" for path, module, part in held for key in part.names if key not in module._parameters]
+    given = f"one whose {gone[:3]}, of which an adapter has copies, were parametrized after `adapt`, as by weight_norm"
+    needed = "one where they are parameters again: see torch.nn.utils.parametrize.remove_parametrizations"
+    need(not gone, op, "model", given, needed, RuntimeError)
 
 
 def _tied(model, modules, name) -> list[str]:

@@ -44,8 +44,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     that were there stay whole.
 
     Raises ValueError for a name that the model does not have, RuntimeError where layers that the adapter was put into
-    have been replaced since, or its copies tied, RuntimeError or TypeError where this process may hold only a part of
-    it, NotADirectoryError or OSError where it cannot write.
+    are not in it any more, or its copies tied or parametrized, RuntimeError or TypeError where this process may hold
+    only a part of it, NotADirectoryError or OSError where it cannot write.
     """
     model = uncompiled(model)
     config = need_adapter(model, "save_adapter", name)
