@@ -1232,7 +1232,7 @@ def test_layers_that_were_replaced_are_told_of(config, tmp_path):
     model, given = adapted("llama", "lora", config)
     model.resize_token_embeddings(VOCABULARY + 3)
     gone = re.escape(
-        "model is one whose ['lm_head'] were replaced after `adapt`, so that what 'other' had there"
+        "model is one whose ['lm_head'] were replaced or removed after `adapt`, so that what 'other' had there"
     )
     for call in (
         lambda: save_adapter(model, tmp_path / "other", "other"),
@@ -1252,6 +1252,16 @@ def test_layers_that_were_replaced_are_told_of(config, tmp_path):
     save_adapter(model, tmp_path, "default")
     delete_adapter(model, "other")
     assert torch.equal(output(unload(model), given), plain)
+
+
+def test_layers_that_were_removed_are_told_of(tmp_path):
+    model, _ = adapted("llama", "lora")
+    model.model.layers = model.model.layers[:1]
+    gone = (
+        r"one whose \['model.layers.1.self_attn.q_proj', .*\] were replaced or removed after `adapt`, so that what 'def"
+    )
+    with pytest.raises(RuntimeError, match=gone):
+        save_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])

@@ -414,7 +414,7 @@ def need_adapter(model: nn.Module, op: str, name: str) -> Config:
     _need_name(known, op, name)
     here = {*model.modules()}
     gone = [path for path, module in known.places[name].items() if module not in here]
-    given = f"one whose {gone} were replaced after `adapt`, so that what {name!r} had there is lost"
+    given = f"one whose {gone[:3]} were replaced or removed after `adapt`, so that what {name!r} had there is lost"
     needed = "as `adapt` left it: change layers, as by resize_token_embeddings, before it"
     need(not gone, op, "model", given, needed, RuntimeError)
     _need_parameters(known.places[name].items(), op)
