@@ -609,6 +609,27 @@ def test_every_rank_learns():
     assert all(errors["nested", rank] < errors["full", rank] for rank in (1, 2)), errors
 
 
+def test_a_step_does_not_walk_through_the_model_but_sees_its_changes(monkeypatch):
+    calls = (orthogonality_loss, adalora()), (lambda model: draw_rank(model, step=0), dylora())
+    for call, model in calls:
+        call(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "named_modules", lambda *_: pytest.fail("walked"))
+            call(model)
+        layers = model.model.layers
+        layers[0], layers[1] = layers[1], nn.Sequential(layers[0])  # both at other paths
+        call(model)
+        attention = layers[0].self_attn
+        own, attention.q_proj = attention.q_proj, nn.Linear(24, 24)
+        with pytest.raises(RuntimeError, match=r"\['model.layers.1.self_attn.q_proj'\] were replaced"):
+            call(model)
+        attention.q_proj = own
+        call(model)
+        del layers[1]
+        with pytest.raises(RuntimeError, match=r"\['model.layers.0.self_attn.q_proj', .*\] were replaced"):
+            call(model)
+
+
 def test_dylora_errors():
     model = dylora()
     for rank in (0, 7, -1, 2.0, True):

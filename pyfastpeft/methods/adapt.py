@@ -412,16 +412,28 @@ def need_adapter(model: nn.Module, op: str, name: str) -> Config:
     parametrized, or parameters of the model tied to its own."""
     known = adaptation(model, op)
     _need_name(known, op, name)
-    here = {*model.modules()}
-    gone = [path for path, module in known.places[name].items() if module not in here]
+    plain, places = uncompiled(model), known.places[name]
+    gone = [path for path, module in places.items() if _at(plain, path) is not module]
+    if gone:  # or wrapped, and at other paths
+        here = {*model.modules()}
+        gone = [path for path in gone if places[path] not in here]
     given = f"one whose {gone[:3]} were replaced or removed after `adapt`, so that what {name!r} had there is lost"
     needed = "as `adapt` left it: change layers, as by resize_token_embeddings, before it"
     need(not gone, op, "model", given, needed, RuntimeError)
-    _need_parameters(known.places[name].items(), op)
-    tied = _tied(model, known.places[name].values(), name)
+    copied = {path: module for path, module in places.items() if "replaced" in module._modules}
+    _need_parameters(copied.items(), op)
+    tied = _tied(model, copied.values(), name)
     given = f"one whose {tied} were tied after `adapt` to what {name!r} trains"
     need(not tied, op, "model", given, "as `adapt` left it: call tie_weights before it", RuntimeError)
     return known.configs[name]
+
+
+def _at(module, path) -> nn.Module | None:
+    """The module at a path, or None. Steps of a training ask for many, for which `get_submodule` is too slow."""
+    for name in path.split(".") if path else ():
+        if (module := module._modules.get(name)) is None:
+            break
+    return module
 
 
 def _need_parameters(modules, op):
