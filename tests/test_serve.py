@@ -276,6 +276,11 @@ def test_remove_gives_the_plain_model_back(tmp_path):
     served = pyfastpeft.serve(model, 2, 3)
     model.double()
     assert {p.dtype for p in served.remove().parameters()} == {torch.float64}
+    served = pyfastpeft.serve(model, 2, 3)
+    model.to("meta")
+    assert all(p.is_meta for p in served.remove().parameters())
+    untied = {"lm_head.weight": True}  # by torch
+    assert {path: p.requires_grad for path, p in model.named_parameters()} == flags | untied
 
 
 def test_batches_whose_rows_are_joined_before_experts(tmp_path):

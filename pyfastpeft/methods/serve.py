@@ -190,17 +190,19 @@ class Served:
     def remove(self) -> nn.Module:
         """The plain model again, with the modules and parameters of before. Nothing can be loaded any more."""
         self._need_served("remove")
+        _set_flags(self._flags)
         for path, layer in self.layers.items():
             linear = self._linears[path]
             if layer.merged:
                 layer.unmerge()
             # They share memory, unless the model was moved or cast meanwhile.
+            if layer.weight.is_meta:
+                linear.to("meta")  # where torch makes new parameters
             linear.weight.data = layer.weight.data.T if is_conv1d(type(linear)) else layer.weight.data
             if linear.bias is not None:
                 linear.bias.data = layer.bias.data
             linear.train(layer.training)
         _swap(self.model, {layer: self._linears[path] for path, layer in self.layers.items()})
-        _set_flags(self._flags)
         self.layers, self.loaded = {}, {}
         return self.model
 
