@@ -5,7 +5,7 @@ import functools
 import itertools
 import pickle
 from functools import partial
-from threading import Thread
+from threading import Barrier, Thread
 
 import peft
 import pytest
@@ -954,6 +954,31 @@ def test_a_prompted_model_is_called_in_a_call_of_another_thread():
     torch.testing.assert_close(model(**inputs)[0], expected)
     torch.testing.assert_close(found[1], expected)
     handle.remove()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_share_a_prompted_model_and_not_its_lengths(compiled):
+    """Both are in the model at the same time."""
+    model, barrier, results = adapted(lambda: decoder("llama"), "prompt"), Barrier(2, timeout=60), [None, None]
+    texts = [torch.randint(3, 61, (2, tokens)) for tokens in (5, 9)]
+    expected = [model(ids)[0] for ids in texts]
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="eager") if compiled else model
+
+    @torch.compiler.disable
+    def meet(*_):
+        barrier.wait()
+
+    def answer(i):
+        results[i] = run(texts[i])[0]
+
+    model.model.register_forward_hook(meet)
+    threads = [Thread(target=answer, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(results, expected)
 
 
 def test_words_of_an_encoder_are_looked_up_outside_of_a_call():

@@ -68,6 +68,11 @@ def eject(model: nn.Module) -> None:
         del model.pyfastpeft_prompts
 
 
+class Prompted(tuple):
+    """A call's arguments without names, of which there are none, where virtual tokens were put in front: what tells the
+    hook after this call, and not after those of other threads."""
+
+
 class Prompts:
     """The active prompts of a model, and the hooks that put them in front of its input."""
 
@@ -77,7 +82,6 @@ class Prompts:
         self.names = list(inspect.signature(entrance.forward).parameters)
         self.positions = [module for module in position_modules(entrance) if isinstance(module, nn.Embedding)]
         self.handles = []
-        self.tokens = None  # how many real tokens the call under way has, if virtual ones were put in front
         self.called = 0  # how many calls are under way, in several threads
 
     def rows(self):
@@ -88,7 +92,7 @@ class Prompts:
     def prepend(self, module, args, kwargs):
         """Pre-hook of the model, or of its encoder."""
         self.called += 1
-        self.tokens, prompt = None, self.rows()
+        prompt = self.rows()
         if prompt is None:
             return None
         kwargs = {**kwargs, **dict(zip(self.names, args))}
@@ -124,8 +128,7 @@ class Prompts:
             return (), kwargs
         if inputs is None:
             inputs = module.get_input_embeddings()(kwargs.pop("input_ids"))
-        batch, self.tokens = inputs.shape[:2]
-        prompt = prompt.to(inputs).expand(batch, -1, -1)
+        prompt = prompt.to(inputs).expand(inputs.shape[0], -1, -1)
         kwargs["inputs_embeds"] = torch.cat([prompt, inputs], 1)
         if positions is not None:
             start = positions.amin(-1, keepdim=True)  # PaliGemma counts from 1
@@ -134,19 +137,19 @@ class Prompts:
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = F.pad(kwargs["token_type_ids"], (virtual, 0))
         labels, keep, before = kwargs.get("labels"), kwargs.get("logits_to_keep"), virtual
-        every = keep is None or (isinstance(keep, int) and keep in (0, self.tokens))
+        every = keep is None or (isinstance(keep, int) and keep in (0, tokens))
         # A forward that was set on the instance, as by TRL, may not heed it.
         heeded = "logits_to_keep" in self.names and "forward" not in module.__dict__
-        if every and heeded and type(self.tokens) is int:
+        if every and heeded and type(tokens) is int:
             # Of the virtual tokens only the last, which predicts the first real one, needs logits.
             before = 1 if kwargs.get("shift_labels") is None else 0
-            kwargs["logits_to_keep"] = self.tokens + before
+            kwargs["logits_to_keep"] = tokens + before
         if labels is not None and labels.shape == inputs.shape[:2] and not labels.is_floating_point():
             kwargs["labels"] = F.pad(labels, (before, 0), value=-100)
         for name in ("start_positions", "end_positions", "logits_to_keep"):
             if isinstance(kwargs.get(name), Tensor):
                 kwargs[name] = behind(kwargs[name], virtual)
-        return (), kwargs
+        return Prompted(()), kwargs
 
     def need_call(self, module, args):
         """Pre-hook of what the model, or its encoder, consists of. Raises ValueError where forward is called itself, as
@@ -175,11 +178,12 @@ class Prompts:
         needed = "one that this call of generate fills itself, from the whole text"
         checks.need(fits, "prompt tuning", name, given, needed)
 
-    def trim(self, module, args, output):
+    def trim(self, module, args, kwargs, output):
         """Hook of the model: what comes out has one row for each real token."""
-        tokens = self.tokens
-        if tokens is None:
+        if not isinstance(args, Prompted):
             return None
+        virtual = sum([part.num_virtual_tokens for part in active_parts(self.model, PromptEmbedding)])
+        tokens = kwargs["inputs_embeds"].shape[1] - virtual
         checks.need_value(not isinstance(output, tuple), "prompt tuning", "return_dict", False, "True")
         for name, value in output.items():
             per_token = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
@@ -284,7 +288,7 @@ def _attach(model):
     inner = [child for child in entrance.children() if child not in outside and not isinstance(child, Parts)]
     prompts.handles += [child.register_forward_pre_hook(prompts.need_call) for child in inner]
     if entrance is model:
-        prompts.handles.append(model.register_forward_hook(prompts.trim))
+        prompts.handles.append(model.register_forward_hook(prompts.trim, with_kwargs=True))
     else:
         prompts.handles.append(model.get_decoder().register_forward_pre_hook(prompts.extend, with_kwargs=True))
 
