@@ -926,7 +926,7 @@ def test_forwards_that_were_replaced():
     close(output(model, given), changed)
     assert torch.equal(output(unload(model), given), plain)
     model[1].up.forward = lambda x: x
-    with pytest.raises(TypeError, match=r"attach: module is a Linear whose forward is replaced by .*lambda"):
+    with pytest.raises(TypeError, match=r"attach: '1.up' is a Linear whose forward is replaced by .*lambda"):
         adapt(model, LoraConfig(target_modules=["up"]))
     assert not carriers(model)
 
@@ -1769,7 +1769,7 @@ def test_bad_calls():
     holder = nn.Module()
     holder.up = Block()
     holder.up.up.adapters = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"attach: module is a Linear with \['adapters'\] of its own"):
+    with pytest.raises(ValueError, match=r"attach: 'up.up' is a Linear with \['adapters'\] of its own"):
         adapt(holder, LoraConfig(target_modules=["up.up"]))
 
 
@@ -1796,7 +1796,7 @@ class Gated(nn.Linear):
 def test_names_that_adapters_need_are_free(config, names):
     model = nn.Sequential(Gated(3, 3))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"attach: module is a Gated with {names} of its own; it must be without"):
+    with pytest.raises(ValueError, match=f"attach: '0' is a Gated with {names} of its own; it must be without"):
         adapt(model, config)
     assert_same(snapshot(model), before)
 

@@ -396,16 +396,18 @@ def placed(module: nn.Module, weight: Tensor, autocast_adapter_dtype: bool) -> d
     return {"device": weight.device if there is None else there, "dtype": dtype}
 
 
-def attach(module: nn.Module, name: str, part: nn.Module) -> None:
-    """Give `module` a part of adapter `name`, which does not run yet; its class is swapped where a `Part` needs it."""
+def attach(model: nn.Module, path: str, name: str, part: nn.Module) -> None:
+    """Give the module at `path` a part of adapter `name`, which does not run yet; its class is swapped where a `Part`
+    needs it."""
+    module = submodule(model, path)
     kind = "replaced" if isinstance(part, Replacement) else "adapters"
     swaps = isinstance(part, Part) and not isinstance(module, Adapted)
     names = {kind, "active"} if not _parts(module) else {kind} - _parts(module).keys()
     names |= _brought(carrier_class(type(module))) if swaps else set()
     own = sorted(each for each in names if hasattr(module, each))
-    checks.need(not own, "attach", "module", f"a {type(module).__name__} with {own} of its own", "without")
+    checks.need(not own, "attach", repr(path), f"a {type(module).__name__} with {own} of its own", "without")
     if swaps:
-        _set_class(module, carrier_class(type(module)))
+        _set_class(path, module, carrier_class(type(module)))
     if kind not in _parts(module):
         setattr(module, kind, Parts())
     if "active" not in module.__dict__:
@@ -413,25 +415,26 @@ def attach(module: nn.Module, name: str, part: nn.Module) -> None:
     getattr(module, kind)[name] = part.train(module.training)
 
 
-def detach(module: nn.Module, name: str) -> None:
-    """Take all parts of adapter `name`, which does not run, off `module`. With the last one it gets its class back."""
+def detach(path: str, module: nn.Module, name: str) -> None:
+    """Take all parts of adapter `name`, which does not run, off `module`, at `path` in its model. With the last one it
+    gets its class back."""
     for kind, parts in _parts(module).items():
         if name in parts:
             del parts[name]
         if not parts:
             delattr(module, kind)
             if kind == "adapters" and isinstance(module, Adapted):
-                _set_class(module, _plain_class(type(module)))
+                _set_class(path, module, _plain_class(type(module)))
     if not _parts(module):
         del module.active
 
 
-def _set_class(module, kind):
+def _set_class(path, module, kind):
     """Swap the class, also for accelerate's hooks (device_map), which hold the forward of the class before."""
     held = {key: module.__dict__[key] for key in ("_old_forward", "forward") if key in module.__dict__}
     bound = [key for key, value in held.items() if getattr(value, "__func__", None) is type(module).forward]
     given = f"a {type(module).__name__} whose forward is replaced by {held.get('forward')!r}"
-    checks.need(bound or not held, "attach", "module", given, "one that runs its class's forward", TypeError)
+    checks.need(bound or not held, "attach", repr(path), given, "one that runs its class's forward", TypeError)
     for key in bound:
         setattr(module, key, kind.forward.__get__(module))
     module.__class__ = kind

@@ -365,14 +365,14 @@ def add_weighted_adapter(
     config, parts = combine(model, known.configs, names, weights, combination_type, rank)
     before = known.active
     for path, part in parts.items():
-        attach(submodule(model, path), name, part)
+        attach(model, path, name, part)
     known.configs[name], known.places[name] = config, _places(model, name)
     _run(model, known, before, op)
 
 
 def _detach_all(model, known, name):
-    for _, module in carriers(model):
-        detach(module, name)
+    for path, module in carriers(model):
+        detach(path, module, name)
     inject.eject(model)
     inject.set_base_layers(model, bool(known.active))
 

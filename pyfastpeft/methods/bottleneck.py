@@ -45,7 +45,7 @@ def _serial(model, config, name, autocast_adapter_dtype):
     for path in _select(model, config, target):
         module = submodule(model, path)
         _, width, like = _widths(path, module, autocast_adapter_dtype)
-        attach(module, name, SerialPart(width, config.bottleneck_size, width, **_options(config), **like))
+        attach(model, path, name, SerialPart(width, config.bottleneck_size, width, **_options(config), **like))
 
 
 def _parallel(model, config, name, autocast_adapter_dtype):
@@ -56,11 +56,11 @@ def _parallel(model, config, name, autocast_adapter_dtype):
         _, out_width, like = _widths(last, exit, autocast_adapter_dtype)
         arguments, options = (in_width, config.bottleneck_size, out_width), _options(config) | like
         if first == last:
-            attach(exit, name, ParallelPart(*arguments, **options))
+            attach(model, last, name, ParallelPart(*arguments, **options))
         else:
             passage = Passage()
-            attach(entrance, name, EntrancePart(passage))
-            attach(exit, name, ExitPart(passage, *arguments, **options))
+            attach(model, first, name, EntrancePart(passage))
+            attach(model, last, name, ExitPart(passage, *arguments, **options))
 
 
 def _chains(model, config) -> list[tuple[str, str]]:

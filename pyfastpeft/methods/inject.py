@@ -265,7 +265,7 @@ def _lora(model: nn.Module, config: LoraConfig, name: str, autocast_adapter_dtyp
     for path in found:
         module = submodule(model, path)
         like = placed(module, module.weight, autocast_adapter_dtype)
-        attach(module, name, _lora_part(path, module, config, like))
+        attach(model, path, name, _lora_part(path, module, config, like))
     if config.bias != "none":
         saved = saved_modules(model, config)
         # PEFT takes parameters of this name alone.
@@ -338,7 +338,7 @@ def _ia3(model: nn.Module, config: IA3Config, name: str, autocast_adapter_dtype:
         _need_linear(module, path, op)
         size = sizes(module)[0 if path in feedforward else 1]
         like = placed(module, module.weight, autocast_adapter_dtype)
-        attach(module, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **like))
+        attach(model, path, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **like))
 
 
 def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, autocast_adapter_dtype: bool) -> None:
@@ -406,7 +406,7 @@ def replace(model: nn.Module, name: str, chosen: dict[str, list[str]]) -> None:
             given = f"one with a {type(copy).__name__} of {copy.dtype} as {f'{path}.{own}'.removeprefix('.')!r}"
             needed = "one with ordinary floating-point parameters where copies are to train"
             need(fits and (copy.is_floating_point() or copy.is_complex()), "adapt", "model", given, needed, TypeError)
-        attach(module, name, part)
+        attach(model, path, name, part)
 
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

@@ -42,7 +42,7 @@ def add_part(model: nn.Module, name: str, part: nn.Module, autocast_adapter_dtyp
     """Put a part at the top of the model."""
     own = ((module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     like = next((module, parameter) for module, parameter in own if parameter.is_floating_point())
-    attach(model, name, part.to(**placed(*like, autocast_adapter_dtype)))
+    attach(model, "", name, part.to(**placed(*like, autocast_adapter_dtype)))
 
 
 def parts(model: nn.Module, kind: type) -> list[nn.Module]:
