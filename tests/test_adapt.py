@@ -674,6 +674,20 @@ def test_merged_models_move():
     assert {(p.dtype, p.requires_grad) for p in now.values()} == {(torch.float64, True)}
 
 
+@pytest.mark.parametrize("call", [merge_adapter, lambda model: unload(model, merge=True)])
+def test_what_is_merged_in_inference_mode_passes_gradients_on(call):
+    model, given = adapted("gpt2", LoraConfig(target_modules=["wte", "c_attn"], init_lora_weights=False))
+    gradients = []
+    for context in (torch.inference_mode(), torch.no_grad()):
+        merged = copy.deepcopy(model)
+        with context:
+            call(merged)
+        positions = merged.transformer.wpe.weight.requires_grad_(True)
+        loss(merged, given).backward()
+        gradients.append(positions.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("target", [".*", ["wte.weight"]])
 def test_tied_parameters_that_are_chosen(target, tmp_path):
     model = gpt2().eval()
@@ -996,6 +1010,44 @@ def test_switching():
     set_adapter(model, "third")
     close(output(model, given), alone["third"], 0)
     assert list(model.pyfastpeft.configs) == ["default", "third"]
+
+
+def test_calls_while_adapters_are_disabled():
+    """What makes no adapter run leaves them off; what does holds afterwards, too."""
+    model, given = adapted("gpt2", "lora", "rslora with biases", "lora")
+    alone = {}
+    for name in ("default", "other"):
+        set_adapter(model, name)
+        alone[name] = output(model, given)
+    set_adapter(model)
+    plain = output(model, given)
+    set_adapter(model, "default")
+    with disable_adapter(model):
+        delete_adapter(model, "third")
+        add_weighted_adapter(model, ["default"], [1.0], "sum")
+        with pytest.raises(ValueError, match="layers_to_transform is holding 9"):
+            adapt(model, LoraConfig(layers_to_transform=[9]), "fourth")
+        assert torch.equal(output(model, given), plain)
+    close(output(model, given), alone["default"], 0)
+    with disable_adapter(model):
+        set_adapter(model, "other")
+    close(output(model, given), alone["other"], 0)
+    with disable_adapter(model):
+        merge_adapter(model)
+    close(output(model, given), alone["other"])
+    with disable_adapter(model):
+        set_adapter(model, "default")
+    close(output(model, given), alone["default"], 0)
+    assert torch.equal(output(unload(model), given), plain)
+
+
+def test_what_was_frozen_by_hand_stays_so_when_others_come_and_go():
+    model, _ = adapted("tree", "ia3", "lora")
+    frozen = adapter_parameters(model, "other")["1.up.lora_A"].requires_grad_(False)
+    add_weighted_adapter(model, ["other"], [1.0], "sum")
+    delete_adapter(model, "default")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in adapter_parameters(model, "other").values()} - {id(frozen)}
 
 
 PAIRS = [

@@ -252,6 +252,15 @@ def test_merging_twice_or_unmerging_too_often_is_an_error(kind):
         merge(layer)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_merged_in_inference_mode_passes_gradients_on(kind):
+    layer, x = make(kind), torch.randn(5, K, requires_grad=True)
+    with torch.inference_mode():
+        merge(layer)
+    layer(x).backward(cotangent := torch.randn(5, N))
+    torch.testing.assert_close(x.grad, cotangent @ layer.weight)
+
+
 def test_merged_layers_move_and_copy():
     layer = make("lora", dtype=torch.float64)
     original = layer.weight.clone()

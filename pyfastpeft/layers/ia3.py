@@ -49,6 +49,7 @@ class IA3Linear(FrozenLinear):
             return F.linear(x, self.weight, self.bias)
         return ia3_linear(x, self.weight, self.bias, self.ia3_l, self.feedforward)
 
+    @torch.inference_mode(False)
     def merge(self) -> None:
         """The weight scaled by ia3_l (and the bias, unless feedforward), rounded once, takes the weight's place until
         `unmerge`; the original is kept. Raises RuntimeError if already merged."""

@@ -65,6 +65,7 @@ class LoRALinear(FrozenLinear):
         p = self.dropout_p if self.training else 0.0
         return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, p)
 
+    @torch.inference_mode(False)
     def merge(self) -> None:
         """weight + scaling * lora_B lora_A, summed in float32 and rounded once, takes the weight's place until
         `unmerge`; the original is kept. Raises RuntimeError if already merged."""

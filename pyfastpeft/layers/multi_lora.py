@@ -125,6 +125,7 @@ class MultiLoRALinear(FrozenLinear):
             for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
                 tensor[slot] = 0
 
+    @torch.inference_mode(False)
     def merge(self, slot: int) -> None:
         """weight + scaling[slot] * lora_B[slot] lora_A[slot], summed in float32 and rounded once, takes the weight's
         place until `unmerge`; the original is kept. Raises RuntimeError if already merged."""

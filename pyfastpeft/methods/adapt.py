@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from inspect import unwrap
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -75,14 +76,15 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if not known.configs:
         known.trainable = {plain_path(path): p.requires_grad for path, p in plain.named_parameters()}
-    for _, module in carriers(model):  # what is new starts from the model's own parameters
+    before = [(module, module.active) for _, module in carriers(model)]
+    for module, _ in before:  # what is new starts from the model's own parameters
         activate(module, ())
     try:
         inject.inject(plain, config, name, autocast_adapter_dtype)
     except BaseException:
-        _detach_all(model, known, name)
-        for _, module in carriers(model):
-            activate(module, known.active)
+        for module, active in before:
+            activate(module, active)
+        _detach_all(model, name)
         raise
     if not known.configs:
         plain.pyfastpeft_loading = plain.register_load_state_dict_pre_hook(need_unmerged)
@@ -143,25 +145,27 @@ def _run(model, known, names, op):
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the model computes what it did before it was adapted. What is merged is unmerged before
-    it and merged again after it."""
-    adaptation(model, "disable_adapter")
+    it and merged again after it. Adapters that are set, added or merged inside run from there on, also after it."""
+    active = adaptation(model, "disable_adapter").active
     _need_free(model, (), "disable_adapter")
-    before = [(module, module.active, getattr(module, "merged", ())) for _, module in carriers(model)]
+    ran, merged = _runs(model), [(module, getattr(module, "merged", ())) for _, module in carriers(model)]
     unmerge_adapter(model)
-    for module, *_ in before:
+    for module, _ in merged:
         activate(module, ())
     inject.set_base_layers(model, False)
     try:
         yield
     finally:
-        left = {module for _, module in carriers(model)}  # some may have been deleted meanwhile
-        for module, active, merged in before:
-            if module in left:
-                activate(module, active)
-            merged = tuple(name for name in merged if module in left and name in module.adapters)
-            if merged:
-                module.merge(merged)
-        inject.set_base_layers(model, any(module.active for module in left))
+        known, left = getattr(model, "pyfastpeft", Adaptation()), {module for _, module in carriers(model)}
+        if ran or _runs(model):
+            for module in left:
+                activate(module, known.active)
+        others = known.active != tuple(name for name in active if name in known.configs)
+        for module, names in () if others or merged_adapters(model) else merged:
+            names = tuple(name for name in names if module in left and name in module.adapters)
+            if names:
+                module.merge(names)
+        inject.set_base_layers(model, _runs(model))
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -172,8 +176,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     known = adaptation(model, "delete_adapter")
     _need_name(known, "delete_adapter", name)
     _need_unmerged(model, "delete_adapter")
-    _run(model, known, tuple(other for other in known.active if other != name), "delete_adapter")
-    _detach_all(model, known, name)
+    others = tuple(other for other in known.active if other != name)
+    _need_free(model, others, "delete_adapter")
+    running = others if _runs(model) else ()
+    for _, module in carriers(model):
+        activate(module, running)
+    known.active = others
+    _detach_all(model, name)
     del known.configs[name], known.places[name]
     if not known.configs:
         plain = uncompiled(model)
@@ -247,6 +256,7 @@ def _is_tied(model) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+@torch.inference_mode(False)
 def _untie(places):
     """Copies of parameters that several modules share: stored once, they would not be found by their other names."""
     seen = set()
@@ -287,7 +297,7 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
             need(plain, "merge_adapter", "model", given, "of ordinary weights in ordinary layers", TypeError)
             given = f"one that offloads the weight of {path!r}"
             need(offloaded_for(module) is None, "merge_adapter", "model", given, "one that does not", TypeError)
-    if names != known.active:
+    if names != known.active or not _runs(model):
         set_adapter(model, *names)
     for _, module, present in here:
         if present:
@@ -363,18 +373,21 @@ def add_weighted_adapter(
     _need_new(known, op, name)
     _need_unmerged(model, op)
     config, parts = combine(model, known.configs, names, weights, combination_type, rank)
-    before = known.active
     for path, part in parts.items():
-        attach(model, path, name, part)
+        attach(model, path, name, part.requires_grad_(False))
     known.configs[name], known.places[name] = config, _places(model, name)
-    _run(model, known, before, op)
 
 
-def _detach_all(model, known, name):
+def _runs(model) -> bool:
+    """Whether any adapter runs; in a `disable_adapter` block none does."""
+    return any(module.active for _, module in carriers(model))
+
+
+def _detach_all(model, name):
     for path, module in carriers(model):
         detach(path, module, name)
     inject.eject(model)
-    inject.set_base_layers(model, bool(known.active))
+    inject.set_base_layers(model, _runs(model))
 
 
 def sharded(model: nn.Module) -> bool:
