@@ -112,6 +112,9 @@ class PrefixEncoder(nn.Module):
         self._encoded = {}
         return super()._apply(fn, recurse)
 
+    def __getstate__(self):
+        return self.__dict__ | {"_encoded": {}}  # parameters of a copy count their versions anew
+
     def _set_rows(self, prompt_embeddings, requires_grad=True):
         for name in ("embedding", "hidden", "heads"):
             self._modules.pop(name, None)
