@@ -1777,6 +1777,16 @@ def test_bad_targets(config, error, message):
     assert_same(snapshot(model), before)
 
 
+def test_parameters_of_one_name_are_refused_before_they_train():
+    """A bottleneck's norm and a copy of the layer's own would be stored as one tensor."""
+    model = tree()
+    before, config = snapshot(model), BottleneckConfig(target_modules=["1"], layer_norm=True, train_layer_norm=True)
+    with pytest.raises(ValueError, match=r"two parameters called \['1.norm.bias', '1.norm.weight'\]"):
+        adapt(model, config)
+    assert_same(snapshot(model), before)
+    adapt(model, BottleneckConfig(target_modules=["1"], layer_norm=True))
+
+
 def test_all_linear_in_a_model_without_linear_layers():
     model = nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3))
     with pytest.raises(ValueError, match=r"a Sequential in which 'all-linear' means nothing; .* linear layers"):

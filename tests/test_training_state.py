@@ -173,6 +173,9 @@ def test_ranks_in_the_budget_come_back_without_an_allocator(tmp_path):
     again = pyfastpeft.adapt(llama(), adalora())
     assert methods.load_training_state(tmp_path, again) == 0
     assert again.pyfastpeft.configs["default"].rank_pattern == pattern
+    methods.save_training_state(tmp_path, pyfastpeft.adapt(llama(), adalora()))
+    methods.load_training_state(tmp_path, again)
+    assert again.pyfastpeft.configs["default"].rank_pattern is None
 
 
 def test_a_parameter_of_the_model_that_the_optimizer_trains_is_stored_too(tmp_path):

@@ -1,5 +1,6 @@
 """Adapters in a model: injected in place, several at a time, each with a name."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -81,6 +82,9 @@ def adapt(model: nn.Module, config, name: str = "default", autocast_adapter_dtyp
         activate(module, ())
     try:
         inject.inject(plain, config, name, autocast_adapter_dtype)
+        counted = Counter(key for key, _ in _named(model, name))
+        twice = sorted(key for key, count in counted.items() if count > 1)
+        need(not twice, op, "config", f"one with two parameters called {twice}", "one that changes either alone")
     except BaseException:
         for module, active in before:
             activate(module, active)
@@ -137,7 +141,7 @@ def _run(model, known, names, op):
     for _, module in carriers(model):
         activate(module, names)
         for name in known.configs:
-            for parameter in _trained(module, name).values():
+            for _, parameter in _trained(module, name):
                 parameter.requires_grad_(name in names and not known.configs[name].inference_mode)
     inject.set_base_layers(model, bool(names))
 
@@ -325,18 +329,20 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     Raises ValueError for a name that the model does not have, RuntimeError as `set_adapter` does.
     """
     need_adapter(model, "adapter_parameters", name)
-    found = {path: _trained(module, name) for path, module in carriers(model)}
-    return {
-        f"{path}.{key}".removeprefix("."): parameter for path, own in found.items() for key, parameter in own.items()
-    }
+    return dict(_named(model, name))
 
 
-def _trained(module, name) -> dict[str, nn.Parameter]:
-    own = {}
+def _named(model, name) -> list[tuple[str, nn.Parameter]]:
+    here = [(path, *own) for path, module in carriers(model) for own in _trained(module, name)]
+    return [(f"{path}.{key}".removeprefix("."), parameter) for path, key, parameter in here]
+
+
+def _trained(module, name) -> list[tuple[str, nn.Parameter]]:
+    own = []
     if name in getattr(module, "adapters", {}):
-        own |= dict(module.adapters[name].named_parameters())
+        own += module.adapters[name].named_parameters()
     if name in getattr(module, "replaced", {}):
-        own |= module.replaced[name].trained(module)
+        own += module.replaced[name].trained(module).items()
     return own
 
 

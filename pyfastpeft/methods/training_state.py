@@ -101,7 +101,8 @@ def load_training_state(
         needed = f"given: {path} has its state" if there else f"not given: {path} has no state"
         need(here == there, op, key, "given" if here else "None", needed)
     names = _names(op, model, optimizer, name)
-    _need_same(op, path, tensors_path, adaptation(model, op).configs[name], names, state)
+    config = adaptation(model, op).configs[name]
+    _need_same(op, path, tensors_path, config, names, state)
     unnamed = None if optimizer is None else _unnamed(op, optimizer, names, state["optimizer"], path)
 
     for key, other in stateful.items():
@@ -112,8 +113,8 @@ def load_training_state(
     with torch.no_grad():
         for parameter, key in names.items():
             parameter.copy_(state["parameters"][key])
-    if state["rank_pattern"] is not None:
-        adaptation(model, op).configs[name].rank_pattern = state["rank_pattern"]
+    if isinstance(config, AdaLoraConfig):
+        config.rank_pattern = state["rank_pattern"]
     _set_generators(state["generators"])
     return state["step"]
 
