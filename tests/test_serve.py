@@ -532,3 +532,17 @@ def test_slots_that_are_none(case, tmp_path):
                 call(slot)
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json"):
         case.served.load_adapter(4, tmp_path)
+
+
+def test_while_a_layer_is_merged_slots_keep_what_they_hold(tmp_path):
+    base = llama()
+    served = pyfastpeft.serve(copy.deepcopy(base), 2, 4)
+    directory = write(base, LoraConfig(r=4, target_modules="all-linear"), tmp_path)
+    served.load_adapter(1, directory)
+    list(served.layers.values())[-1].merge(1)
+    before = copy.deepcopy(served.model.state_dict())
+    for call in (lambda: served.load_adapter(1, directory), lambda: served.unload(1)):
+        with pytest.raises(RuntimeError, match=r"model is one whose \['model.layers.1.mlp.down_proj'\] are merged"):
+            call()
+    assert all(torch.equal(now, before[key]) for key, now in served.model.state_dict().items())
+    assert served.loaded == {1: str(directory)}

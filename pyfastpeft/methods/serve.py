@@ -181,7 +181,8 @@ class Served:
         self.loaded[slot] = os.fspath(directory)
 
     def unload(self, slot: int) -> None:
-        """Empty a slot: its rows get the base alone. Raises ValueError for a slot that is none."""
+        """Empty a slot: its rows get the base alone. Raises ValueError for a slot that is none, RuntimeError while a
+        layer is merged."""
         self._need_slot("unload", slot)
         for layer in self.layers.values():
             layer.unload(slot)
@@ -255,8 +256,6 @@ class Served:
                 if r:  # AdaLoRA may leave a layer none
                     lora_A = tensors["lora_A"].to(torch.promote_types(tensors["lora_A"].dtype, torch.float32))
                     factors[path] = lora_A * tensors.get("lora_E", 1), tensors["lora_B"], scaling
-        merged = [path for path, layer in self.layers.items() if layer.merged]
-        need(not merged, op, "model", f"one whose {merged[:3]} are merged", "unmerged", RuntimeError)
         return factors
 
     def _need_served(self, op):
@@ -266,6 +265,8 @@ class Served:
         self._need_served(op)
         fits = whole(slot) and 0 <= slot < self.num_adapters
         need_value(fits, op, "slot", slot, f"an integer in [0, {self.num_adapters})")
+        merged = [path for path, layer in self.layers.items() if layer.merged]
+        need(not merged, op, "model", f"one whose {merged[:3]} are merged", "unmerged", RuntimeError)
 
 
 def _allocated(path, config) -> tuple[int, float]:
