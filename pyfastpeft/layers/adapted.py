@@ -150,7 +150,7 @@ class AdaptedMatrix(Mergeable, Adapted):
             y = part.after(y)
         return y
 
-    @torch.inference_mode(False)  # the merged weight is to serve outside, too
+    @torch.inference_mode(False)  # through whose tensors no gradient passes
     def merge(self, names: tuple[str, ...]) -> None:
         """Replace the weight (and bias) by those that have the effect of these adapters, summed in float32 and rounded
         once; the original ones are kept. Raises RuntimeError if something is merged already."""
