@@ -53,6 +53,12 @@ def test_frozen_linear(backend, dtype, bias, shape, native):
     assert native == own
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(170, 25000, 330), (170, 330, 25000)])
+def test_inputs_or_gradients_that_no_cache_holds(backend, dtype, shape):
+    assert_error_rule(ops.frozen_linear, F.linear, inputs_of(*shape, dtype))
+
+
 @floats
 @pytest.mark.parametrize("layout", ["columns", "neither", "x", "dy"])
 def test_any_strides(backend, dtype, layout):

@@ -34,7 +34,10 @@ Tensor view(const Matrix<C>& m) {
 // Panels stay in the second cache. Up to FEW rows, or half as many, go without. ROWS are those of a tile, of which up to
 // SHARED are read beside panels of the input.
 // With many rows the next block of the weight is asked for during the LATE last tiles: theirs would drive it out again.
+// Up to TALL rows are gone through at a time; where they have more than CACHED elements, which are read from memory for
+// each block of COLUMNS, by TOGETHER such blocks for each part of the depth in turn.
 constexpr int64_t STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS, SOME = 128, SHARED = 60, LATE = 8;
+constexpr int64_t TALL = 1024, CACHED = 4 << 20, TOGETHER = 4;
 
 // Floats from the start of a cache line on, so that no vector of a panel lies on two.
 struct Freed {
@@ -105,7 +108,7 @@ class InputPanels {
   Memory data_;
 };
 
-// out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n <= COLUMNS; the rows of w from next_q on, where
+// out[t][j] (+)= sum over p of in[t][p] w[q0 + j][p] for t < m, j < n; the rows of w from next_q on, where
 // there are any, are those of the product after this one.  in, out: float32; in is not read where there are panels of it
 class Product {
  public:
@@ -123,36 +126,40 @@ class Product {
       tile(in, out, 0, m, 0, 0);
       return k_.dot(from_, 0, m, w_.dtype, w_.at(q0, 0), w_.stride_q, n, w_.p, to_);
     }
-    for (int64_t p0 = 0; p0 < w_.p; p0 += depth_) {
-      int64_t depth = std::min(depth_, w_.p - p0), end = p0 + depth;
-      auto upcoming = [&](int64_t shares) {
-        return end < w_.p ? block(q0, n, end, shares) : block(next_q, n, 0, shares);
-      };
-      if (input_) {
-        combine(q0, n, p0, depth, upcoming(blocks(n, ROWS) * blocks(m, k_.width) * (depth / Next::STEPS)));
-      } else {
-        int64_t tiles = m / ROWS, late = std::min(tiles, LATE), packs = tiles == late ? blocks(depth, STEP) : 0;
-        Upcoming next = upcoming(blocks(n, k_.width) * (packs + late * (depth / Next::STEPS))), none;
-        for (int64_t j = 0; j < n; j += k_.width) {
-          for (int64_t p = 0; p < depth; p += STEP) {
-            pack(q0 + j, std::min(k_.width, n - j), p0 + p, std::min(STEP, depth - p), panel(j, depth) + p * k_.width);
-            if (packs) next.ask();
-          }
-        }
-        for (int64_t t = 0; t < m; t += ROWS) {
-          int64_t count = std::min(ROWS, m - t);
-          for (int64_t j = 0; j < n; j += k_.width) {
-            tile(in, out, t, count, p0, j);
-            multiply(count, panel(j, depth), depth, std::min(k_.width, n - j), add || p0 > 0,
-                     {0, ROWS * out.stride, t / ROWS < tiles - late ? &none : &next});
-          }
-        }
-      }
-    }
+    for (int64_t p0 = 0; p0 < w_.p; p0 += depth_)
+      for (int64_t j = 0; j < n; j += COLUMNS) slice(in, m, q0, n, p0, j, out, add, next_q);
     if (input_) transpose(m, n, out, add);
   }
 
  private:
+  // Of the n columns those from j on, up to COLUMNS of them, and of the depth what begins at p0.
+  void slice(const Rows& in, int64_t m, int64_t q0, int64_t n, int64_t p0, int64_t j, const Rows& out, bool add,
+             int64_t next_q) {
+    int64_t depth = std::min(depth_, w_.p - p0), first = std::min(n, COLUMNS), left = n - j - COLUMNS;
+    auto upcoming = [&](int64_t shares) {
+      if (left > 0) return block(q0 + j + COLUMNS, std::min(left, COLUMNS), p0, shares);
+      return p0 + depth < w_.p ? block(q0, first, p0 + depth, shares) : block(next_q, first, 0, shares);
+    };
+    if (input_) return combine(q0, n, p0, depth, upcoming(blocks(n, ROWS) * blocks(m, k_.width) * (depth / Next::STEPS)));
+    int64_t tiles = m / ROWS, late = std::min(tiles, LATE), packs = tiles == late ? blocks(depth, STEP) : 0;
+    q0 += j, n = std::min(n - j, COLUMNS);
+    Upcoming next = upcoming(blocks(n, k_.width) * (packs + late * (depth / Next::STEPS))), none;
+    for (int64_t i = 0; i < n; i += k_.width) {
+      for (int64_t p = 0; p < depth; p += STEP) {
+        pack(q0 + i, std::min(k_.width, n - i), p0 + p, std::min(STEP, depth - p), panel(i, depth) + p * k_.width);
+        if (packs) next.ask();
+      }
+    }
+    for (int64_t t = 0; t < m; t += ROWS) {
+      int64_t count = std::min(ROWS, m - t);
+      for (int64_t i = 0; i < n; i += k_.width) {
+        tile(in, out, t, count, p0, j + i);
+        multiply(count, panel(i, depth), depth, std::min(k_.width, n - i), add || p0 > 0,
+                 {0, ROWS * out.stride, t / ROWS < tiles - late ? &none : &next});
+      }
+    }
+  }
+
   // Rows of the weight that are read after those of now.
   Upcoming block(int64_t q0, int64_t n, int64_t p0, int64_t shares) const {
     int64_t depth = std::min(depth_, w_.p - p0), size = item_size(w_.dtype);
@@ -234,10 +241,11 @@ class Product {
 };
 
 // The columns in products, about equally wide, of whole units: up to `together` of them, and as many for every thread.
+// input: the elements of it that they go through
 class Columns {
  public:
-  Columns(int64_t q, Panels panels) : unit_(COLUMNS) {
-    int64_t together = 1, threads = torch::stable::get_num_threads();
+  Columns(int64_t q, Panels panels, int64_t input) : unit_(COLUMNS) {
+    int64_t together = input > CACHED ? TOGETHER : 1, threads = torch::stable::get_num_threads();
     if (panels == Panels::input) unit_ = ROWS, together = SHARED / ROWS;
     int64_t least = panels == Panels::weight ? kernels<float>().width : 16;
     while (unit_ > least && blocks(q, unit_) < 2 * threads) unit_ /= 2;
@@ -310,9 +318,9 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
   Panels panels = weight.panels(m, bool(start));
   std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(in, m, weight) : nullptr);
   // Rows are shared out, too, where columns leave threads idle, or where so many are in no cache.
-  Columns columns(q, panels);
+  Columns columns(q, panels, std::min(m, TALL) * weight.p);
   int64_t least = blocks(2 * torch::stable::get_num_threads(), columns.count());
-  int64_t parts = std::max(blocks(m, 1024), std::min(least, blocks(m, 8 * ROWS)));
+  int64_t parts = std::max(blocks(m, TALL), std::min(least, blocks(m, 8 * ROWS)));
   int64_t height = input ? m : blocks(blocks(m, parts), ROWS) * ROWS;
   parts = blocks(m, height);
   share_out(columns.count() * parts, m * q * weight.p < SERIAL_WORK, [&](auto take, auto upcoming) {
@@ -354,7 +362,7 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   Rows rows{Dtype::f32, reinterpret_cast<char*>(const_cast<float*>(in)), weight.p};
   Panels panels = weight.panels(m, false);
   std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(rows, m, weight) : nullptr);
-  Columns columns(weight.q, panels);
+  Columns columns(weight.q, panels, m * weight.p);
   share_out(columns.count(), false, [&](auto take, auto upcoming) {
     Product product(weight, panels, input.get());
     Buffer<float> sums(m, columns.width());
