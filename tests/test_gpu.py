@@ -341,7 +341,7 @@ def test_multi_lora_in_one_launch(monkeypatch, shape):
 def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypatch):
     inputs = {name: tensor.detach() for name, tensor in gpu_multi_lora_inputs(20, 64, 48, 4, 3, torch.bfloat16).items()}
     slots = torch.randint(-1, 3, (20,), device="cuda")
-    bad = slots.clone().fill_(3)
+    listed, bad = slots.tolist(), slots.clone().fill_(3)
     run = functools.partial(ops.multi_lora, **inputs, scaling=0.5)
     with ops.use_backend("reference"):
         expected = run(slots=slots, y=inputs["y"].clone())
@@ -351,6 +351,7 @@ def test_the_device_is_not_waited_for_and_slots_are_checked_on_request(monkeypat
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(slots=slots, y=inputs["y"].clone())
+        run(slots=ops.route(listed, 3, "cuda"), y=inputs["y"].clone())
         run(slots=bad, y=untouched)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -243,6 +243,15 @@ def test_a_routing_serves_in_place_of_slots(backend):
     assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_routing_from_the_host_waits_for_a_gpu_only_where_a_graph_would_keep_the_copy(monkeypatch, capturing):
+    sent = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **options: sent.append((*args, options)) or tensor)
+    ops.route([0, -1], 3, "cuda:1")
+    assert sent == [(torch.device("cuda:1"), {"non_blocking": not capturing})] * 2
+
+
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_a_routing_made_by_hand_is_checked(backend):
     inputs = {n: t.detach() for n, t in multi_lora_inputs(4, 8, 6, 2, 1, torch.float32).items()}

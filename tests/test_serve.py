@@ -15,6 +15,7 @@ from torch import nn
 import pyfastpeft
 from pyfastpeft import AdaLoraConfig, DyLoraConfig, IA3Config, LoraConfig, ops
 from pyfastpeft.layers import MultiLoRALinear
+from pyfastpeft.layers.multi_lora import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKE = {"llama": lambda: llama(pad_token_id=0), "gpt2": lambda: gpt2(pad_token_id=0), "t5": t5}
@@ -216,6 +217,21 @@ def test_slots_are_grouped_once_for_every_number_of_tokens(case, monkeypatch):
         for length in (7, 7, 1, 1):
             logits(case.model, tokens(3, length))
     assert len(calls) == 2
+
+
+def test_listed_slots_stay_on_the_host_until_rows_need_them():
+    batch, x = Batch([0, 1, -1], 2, torch.device("meta")), torch.empty(3, 2, 8, device="meta")
+    assert batch.slots.device.type == "cpu"
+    assert all(batch.routing(rows).order.is_meta for rows in (x[:, :1], x))
+
+
+def test_what_is_written_into_a_routing_holds_from_the_next_call_on(case):
+    ids, routing = tokens(3, 1), ops.Routing(torch.arange(3), torch.full((6,), 3))
+    with case.served.slots(routing):
+        for slots in ([-1, -1, -1], [2, 0, -1], [1, 2, 1]):
+            for own, new in zip(routing, ops.route(slots, 5)):
+                own.copy_(new)
+            assert_rows(case, slots, ids, logits(case.model, ids))
 
 
 @pytest.mark.parametrize("case", ["llama"], indirect=True)

@@ -175,7 +175,7 @@ class Batch:
                 self.given = slots
             else:
                 self.given = route(slots, num_adapters, device)  # which checks their values
-                self.slots = torch.as_tensor(slots, dtype=torch.int64, device=device).clone()
+                self.slots = torch.as_tensor(slots, dtype=torch.int64).clone()  # a list's stay on the host until needed
 
     def routing(self, x: Tensor) -> Routing:
         """That of the tokens of x [..., K]. Raises ValueError where they are neither those of the slots nor of rows."""

@@ -54,7 +54,8 @@ def serve(
     Args:
         model: a transformers model, or any module tree, without adapters. Its weights are shared, not copied; those of
             the served layers are frozen.
-        num_adapters: L, the number of slots. rank: the largest rank that a slot can hold.
+        num_adapters: L, the number of slots. rank: r, the largest rank that a slot can hold. Every slot takes memory
+            for r (K + N) elements in each layer, whatever it holds.
         target_modules, exclude_modules: which layers, nn.Linear or transformers' Conv1D, as in `LoraConfig`: all that
             any of the adapters has. "all-linear" leaves out the head.
         adapter_dtype: of the adapters. Default: that of each layer's weight; `adapt` and PEFT have float32 for 16-bit
@@ -151,8 +152,10 @@ class Served:
 
         slots [S]: integers in [-1, num_adapters), -1 for the base alone: one for each row of the batch (layers see
         [B, …, K]; also B = n S, where `generate` makes n beams or sequences of each row), or one for each token of a
-        packed batch [T, K] or [1, T, K]; or the `Routing` of tokens that `ops.route` made of them. Every served layer
-        has to see rows or tokens in that order, rows first: exclude an encoder of images where rows differ in theirs.
+        packed batch [T, K] or [1, T, K]; or the `Routing` of tokens that `ops.route` made of them. One on the model's
+        device is not copied: the next call, or replay of a captured CUDA graph, sees what was written into its tensors.
+        Every served layer has to see rows or tokens in that order, rows first: exclude an encoder of images where rows
+        differ in theirs.
 
         A block holds for its thread alone, so threads may run different batches at once, also of a compiled model; for
         the threads that nn.DataParallel starts it does not hold. Of nested blocks the inner one counts. Raises

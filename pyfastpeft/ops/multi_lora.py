@@ -59,7 +59,11 @@ def route(
         checks.need(slots.dtype.kind in "iu", op, "slots", f"of dtype {slots.dtype}", "of integers", TypeError)
         checks.need(slots.ndim == 1, op, "slots", f"of shape {list(slots.shape)}", "of shape [T]")
         _check_range(op, slots, num_adapters)
-        return Routing(*(torch.from_numpy(a).to(device or "cpu") for a in host.group_tokens(slots, num_adapters)))
+        device, grouped = torch.device(device or "cpu"), host.group_tokens(slots, num_adapters)
+        # CUDA has read ordinary memory when a copy returns: nothing waits for the device. A captured copy would read it
+        # at every replay, and is left to fail.
+        at_once = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        return Routing(*(torch.from_numpy(array).to(device, non_blocking=at_once) for array in grouped))
     return _grouped(op, slots, num_adapters)
 
 
