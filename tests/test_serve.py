@@ -532,6 +532,20 @@ def test_adalora_is_multiplied_before_it_is_rounded(tmp_path):
     assert torch.equal(served.layers["0"].lora_A[1], expected)
 
 
+def test_adapters_that_are_stored_in_8_bits(tmp_path):
+    base = llama()
+    directory = write(base, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "adapter")
+    edit(directory, tensors=lambda stored: {key: t.to(torch.float8_e4m3fn) for key, t in stored.items()})
+    served = pyfastpeft.serve(base, 2, 4, ["q_proj"])
+    served.load_adapter(1, directory)
+    stored = load_file(directory / "adapter_model.safetensors")
+    for path, layer in served.layers.items():
+        for own in ("lora_A", "lora_B"):
+            expected = stored[f"base_model.model.{path}.{own}.weight"].float()
+            assert expected.any()
+            assert torch.equal(getattr(layer, own)[1], expected)
+
+
 def test_nothing_is_loaded_on_the_meta_device(tmp_path):
     base = llama()
     directory = write(base, LoraConfig(r=4), tmp_path / "adapter")

@@ -15,6 +15,7 @@ from ..layers.parts import AdaLoRAPart, LoRAPart
 from ..ops import Routing
 from ..ops.checks import need, need_value, whole
 from ..ops.dispatch import FLOATS
+from ..ops.reference import accumulation
 from .adapt import need_adaptable
 from .checkpoint import (
     CONFIG_FILE,
@@ -255,10 +256,10 @@ class Served:
                 shapes = {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r), "lora_E": (r, 1)}
                 for own, key in named.items():
                     need_stored(source, key, given[key], shapes[own])
-                tensors = {own: file.get_tensor(key) for own, key in named.items()}
+                stored = {own: file.get_tensor(key) for own, key in named.items()}
+                tensors = {own: tensor.to(accumulation(tensor.dtype)) for own, tensor in stored.items()}
                 if r:  # AdaLoRA may leave a layer none
-                    lora_A = tensors["lora_A"].to(torch.promote_types(tensors["lora_A"].dtype, torch.float32))
-                    factors[path] = lora_A * tensors.get("lora_E", 1), tensors["lora_B"], scaling
+                    factors[path] = tensors["lora_A"] * tensors.get("lora_E", 1), tensors["lora_B"], scaling
         return factors
 
     def _need_served(self, op):
