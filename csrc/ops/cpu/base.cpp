@@ -32,12 +32,13 @@ Tensor view(const Matrix<C>& m) {
 // One factor is cut into panels as wide as a tile of the kernels, a power of two up to COLUMNS, those of the weight packed
 // by STEP: the input, where it has up to SOME rows and those of the weight lie along the depth, else mostly the weight.
 // Panels stay in the second cache. Up to FEW rows, or half as many, go without. ROWS are those of a tile, of which up to
-// SHARED are read beside panels of the input.
+// SHARED, as many columns of whole vectors, are read beside panels of the input.
 // With many rows the next block of the weight is asked for during the LATE last tiles: theirs would drive it out again.
 // Up to TALL rows are gone through at a time; where they have more than CACHED elements, which are read from memory for
 // each block of COLUMNS, by TOGETHER such blocks for each part of the depth in turn.
-constexpr int64_t STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS, SOME = 128, SHARED = 60, LATE = 8;
+constexpr int64_t STEP = 32, COLUMNS = 64, ROWS = 6, FEW = 2 * ROWS, SOME = 128, SHARED = 48, LATE = 8;
 constexpr int64_t TALL = 1024, CACHED = 4 << 20, TOGETHER = 4;
+static_assert(SHARED % ROWS == 0 && SHARED <= COLUMNS);
 
 // Floats from the start of a cache line on, so that no vector of a panel lies on two.
 struct Freed {
