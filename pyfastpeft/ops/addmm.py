@@ -71,7 +71,7 @@ def lora_group_backward(dys, x, weights, lora_A, lora_Bs, scalings, dropout_p, s
     if dx is not None:
         torch.mm(dys[0], weights[0], out=dx)
         for dy, weight in zip(dys[1:], weights[1:]):
-            dx.addmm_(dy, weight)
+            torch.addmm(dx, dy, weight, out=dx)
         _add_dropped(dx, ds, lora_A.to(dtype), dropout_p, seed)
 
 
@@ -82,7 +82,7 @@ def _dropped(t: Tensor, p: float, seed: Tensor | None) -> Tensor:
 def _add(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
     """y += scaling * left right, in one product where the dtypes are one."""
     if y.dtype == left.dtype:
-        y.addmm_(left, right, alpha=scaling)
+        torch.addmm(y, left, right, alpha=scaling, out=y)  # FlopCounterMode does not count addmm_
     else:
         y.add_(left @ right, alpha=scaling)
 
@@ -116,7 +116,7 @@ def dora_backward(
     if dlora_B is not None:
         dlora_B.mul_(scale[:, None])
     if dx is not None:
-        dx.addmm_(torch.mul(dy, scale, out=torch.empty_like(dy)), weight)
+        torch.addmm(dx, torch.mul(dy, scale, out=torch.empty_like(dy)), weight, out=dx)
 
 
 def bottleneck_forward(x, residual, down, down_bias, up, up_bias, scaling, activation, y, s) -> None:
