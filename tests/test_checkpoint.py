@@ -381,6 +381,13 @@ def test_files_of_a_model_whose_layers_are_compiled_are_the_plain_ones(case, kin
     pyfastpeft.unload(model, merge=case == "rslora-patterns")
 
 
+def test_all_linear_layers_of_a_model_whose_layers_are_compiled_are_all_but_the_head():
+    plain, model = llama(), compiled_inside(llama(), (nn.Linear, nn.Embedding))
+    for each in (plain, model):
+        pyfastpeft.adapt(each, methods.LoraConfig(target_modules="all-linear"))
+    assert [*methods.adapter_parameters(model, "default")] == [*methods.adapter_parameters(plain, "default")]
+
+
 def compiled_inside(model, kinds):
     """The model, its modules of these kinds compiled one by one."""
     for parent in [*model.modules()]:

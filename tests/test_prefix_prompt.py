@@ -994,6 +994,16 @@ def test_threads_share_a_prompted_model_and_not_its_lengths(compiled):
     torch.testing.assert_close(results, expected)
 
 
+@pytest.mark.parametrize(("make", "inside"), [(t5, "encoder"), (t5, "shared"), (partial(decoder, "llama"), "model")])
+def test_a_prompt_enters_a_model_a_part_of_which_is_compiled(make, inside):
+    plain, model, inputs = adapted(make, "prompt"), make(), batch()
+    setattr(model, inside, torch.compile(getattr(model, inside), backend="eager"))
+    adapt(model, PromptTuningConfig(num_virtual_tokens=VIRTUAL))
+    part_of(model).load_prompt_embeddings(part_of(plain).prompt_embeddings().detach())
+    labels = inputs["input_ids"]
+    torch.testing.assert_close(model(**inputs, labels=labels)[1], plain(**inputs, labels=labels)[1])
+
+
 def test_words_of_an_encoder_are_looked_up_outside_of_a_call():
     model, inputs = adapted(bart, "prompt").eval(), batch()
     ids = inputs.pop("input_ids")

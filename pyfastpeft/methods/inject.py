@@ -25,6 +25,7 @@ from ..layers.adapted import (
     placed,
     plain_modules,
     submodule,
+    uncompiled,
 )
 from ..layers.parts import AdaLoRAPart, DoRAPart, DyLoRAPart, EmbeddingLoRAPart, IA3Part, LoRAPart
 from ..ops.checks import distributed, need
@@ -181,7 +182,7 @@ def is_embedding(module):
 
 def head(model: nn.Module) -> nn.Module | None:
     """The head of a transformers model for words, if it has one."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return uncompiled(model.get_output_embeddings()) if hasattr(model, "get_output_embeddings") else None
 
 
 def sizes(module) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.adapted import Parts
+from ..layers.adapted import Parts, uncompiled
 from ..layers.prompt import PromptEmbedding
 from ..ops import checks
 from .tables import table
@@ -295,13 +295,13 @@ def _attach(model):
 
 def _entrance(model):
     """The module that the virtual tokens enter."""
-    return model.get_encoder() if is_encoder_decoder(model) else model
+    return uncompiled(model.get_encoder()) if is_encoder_decoder(model) else model
 
 
 def _words(model):
     need_transformers(model, "prompt tuning")
     try:
-        words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        words = uncompiled(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
     except NotImplementedError:  # of audio
         words = None
     needed = "a model whose inputs are embedded words"
