@@ -1041,6 +1041,17 @@ def test_calls_while_adapters_are_disabled():
     assert torch.equal(output(unload(model), given), plain)
 
 
+@pytest.mark.parametrize("config", [BottleneckConfig(bottleneck_size=2, target_modules=["c_attn"]), BitFitConfig()])
+def test_another_adapter_of_the_name_of_a_merged_one_is_not_merged(config):
+    model, _ = adapted("gpt2", "lora")
+    merge_adapter(model)
+    with disable_adapter(model):
+        delete_adapter(model, "default")
+        adapt(model, config)
+    assert not merged_adapters(model)
+    assert model.pyfastpeft.active == ("default",)
+
+
 def test_what_was_frozen_by_hand_stays_so_when_others_come_and_go():
     model, _ = adapted("tree", "ia3", "lora")
     frozen = adapter_parameters(model, "other")["1.up.lora_A"].requires_grad_(False)

@@ -150,7 +150,8 @@ def _run(model, known, names, op):
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the model computes what it did before it was adapted. What is merged is unmerged before
     it and merged again after it. Adapters that are set, added or merged inside run from there on, also after it."""
-    active = adaptation(model, "disable_adapter").active
+    known = adaptation(model, "disable_adapter")
+    active = {name: known.configs[name] for name in known.active}
     _need_free(model, (), "disable_adapter")
     ran, merged = _runs(model), [(module, getattr(module, "merged", ())) for _, module in carriers(model)]
     unmerge_adapter(model)
@@ -164,7 +165,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         if ran or _runs(model):
             for module in left:
                 activate(module, known.active)
-        others = known.active != tuple(name for name in active if name in known.configs)
+        others = known.active != tuple(name for name in active if known.configs.get(name) is active[name])
         for module, names in () if others or merged_adapters(model) else merged:
             names = tuple(name for name in names if module in left and name in module.adapters)
             if names:
