@@ -44,7 +44,17 @@ def native(monkeypatch):
 @floats
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (5, 7, 3), (13, 600, 130), (130, 513, 70), ((2, 3, 4), 40, 33), (1100, 9, 5)]
+    "shape",
+    [
+        (1, 1, 1),
+        (5, 7, 3),
+        (13, 600, 130),
+        (130, 513, 70),
+        (250, 800, 300),
+        ((2, 3, 4), 40, 33),
+        (1100, 9, 5),
+        (100_000, 3, 2),
+    ],
 )
 def test_frozen_linear(backend, dtype, bias, shape, native):
     inputs = inputs_of(*shape, dtype, bias)

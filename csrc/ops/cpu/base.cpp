@@ -324,15 +324,20 @@ void own_matmul(const Tensor& x, const Tensor& w, bool transposed, const Optiona
   int64_t parts = std::max(blocks(m, TALL), std::min(least, blocks(m, 8 * ROWS)));
   int64_t height = input ? m : blocks(blocks(m, parts), ROWS) * ROWS;
   parts = blocks(m, height);
-  share_out(columns.count() * parts, m * q * weight.p < SERIAL_WORK, [&](auto take, auto upcoming) {
+  // Threads do their last columns by a few rows at a time, so that none waits long for another.
+  int64_t run = height >= 4 * LATE * ROWS && torch::stable::get_num_threads() > 1 ? 4 : 1;
+  int64_t few = blocks(blocks(height, run), ROWS) * ROWS;
+  share_out(columns.count() * parts * run, run, m * q * weight.p < SERIAL_WORK, [&](auto take, auto upcoming) {
     Product product(weight, panels, input.get());
-    for (int64_t task; (task = take()) >= 0;) {
-      int64_t q0 = columns.begin(task / parts), n = columns.begin(task / parts + 1) - q0, next = upcoming();
-      int64_t t0 = task % parts * height, count = std::min(height, m - t0);
+    for (Run tasks; (tasks = take()).count;) {
+      int64_t part = tasks.begin / run, block = part / parts, next = upcoming(), first = part % parts * height;
+      int64_t q0 = columns.begin(block), n = columns.begin(block + 1) - q0, t0 = first + tasks.begin % run * few;
+      int64_t count = std::min({tasks.count * few, first + height - t0, m - t0});
+      if (count <= 0) continue;
       Rows from{in.dtype, in.at(t0), in.stride}, to{out.dtype, out.at(t0, q0), out.stride};
       if (start && start.data != out.data)
         for (int64_t t = 0; t < count; ++t) std::memcpy(to.at(t), start.at(t0 + t, q0), n * sizeof(float));
-      product(from, count, q0, n, to, bool(start), next < 0 ? q : columns.begin(next / parts));
+      product(from, count, q0, n, to, bool(start), next < 0 ? q : columns.begin(next / run / parts));
       for (int64_t t = 0; shift && t < count; ++t)
         kernels<float>().add(reinterpret_cast<float*>(to.at(t)), shift + q0, n);
     }
@@ -364,11 +369,11 @@ void matmul_upcast(const float* in, int64_t m, const Tensor& w, bool transposed,
   Panels panels = weight.panels(m, false);
   std::unique_ptr<InputPanels> input(panels == Panels::input ? new InputPanels(rows, m, weight) : nullptr);
   Columns columns(weight.q, panels, m * weight.p);
-  share_out(columns.count(), false, [&](auto take, auto upcoming) {
+  share_out(columns.count(), 1, false, [&](auto take, auto upcoming) {
     Product product(weight, panels, input.get());
     Buffer<float> sums(m, columns.width());
-    for (int64_t task; (task = take()) >= 0;) {
-      int64_t q0 = columns.begin(task), n = columns.begin(task + 1) - q0, next = upcoming();
+    for (Run tasks; (tasks = take()).count;) {
+      int64_t task = tasks.begin, q0 = columns.begin(task), n = columns.begin(task + 1) - q0, next = upcoming();
       product(rows, m, q0, n, sums.rows(), false, next < 0 ? weight.q : columns.begin(next));
       done(q0, n, sums.rows());
     }

@@ -8,6 +8,7 @@
 #include "ops/cpu/adapted_linear.h"
 #include "ops/cpu/by_sums.h"
 #include "ops/cpu/scale.h"
+#include "ops/cpu/tasks.h"
 
 namespace pyfastpeft {
 
@@ -35,7 +36,7 @@ void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
 
   // Rows of the weight that stay in the first cache for their products and their squares.
   constexpr int64_t BLOCK = 6, DEPTH = 4096 / sizeof(C);
-  torch::stable::parallel_for(0, blocks(n, BLOCK), 1 + 4096 / k, [&](int64_t begin, int64_t end) {
+  share_out(blocks(n, BLOCK), 1, n * k * rank < SERIAL_WORK, [&](auto take, auto) {
     Buffer<C> stage(BLOCK, std::min(k, DEPTH)), cross(BLOCK, width), part(BLOCK, width), own(BLOCK, rank);
     const C *in[BLOCK], *factors[BLOCK];
     C *products[BLOCK], *parts[BLOCK], *own_products[BLOCK];
@@ -44,8 +45,8 @@ void dora_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
       parts[j] = part.data.get() + j * width;
       own_products[j] = own.data.get() + j * rank;
     }
-    for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, n); first += BLOCK) {
-      int64_t count = std::min(BLOCK, n - first), size = item_size(w.dtype);
+    for (Run run; (run = take()).count;) {
+      int64_t first = run.begin * BLOCK, count = std::min(BLOCK, n - first), size = item_size(w.dtype);
       C square[BLOCK] = {};
       for (int64_t p = 0; p < k; p += DEPTH) {
         int64_t depth = std::min(DEPTH, k - p), rest = k - p - depth;

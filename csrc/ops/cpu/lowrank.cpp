@@ -50,8 +50,8 @@ int64_t column_block(int64_t n) {
 
 template <class F>
 void parallel(const std::vector<Task>& tasks, int64_t work, F f) {
-  share_out(tasks.size(), work < SERIAL_WORK, [&](auto take, auto) {
-    for (int64_t i; (i = take()) >= 0;) f(tasks[i]);
+  share_out(tasks.size(), 1, work < SERIAL_WORK, [&](auto take, auto) {
+    for (Run run; (run = take()).count;) f(tasks[run.begin]);
   });
 }
 

@@ -9,24 +9,32 @@
 
 namespace pyfastpeft {
 
-// The tasks 0 .. n, in one range for each worker.
+// Tasks that one worker does in a row: none for count 0.
+struct Run {
+  int64_t begin, count;
+};
+
+// The tasks 0 .. n, n a multiple of `run`, in one range for each worker.
 class Tasks {
  public:
-  Tasks(int64_t n, int64_t workers) : workers_(workers), ranges_(new Range[workers]) {
-    for (int64_t i = 0; i < workers; ++i) ranges_[i].left = pack(i * n / workers, (i + 1) * n / workers);
+  Tasks(int64_t n, int64_t run, int64_t workers) : run_(run), workers_(workers), ranges_(new Range[workers]) {
+    for (int64_t i = 0; i < workers; ++i)
+      ranges_[i].left = pack(i * (n / run) / workers * run, (i + 1) * (n / run) / workers * run);
   }
 
-  // The worker's next task: the first that is left of its own, else the last of the worker with most left; or -1.
-  int64_t take(int64_t worker) {
+  // The worker's next tasks: the first that are left of its own, else the last of the worker with most left; `run` of them,
+  // but one by one where no more than these are left there.
+  Run take(int64_t worker) {
     for (int64_t from = worker; from >= 0; from = fullest()) {
       std::atomic<uint64_t>& left = ranges_[from].left;
       for (uint64_t seen = left; begin(seen) < end(seen);) {
+        int64_t count = end(seen) - begin(seen) > run_ ? run_ : 1;
         bool own = from == worker;
-        uint64_t then = own ? pack(begin(seen) + 1, end(seen)) : pack(begin(seen), end(seen) - 1);
-        if (left.compare_exchange_weak(seen, then)) return own ? begin(seen) : end(seen) - 1;
+        uint64_t then = own ? pack(begin(seen) + count, end(seen)) : pack(begin(seen), end(seen) - count);
+        if (left.compare_exchange_weak(seen, then)) return {own ? begin(seen) : end(seen) - count, count};
       }
     }
-    return -1;
+    return {};
   }
 
   // The first task that is left of the worker's own, or -1.
@@ -53,16 +61,16 @@ class Tasks {
     return found;
   }
 
-  int64_t workers_;
+  int64_t run_, workers_;
   std::unique_ptr<Range[]> ranges_;
 };
 
-// f(take, upcoming) on all threads, or in this one alone: take() gives it its next of n tasks, or -1, whoever is done
-// first taking over what others have left; upcoming() is the task that it will most likely get after that, or -1.
+// f(take, upcoming) on all threads, or in this one alone: take() gives it its next of n tasks, by runs as above, whoever is
+// done first taking over what others have left; upcoming() is the task that it will most likely get after them, or -1.
 template <class F>
-void share_out(int64_t n, bool alone, const F& f) {
-  int64_t workers = alone ? 1 : std::min<int64_t>(n, torch::stable::get_num_threads());
-  Tasks tasks(n, workers);
+void share_out(int64_t n, int64_t run, bool alone, const F& f) {
+  int64_t workers = alone ? 1 : std::min<int64_t>(n / run, torch::stable::get_num_threads());
+  Tasks tasks(n, run, workers);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       f([&] { return tasks.take(worker); }, [&] { return tasks.upcoming(worker); });
