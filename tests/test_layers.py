@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pyfastpeft import ops
-from pyfastpeft.layers import Bottleneck, IA3Linear, LoRALinear, MultiLoRALinear
+from pyfastpeft.layers import Bottleneck, IA3Linear, LoRALinear, MultiLoRABranch, MultiLoRALinear
 from pyfastpeft.ops.reference import dropout_factor
 
 K, N, L, R = 13, 9, 4, 6
@@ -174,6 +174,68 @@ def test_from_linear_takes_the_weight_of_a_conv1d_as_a_view():
     out = layer(x, SLOTS)
     torch.testing.assert_close(out[rows], expected[rows])
     torch.testing.assert_close(out[SLOTS == -1], expected[SLOTS == -1])
+
+
+class Foreign(nn.Linear):
+    """A layer that computes something of its own, whose output is a view of what it keeps for its backward pass."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()[..., :]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, torch.float32)]
+)
+def test_a_branch_is_added_to_what_a_layer_of_any_kind_computes(dtype, adapter_dtype):
+    torch.manual_seed(5)
+    base = Foreign(K, N).to(dtype)
+    layer = MultiLoRABranch(base, L, R, alpha=15, dtype=adapter_dtype)
+    assert layer.lora_A.dtype == (adapter_dtype or dtype)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    layer.load_adapter(1, torch.randn(2, K), torch.randn(N, 2), 0.5)
+    x = torch.randn(len(SLOTS), K).to(dtype).requires_grad_()
+    inputs = {"x": x, "weight": base.weight, "bias": base.bias} | dict(lora_A=layer.lora_A, lora_B=layer.lora_B)
+    inputs = {name: t.detach().clone().requires_grad_(name not in ("weight", "bias")) for name, t in inputs.items()}
+
+    def ours(x, weight, bias, lora_A, lora_B):
+        given = {"base_layer.weight": weight, "base_layer.bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+        return functional_call(layer, given, (x, SLOTS))
+
+    def unfused(x, weight, bias, lora_A, lora_B):
+        y = F.linear(x, weight, bias).sigmoid()
+        return unfused_multi_lora(y, x, lora_A, lora_B, SLOTS, layer.scaling, layer.ranks)
+
+    assert_error_rule(ours, unfused, inputs)
+    assert torch.equal(layer(x), base(x))
+    layer.unload(2)
+    torch.testing.assert_close(layer(x, SLOTS)[SLOTS == 2], base(x)[SLOTS == 2])
+
+
+def test_what_a_branch_cannot_stand_beside():
+    class Packed(nn.Linear):
+        def __init__(self):
+            super().__init__(K, N)
+            self.weight = nn.Parameter(torch.ones(N, K, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return x, None
+
+    assert MultiLoRABranch(Packed(), 1, 1).lora_A.dtype == torch.float32
+    with pytest.raises(TypeError, match="Packed: its output is a tuple; it must be a tensor"):
+        MultiLoRABranch(Packed(), 1, 1)(torch.ones(2, K), torch.zeros(2, dtype=torch.int64))
+    for given, options, message in (
+        (nn.ReLU(), {}, "base_layer is a ReLU; it must be a module with in_features and out_features"),
+        (torch.ones(N, K), {}, "base_layer is a Tensor"),
+        (nn.Linear(K, N), {"rank": 0}, "rank is 0"),
+        (nn.Linear(K, N), {"num_adapters": True}, "num_adapters is True"),
+        (nn.Linear(K, N), {"alpha": "1"}, "alpha is '1'"),
+        (nn.Linear(K, N), {"dtype": torch.int8}, "dtype is torch.int8"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"MultiLoRABranch: {message}"):
+            MultiLoRABranch(given, **({"num_adapters": 2, "rank": 2} | options))
+        assert all(p.requires_grad for p in given.parameters()) if isinstance(given, nn.Module) else True
 
 
 @pytest.mark.parametrize("kind", [LoRALinear, IA3Linear, MultiLoRALinear])

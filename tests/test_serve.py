@@ -7,6 +7,7 @@ from threading import Thread
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, GROUPED, VOCABULARY, gpt2, llama, randomise, t5
@@ -14,11 +15,38 @@ from torch import nn
 
 import pyfastpeft
 from pyfastpeft import AdaLoraConfig, DyLoraConfig, IA3Config, LoraConfig, ops
-from pyfastpeft.layers import MultiLoRALinear
+from pyfastpeft.layers import MultiLoRABranch, MultiLoRALinear
 from pyfastpeft.layers.multi_lora import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MAKE = {"llama": lambda: llama(pad_token_id=0), "gpt2": lambda: gpt2(pad_token_id=0), "t5": t5}
+
+
+class Int8Linear(nn.Linear):
+    """Weights of eight bits, which it scales when it is called."""
+
+    def __init__(self, linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def int8_llama():
+    """All linear layers but the head and some, which stay plain."""
+    model = llama(pad_token_id=0)
+    randomise(model, 0.2)
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if isinstance(linear, nn.Linear) and name != "k_proj":
+                    setattr(block, name, Int8Linear(linear))
+    return model
+
+
+MAKE = {"llama": lambda: llama(pad_token_id=0), "gpt2": lambda: gpt2(pad_token_id=0), "t5": t5, "int8": int8_llama}
 MASKS = {"model.layers.0.self_attn.k_proj.lora_E": [False, True, True, False, True]}
 MASKS |= {"model.layers.1.mlp.up_proj.lora_E": [False] * 5}
 # Of different ranks, layers and scalings.
@@ -34,6 +62,11 @@ CONFIGS = {
         LoraConfig(r=6, lora_alpha=3, target_modules=["c_attn"], use_rslora=True),
         LoraConfig(r=2, target_modules=["mlp.c_proj"], rank_pattern={r"h\.0\.mlp\.c_proj": 4}),
         DyLoraConfig(r=5, target_modules=["c_fc"]),
+    ],
+    "int8": [
+        LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
+        LoraConfig(r=4, target_modules=["q_proj", "mlp.down_proj"], rank_pattern={"down_proj": 6}),
+        DyLoraConfig(r=2, target_modules=["k_proj", "v_proj"]),
     ],
     "t5": [
         LoraConfig(r=3, target_modules="all-linear"),
@@ -234,7 +267,7 @@ def test_what_is_written_into_a_routing_holds_from_the_next_call_on(case):
             assert_rows(case, slots, ids, logits(case.model, ids))
 
 
-@pytest.mark.parametrize("case", ["llama"], indirect=True)
+@pytest.mark.parametrize("case", ["llama", "int8"], indirect=True)
 def test_compiled_models_take_the_slots_of_every_call(case):
     ids, out = tokens(3, 7), []
     compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
@@ -266,6 +299,30 @@ def test_a_model_whose_layers_are_compiled(case):
         served.load_adapter(slot, directory)
     with served.slots(slots):
         assert_rows(case, slots, ids, logits(model, ids))
+
+
+def test_quantised_layers_are_called_as_they_are(tmp_path):
+    model = int8_llama()
+    modules, types = dict(model.named_modules()), {path: type(module) for path, module in model.named_modules()}
+    flags = {path: p.requires_grad for path, p in model.named_parameters()}
+    served = pyfastpeft.serve(model, 2, 3)
+    kinds = {path.split(".")[-1]: (type(layer), layer.lora_A.dtype) for path, layer in served.layers.items()}
+    assert kinds.pop("k_proj") == (MultiLoRALinear, torch.float32)
+    assert {*kinds.values()} == {(MultiLoRABranch, torch.float32)}
+    layer, base = served.layers["model.layers.0.mlp.up_proj"], modules["model.layers.0.mlp.up_proj"]
+    assert layer.base_layer is base
+    assert layer.weight is base.weight
+    assert not any(p.requires_grad for p in layer.parameters())
+    model.train().eval()
+    assert served.remove() is model
+    assert dict(model.named_modules()) == modules
+    assert {path: type(module) for path, module in model.named_modules()} == types
+    assert {path: p.requires_grad for path, p in model.named_parameters()} == flags
+    half = int8_llama().bfloat16()
+    served = pyfastpeft.serve(half, 2, 3)
+    assert {layer.lora_A.dtype for layer in served.layers.values()} == {torch.bfloat16}
+    with served.slots([1, -1]):
+        assert logits(half, tokens(2, 4)).dtype == torch.bfloat16
 
 
 def test_remove_gives_the_plain_model_back(tmp_path):
@@ -357,10 +414,6 @@ def test_what_peft_stores_beside_an_adapter_of_the_head(tmp_path):
 # --- errors ---
 
 
-class Quantised(nn.Linear):
-    pass
-
-
 def longformer():
     return tf.LongformerModel(tf.LongformerConfig(**COMMON, attention_window=4, max_position_embeddings=32))
 
@@ -386,7 +439,6 @@ def hooked():
         (llama, {"num_adapters": 1.5}, ValueError, "num_adapters is 1.5"),
         (llama, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype is torch.int8"),
         (lambda: "llama", {}, TypeError, "model is 'llama'"),
-        (lambda: nn.Sequential(Quantised(3, 3)), {"target_modules": ["0"]}, TypeError, "meaning '0', a Quantised"),
         (lambda: nn.Linear(3, 3), {"target_modules": ".*"}, TypeError, "the model itself"),
         (lambda: nn.Sequential(nn.Linear(3, 3, device="meta")), {"target_modules": ".*"}, TypeError, "float32 on meta"),
         (hooked, {}, TypeError, "meaning 'model.layers.1.self_attn.q_proj', which has hooks"),

@@ -1,4 +1,4 @@
-"""Many LoRA adapters on one frozen linear layer, one for each token of a batch (Chen et al. 2023, Punica)."""
+"""Many LoRA adapters on one frozen layer, one for each token of a batch (Chen et al. 2023, Punica)."""
 
 import math
 from contextlib import contextmanager
@@ -8,55 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import Routing, checks, multi_lora_linear, route
+from ..ops import Routing, checks, multi_lora, multi_lora_linear, route
+from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
 from .frozen import FrozenLinear
 
 
-class MultiLoRALinear(FrozenLinear):
-    """y[t] = x[t] weight^T + bias + scaling[a] * x[t] lora_A[a]^T lora_B[a]^T with a = slots[t], or -1 for none.
-
-    Args:
-        in_features, out_features, bias: K, N and whether the base has a bias, as in torch.nn.Linear.
-        num_adapters: L, the number of slots.
-        rank: r, the largest rank that a slot can hold.
-        alpha: the scaling of a slot that has not been loaded is alpha / r. Default: r.
-        device, dtype: of all parameters. adapter_dtype: of lora_A and lora_B, if another.
-
-    Attributes: weight [N, K]; bias [N] or None; lora_A [L, r, K], Kaiming-uniform (a = sqrt(5)); lora_B [L, N, r],
-    zero; scaling [L] and ranks [L], the true rank of every slot; served, the key of a model that `serve` put the layer
-    into, or None. All slots train. `from_linear` adapts an existing layer; with empty=True its slots hold nothing, as
-    after `unload`. Raises ValueError or TypeError naming the argument that does not fit.
-    """
+class AdapterSlots(nn.Module):
+    """L slots for LoRA adapters beside a base layer. A subclass sets in_features and out_features and calls `_hold`."""
 
     served: str | None = None
+    merged = False
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        num_adapters: int,
-        rank: int,
-        alpha: float | None = None,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        adapter_dtype: torch.dtype | None = None,
-    ):
-        linear = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._adapt(linear, num_adapters, rank, alpha, adapter_dtype)
-
-    def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None, empty=False):
-        op = "MultiLoRALinear"
-        checks.count(op, "num_adapters", num_adapters)
-        checks.count(op, "rank", rank)
+    def _hold(self, num_adapters, rank, alpha, empty, device, dtype):
+        """The parameters of the slots. Raises ValueError or TypeError naming the argument that does not fit."""
         alpha = rank if alpha is None else alpha
-        checks.number(op, "alpha", alpha)
-        like, device = self._take(linear, adapter_dtype), linear.weight.device
         self.num_adapters, self.rank = num_adapters, rank
+        like = {"device": device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(num_adapters, rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(num_adapters, self.out_features, rank, **like))
-        scaling = torch.full((num_adapters,), alpha / rank, device=device, dtype=accumulation(self.weight.dtype))
+        scaling = torch.full((num_adapters,), alpha / rank, device=device, dtype=accumulation(dtype))
         self.register_buffer("scaling", scaling)
         self.register_buffer("ranks", torch.full((num_adapters,), rank, device=device))
         if empty:
@@ -71,24 +42,6 @@ class MultiLoRALinear(FrozenLinear):
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor, slots: Tensor | Routing | None = None) -> Tensor:
-        """x [..., K] -> y [..., N].
-
-        slots: for each of the T tokens its slot in [-1, L), -1 for the base alone: [T] or x's leading dimensions,
-        integer; or the Routing that `ops.route` made of them, which all layers of a step can share. None: those of
-        the block of the served model that the thread is in; outside of any, the base alone or, while an adapter is
-        merged, that adapter for all tokens; then nothing else is allowed.
-        """
-        if slots is None and self.served is not None:
-            slots = _current(x, self.served, self.num_adapters)
-        if slots is None:
-            return F.linear(x, self.weight, self.bias)
-        self._need_unmerged("slots need")
-        if isinstance(slots, Tensor):
-            slots = slots.flatten()
-        adapters = self.lora_A, self.lora_B, slots, self.scaling, self.ranks
-        return multi_lora_linear(x, self.weight, self.bias, *adapters)
-
     def load_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Put an adapter into a slot: lora_A [r', K] and lora_B [N, r'] with r' in [1, r], of any float dtype.
 
@@ -96,7 +49,7 @@ class MultiLoRALinear(FrozenLinear):
         the layer meanwhile with other slots. Raises ValueError or TypeError naming the argument that does not fit,
         RuntimeError while merged; the slot is then as it was.
         """
-        op = "MultiLoRALinear.load_adapter"
+        op = f"{type(self).__name__}.load_adapter"
         self._need_unmerged("load_adapter() needs")
         self._need_slot(op, slot)
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -120,19 +73,16 @@ class MultiLoRALinear(FrozenLinear):
         """Empty a slot: its tokens get the base alone, at no cost. Raises ValueError for a slot that is none,
         RuntimeError while merged."""
         self._need_unmerged("unload() needs")
-        self._need_slot("MultiLoRALinear.unload", slot)
+        self._need_slot(f"{type(self).__name__}.unload", slot)
         with self._writing():
             for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
                 tensor[slot] = 0
 
-    @torch.inference_mode(False)
-    def merge(self, slot: int) -> None:
-        """weight + scaling[slot] * lora_B[slot] lora_A[slot], summed in float32 and rounded once, takes the weight's
-        place until `unmerge`; the original is kept. Raises RuntimeError if already merged."""
-        self._need_slot("MultiLoRALinear.merge", slot)
-        rank = self.ranks[slot]
-        weight, lora_A, lora_B = self._mergeable(self.lora_A[slot, :rank], self.lora_B[slot, :, :rank])
-        self._merge(weight + self.scaling[slot] * (lora_B @ lora_A))
+    def _chosen(self, x, slots) -> Tensor | Routing | None:
+        """The slots of the tokens of x, None for the base alone: those given, else those of the thread's block."""
+        if slots is None and self.served is not None:
+            slots = _current(x, self.served, self.num_adapters)
+        return slots.flatten() if isinstance(slots, Tensor) else slots
 
     @contextmanager
     def _writing(self):
@@ -144,6 +94,9 @@ class MultiLoRALinear(FrozenLinear):
         fits = checks.whole(slot) and 0 <= slot < self.num_adapters
         checks.need_value(fits, op, "slot", slot, f"an integer in [0, {self.num_adapters})")
 
+    def _need_unmerged(self, what):
+        """A subclass into whose base adapters can be merged overrides it."""
+
     def _apply(self, fn, recurse=True):
         scaling = self.scaling
         super()._apply(fn, recurse)
@@ -151,8 +104,141 @@ class MultiLoRALinear(FrozenLinear):
             self.scaling = scaling.to(self.scaling.device)
         return self
 
+
+class MultiLoRALinear(FrozenLinear, AdapterSlots):
+    """y[t] = x[t] weight^T + bias + scaling[a] * x[t] lora_A[a]^T lora_B[a]^T with a = slots[t], or -1 for none.
+
+    Args:
+        in_features, out_features, bias: K, N and whether the base has a bias, as in torch.nn.Linear.
+        num_adapters: L, the number of slots.
+        rank: r, the largest rank that a slot can hold.
+        alpha: the scaling of a slot that has not been loaded is alpha / r. Default: r.
+        device, dtype: of all parameters. adapter_dtype: of lora_A and lora_B, if another.
+
+    Attributes: weight [N, K]; bias [N] or None; lora_A [L, r, K], Kaiming-uniform (a = sqrt(5)); lora_B [L, N, r],
+    zero; scaling [L] and ranks [L], the true rank of every slot; served, the key of a model that `serve` put the layer
+    into, or None. All slots train. `from_linear` adapts an existing layer; with empty=True its slots hold nothing, as
+    after `unload`. Raises ValueError or TypeError naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_adapters: int,
+        rank: int,
+        alpha: float | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ):
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._adapt(linear, num_adapters, rank, alpha, adapter_dtype)
+
+    def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None, empty=False):
+        _need_counts(type(self).__name__, num_adapters, rank, alpha)
+        self._hold(num_adapters, rank, alpha, empty, **self._take(linear, adapter_dtype))
+
+    def forward(self, x: Tensor, slots: Tensor | Routing | None = None) -> Tensor:
+        """x [..., K] -> y [..., N].
+
+        slots: for each of the T tokens its slot in [-1, L), -1 for the base alone: [T] or x's leading dimensions,
+        integer; or the Routing that `ops.route` made of them, which all layers of a step can share. None: those of
+        the block of the served model that the thread is in; outside of any, the base alone or, while an adapter is
+        merged, that adapter for all tokens; then nothing else is allowed.
+        """
+        slots = self._chosen(x, slots)
+        if slots is None:
+            return F.linear(x, self.weight, self.bias)
+        self._need_unmerged("slots need")
+        adapters = self.lora_A, self.lora_B, slots, self.scaling, self.ranks
+        return multi_lora_linear(x, self.weight, self.bias, *adapters)
+
+    @torch.inference_mode(False)
+    def merge(self, slot: int) -> None:
+        """weight + scaling[slot] * lora_B[slot] lora_A[slot], summed in float32 and rounded once, takes the weight's
+        place until `unmerge`; the original is kept. Raises RuntimeError if already merged."""
+        self._need_slot("MultiLoRALinear.merge", slot)
+        rank = self.ranks[slot]
+        weight, lora_A, lora_B = self._mergeable(self.lora_A[slot, :rank], self.lora_B[slot, :, :rank])
+        self._merge(weight + self.scaling[slot] * (lora_B @ lora_A))
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_adapters={self.num_adapters}, rank={self.rank}"
+
+
+class MultiLoRABranch(AdapterSlots):
+    """y[t] = base_layer(x)[t] + scaling[a] * x[t] lora_A[a]^T lora_B[a]^T with a = slots[t], or -1 for none: beside a
+    base layer of any kind, as a quantised one.
+
+    Args:
+        base_layer: the layer, which is called as it is and frozen; in_features and out_features are its K and N.
+        num_adapters, rank, alpha: as in `MultiLoRALinear`.
+        dtype: of lora_A and lora_B. Default: that of the layer's weight, float32 for one that is not of floats.
+        device: default: the weight's.
+        empty: whether the slots hold nothing, as after `unload`.
+
+    Attributes: base_layer; weight and bias, the base layer's; the others of `MultiLoRALinear`. Nothing can be merged.
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        num_adapters: int,
+        rank: int,
+        alpha: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        empty: bool = False,
+    ):
+        op = "MultiLoRABranch"
+        sizes = [getattr(base_layer, name, None) for name in ("in_features", "out_features")]
+        needed = "a module with in_features and out_features"
+        fits = isinstance(base_layer, nn.Module) and all(map(checks.whole, sizes))
+        checks.need(fits, op, "base_layer", f"a {type(base_layer).__name__}", needed, TypeError)
+        _need_counts(op, num_adapters, rank, alpha)
+        weight = getattr(base_layer, "weight", None)
+        if dtype is None:
+            dtype = weight.dtype if isinstance(weight, Tensor) and weight.dtype in FLOATS else torch.float32
+        needed = f"None or one of {', '.join(map(str, FLOATS))}"
+        checks.need_value(dtype in FLOATS, op, "dtype", dtype, needed, TypeError)
+        super().__init__()
+        self.in_features, self.out_features = sizes
+        self.base_layer = base_layer.requires_grad_(False)
+        self._hold(
+            num_adapters, rank, alpha, empty, getattr(weight, "device", None) if device is None else device, dtype
+        )
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return getattr(self.base_layer, "weight", None)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
+    def forward(self, x: Tensor, slots: Tensor | Routing | None = None) -> Tensor:
+        """x [..., K] -> y [..., N]; slots as in `MultiLoRALinear.forward`."""
+        y, slots = self.base_layer(x), self._chosen(x, slots)
+        if slots is None:
+            return y
+        kind = type(self.base_layer).__name__
+        checks.need(isinstance(y, Tensor), kind, "its output", f"a {type(y).__name__}", "a tensor", TypeError)
+        y = y.clone()  # it may keep its output for its backward pass, or return a view
+        return multi_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, slots, self.scaling, self.ranks)
+
+    def extra_repr(self) -> str:
+        return f"num_adapters={self.num_adapters}, rank={self.rank}"
+
+
+def _need_counts(op, num_adapters, rank, alpha):
+    checks.count(op, "num_adapters", num_adapters)
+    checks.count(op, "rank", rank)
+    if alpha is not None:
+        checks.number(op, "alpha", alpha)
 
 
 # --- the batches of served models ------------------------------------------------------------------------------------

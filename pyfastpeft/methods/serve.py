@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import is_conv1d, plain_path, submodule, uncompiled
-from ..layers.multi_lora import Batch, MultiLoRALinear, running
+from ..layers.multi_lora import AdapterSlots, Batch, MultiLoRABranch, MultiLoRALinear, running
 from ..layers.parts import AdaLoRAPart, LoRAPart
 from ..ops import Routing
-from ..ops.checks import need, need_value, whole
+from ..ops.checks import distributed, need, need_value, whole
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
 from .adapt import need_adaptable
@@ -50,17 +50,18 @@ def serve(
     exclude_modules: str | Sequence[str] | None = None,
     adapter_dtype: torch.dtype | None = None,
 ) -> "Served":
-    """Put `MultiLoRALinear` layers with empty slots into the places of linear layers of `model`, in place.
+    """Put `MultiLoRALinear` layers with empty slots into the places of linear layers of `model`, in place; where these
+    are quantised, or compute something of their own, `MultiLoRABranch` layers around them.
 
     Args:
         model: a transformers model, or any module tree, without adapters. Its weights are shared, not copied; those of
             the served layers are frozen.
         num_adapters: L, the number of slots. rank: r, the largest rank that a slot can hold. Every slot takes memory
             for r (K + N) elements in each layer, whatever it holds.
-        target_modules, exclude_modules: which layers, nn.Linear or transformers' Conv1D, as in `LoraConfig`: all that
-            any of the adapters has. "all-linear" leaves out the head.
-        adapter_dtype: of the adapters. Default: that of each layer's weight; `adapt` and PEFT have float32 for 16-bit
-            ones.
+        target_modules, exclude_modules: which layers, nn.Linear, subclasses of it or transformers' Conv1D, as in
+            `LoraConfig`: all that any of the adapters has. "all-linear" leaves out the head.
+        adapter_dtype: of the adapters. Default: that of each layer's weight, or, where that holds no floats, of the
+            first parameter of the model that does; `adapt` and PEFT have float32 for 16-bit ones.
 
     Returns the handle by which adapters are loaded and batches told of them. Raises ValueError or TypeError naming what
     does not fit, with close names where a target is misspelt; the model is then as it was.
@@ -68,7 +69,7 @@ def serve(
     op = "serve"
     need_adaptable(model, op)
     plain = uncompiled(model)
-    adapted = hasattr(plain, "pyfastpeft") or any(isinstance(module, MultiLoRALinear) for module in plain.modules())
+    adapted = hasattr(plain, "pyfastpeft") or any(isinstance(module, AdapterSlots) for module in plain.modules())
     needed = "a plain one, as unload() and remove() leave it"
     need(not adapted, op, "model", "one that is adapted or served already", needed)
     config = LoraConfig(target_modules=target_modules, exclude_modules=exclude_modules)
@@ -76,13 +77,12 @@ def serve(
     linears = {path: submodule(plain, path) for path in found}
     for path, linear in linears.items():
         why = _unfit(plain, path, linear)
-        needed = "of ordinary nn.Linear and Conv1D layers in a batch's order; name others in exclude_modules"
+        needed = "of linear and Conv1D layers in a batch's order; name others in exclude_modules"
         need(not why, op, "target_modules", f"meaning {path!r}, {why}", needed, TypeError)
     flags = {parameter: parameter.requires_grad for linear in linears.values() for parameter in linear.parameters()}
     try:
         layers = {
-            path: MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=adapter_dtype, empty=True)
-            for path, linear in linears.items()
+            path: _with_slots(plain, linear, num_adapters, rank, adapter_dtype) for path, linear in linears.items()
         }
     except BaseException:
         _set_flags(flags)
@@ -90,8 +90,21 @@ def serve(
     return Served(plain, linears, layers, flags)
 
 
+def _plain(linear) -> bool:
+    """Whether a layer is nothing but the product by an ordinary weight of floats, which the kernels read."""
+    ordinary = type(linear.weight) is nn.Parameter and linear.weight.dtype in FLOATS
+    return ordinary and (type(linear) is nn.Linear or is_conv1d(type(linear)))
+
+
+def _with_slots(model, linear, num_adapters, rank, dtype) -> AdapterSlots:
+    if _plain(linear):
+        return MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=dtype, empty=True)
+    floats = (tensor.dtype for tensor in (linear.weight, *model.parameters()) if tensor.dtype in FLOATS)
+    return MultiLoRABranch(linear, num_adapters, rank, dtype=dtype or next(floats, None), empty=True)
+
+
 def _unfit(model, path, linear) -> str:
-    """Why a MultiLoRALinear cannot take the place of a layer, or ""."""
+    """Why no layer with slots can take the place of a layer, or ""."""
     weight, parent = linear.weight, submodule(model, path.rpartition(".")[0])
     owners = [type(submodule(model, path[: hit.start()])) for hit in re.finditer(r"^|\.", path)]
     hooks = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
@@ -99,9 +112,9 @@ def _unfit(model, path, linear) -> str:
         return "the model itself, for which there is MultiLoRALinear.from_linear"
     if model.get_submodule(path) is not linear:
         return "which torch.compile wraps by itself"
-    if type(linear) is not nn.Linear and not is_conv1d(type(linear)):
+    if not isinstance(linear, nn.Linear) and not is_conv1d(type(linear)):
         return f"a {type(linear).__name__}"
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS or weight.is_meta:
+    if weight.is_meta or distributed(weight):
         return f"whose weight is a {type(weight).__name__} of {weight.dtype} on {weight.device}"
     if hooks or "forward" in linear.__dict__:
         return "which has hooks or a forward of its own"
@@ -124,7 +137,7 @@ def _set_flags(flags):
 
 def _swap(model, others):
     """Replace modules of `model`, wherever they are, by those of a table."""
-    for parent in model.modules():
+    for parent in list(model.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = others.get(child, child)
 
@@ -132,9 +145,10 @@ def _swap(model, others):
 class Served:
     """What `serve` returns: the handle of a served model.
 
-    Attributes: model; layers, path -> MultiLoRALinear; num_adapters; rank; loaded, slot -> the directory of the adapter
-    that it holds. Outside of `slots` blocks the model computes what it did before. Its state dict holds the slots, too,
-    and the weights of Conv1D layers as [N, K]: `remove` before saving it.
+    Attributes: model; layers, path -> MultiLoRALinear or MultiLoRABranch; num_adapters; rank; loaded, slot -> the
+    directory of the adapter that it holds. Outside of `slots` blocks the model computes what it did before. Its state
+    dict holds the slots, too, the weights of Conv1D layers as [N, K] and quantised ones under base_layer: `remove`
+    before saving it.
     """
 
     def __init__(self, model, linears, layers, flags):
@@ -163,7 +177,7 @@ class Served:
         ValueError or TypeError for slots that are none, and, from the layers, where they do not fit the batch.
         """
         self._need_served("slots")
-        device = next(iter(self.layers.values())).weight.device
+        device = next(iter(self.layers.values())).lora_A.device
         with running(self._key, Batch(slots, self.num_adapters, device)):
             yield
 
@@ -198,6 +212,8 @@ class Served:
         _set_flags(self._flags)
         for path, layer in self.layers.items():
             linear = self._linears[path]
+            if isinstance(layer, MultiLoRABranch):
+                continue
             if layer.merged:
                 layer.unmerge()
             # They share memory, unless the model was moved or cast meanwhile.
