@@ -316,7 +316,7 @@ def test_counters_are_zeros():
 # --- dropout ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [0, 123456789012345, -5])
 @pytest.mark.parametrize("p", [2.0**-32, 0.3, 0.99])
 def test_all_three_uses_of_the_mask_drop_what_the_reference_drops(dtype, seed, p):

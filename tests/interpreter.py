@@ -1,13 +1,16 @@
 """Makes Triton's interpreter compute in bfloat16 as a GPU does. Loaded as a pytest plugin where TRITON_INTERPRET=1.
 
 Triton 3.6 keeps bfloat16 as uint16 and multiplies the bits as integers (triton #11585), truncates float32 to bfloat16,
-and turns arrays of one element into indices in a way that NumPy 2.4 refuses (triton #9171).
+and turns arrays of one element into indices in a way that NumPy 2.4 refuses (triton #9171). It also takes half of its
+time for what it does again for every call and every tile, and for float64's small blocks, which get those of float32.
 """
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+from pyfastpeft.kernels.blocks import BLOCKS
 
 _cast, _binary, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op, InterpreterBuilder.create_dot
 
@@ -54,6 +57,32 @@ def patch_lang_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", _index)
 
 
+_np_dtype, _np_dtypes = interpreter._get_np_dtype, {}
+
+
+def np_dtype(kind):
+    scalar = kind.scalar
+    if scalar.name not in _np_dtypes:
+        _np_dtypes[scalar.name] = _np_dtype(scalar)
+    return _np_dtypes[scalar.name]
+
+
+_called = set()
+
+
+def call(self, *args, **kwargs):
+    """A function that a kernel calls. What it patches stays patched, except for what every launch patches anew."""
+    if self.fn not in _called:
+        _called.add(self.fn)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+interpreter._get_np_dtype = np_dtype
+InterpretedFunction.__call__ = call
+for kinds in BLOCKS.values():
+    if "double" in kinds:
+        kinds["double"] = kinds["single"]
 InterpreterBuilder.cast_impl = cast_impl
 InterpreterBuilder.binary_op = binary_op
 InterpreterBuilder.create_dot = create_dot

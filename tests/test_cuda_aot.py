@@ -62,6 +62,7 @@ def library():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PYFASTPEFT_CUDA", "1")
+        patch.setenv("NVCC_APPEND_FLAGS", "-Xcompiler -O0")  # what the host does is not looked at
         for name in ("CXX", "CXXFLAGS", "PYFASTPEFT_CUDA_ARCHS"):
             patch.delenv(name, raising=False)
         patch.setattr(libraries, "find_spec", lambda name: None if name == "cutlass_library" else find_spec(name))

@@ -26,15 +26,20 @@ def make(kind, **options):
         "ia3": lambda: IA3Linear(K, N, feedforward=False, **options),
         "ia3 feedforward": lambda: IA3Linear(K, N, feedforward=True, **options),
         "multi_lora": lambda: MultiLoRALinear(K, N, L, R, alpha=15, **options),
+        "scales": lambda: MultiLoRALinear(K, N, L, R, alpha=15, scales=True, **options),
     }[kind]()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if name.startswith(("lora", "ia3")):
                 parameter.normal_()
+    if kind == "scales":  # slot 3 has LoRA
+        layer.load_ia3(0, torch.randn(N), False)
+        layer.load_adapter(1, torch.randn(3, K), torch.randn(N, 3), 0.5, torch.rand(N) + 0.5)
+        layer.load_ia3(2, torch.randn(K), True)
     return layer
 
 
-KINDS = ["lora", "ia3", "ia3 feedforward", "multi_lora"]
+KINDS = ["lora", "ia3", "ia3 feedforward", "multi_lora", "scales"]
 
 
 def call(layer, x):
@@ -47,9 +52,18 @@ def formula(layer):
         return lambda x, weight, bias, lora_A, lora_B: unfused_lora(x, weight, bias, lora_A, lora_B, layer.scaling)
     if isinstance(layer, IA3Linear):
         return lambda x, weight, bias, ia3_l: unfused_ia3(x, weight, bias, ia3_l, layer.feedforward)
-    return lambda x, weight, bias, lora_A, lora_B: unfused_multi_lora(
-        F.linear(x, weight, bias), x, lora_A, lora_B, SLOTS, layer.scaling, layer.ranks
-    )
+    if not layer.scales:
+        return lambda x, weight, bias, lora_A, lora_B: unfused_multi_lora(
+            F.linear(x, weight, bias), x, lora_A, lora_B, SLOTS, layer.scaling, layer.ranks
+        )
+
+    def scaled(x, weight, bias, lora_A, lora_B):
+        scale_in, scale_out, shift = (t[SLOTS].to(x.dtype) for t in (layer.scale_in, layer.scale_out, layer.shift))
+        x = x * scale_in
+        y = unfused_multi_lora(F.linear(x, weight, bias), x, lora_A, lora_B, SLOTS, layer.scaling, layer.ranks)
+        return y * scale_out + shift
+
+    return scaled
 
 
 # --- formulas ---
@@ -67,7 +81,7 @@ def test_forward_and_gradients(kind, dtype, adapter_dtype):
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
 
     def fused(x, **parameters):
-        return functional_call(layer, parameters, (x, SLOTS) if kind == "multi_lora" else (x,))
+        return functional_call(layer, parameters, (x,) if isinstance(layer, (LoRALinear, IA3Linear)) else (x, SLOTS))
 
     assert_error_rule(fused, formula(layer), {"x": x, **parameters})
 
@@ -283,6 +297,8 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(kind, dtype):
         exact = exact + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
     elif kind == "multi_lora":
         exact = exact + layer.scaling[2].double() * layer.lora_B[2].double() @ layer.lora_A[2].double()
+    elif kind == "scales":
+        exact = exact * layer.scale_in[2].double()
     elif kind == "ia3":
         exact, shift = exact * layer.ia3_l.double()[:, None], shift * layer.ia3_l.double()
     else:
@@ -409,13 +425,80 @@ def test_scaling_and_ranks_are_saved_and_keep_their_digits():
     layer.bfloat16()
     assert layer.weight.dtype == torch.bfloat16
     assert layer.scaling[1] == torch.tensor(0.1)
+    layer = make("scales")
+    twin = MultiLoRALinear(K, N, L, R, scales=True)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x, SLOTS), layer(x, SLOTS))
+    layer.bfloat16()
+    assert all(torch.equal(getattr(layer, name), getattr(twin, name)) for name in ("scale_in", "scale_out", "shift"))
+
+
+def of_slot(layer, slot, x, adapter):
+    """What an adapter alone makes of x: (lora_A, lora_B, magnitude), (ia3_l, feedforward) or None."""
+    weight, bias = layer.weight, layer.bias
+    if adapter is None:
+        return F.linear(x, weight, bias)
+    if len(adapter) == 2:
+        return unfused_ia3(x, weight, bias, *adapter)
+    changed = weight + 0.7 * adapter[1] @ adapter[0]
+    return F.linear(x, adapter[2][:, None] * changed / changed.norm(dim=1, keepdim=True), bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_slots_of_dora_and_ia3(bias):
+    layer = MultiLoRALinear.from_linear(nn.Linear(K, N, bias), L, R, scales=True, empty=True)
+    dora, x = (torch.randn(3, K), torch.randn(N, 3), torch.rand(N) + 0.5), torch.randn(len(SLOTS), K)
+    adapters = [(torch.randn(N), False), dora, (torch.randn(K), True), None]
+    for slot, adapter in enumerate(adapters[:3]):
+        with poisoned_memory():
+            if len(adapter) == 2:
+                layer.load_ia3(slot, *adapter)
+            else:
+                layer.load_adapter(slot, *adapter[:2], 0.7, adapter[2])
+    expected = [of_slot(layer, slot, row, adapters[slot]) for slot, row in zip(SLOTS, x)]
+    for given in (SLOTS, SLOTS.int(), ops.route(SLOTS, L), ops.Routing(*ops.route(SLOTS, L))):
+        torch.testing.assert_close(layer(x, given), torch.stack(expected))
+    for slot in range(L):
+        alone = layer(x, torch.full_like(SLOTS, slot))
+        layer.merge(slot)
+        torch.testing.assert_close(layer(x), alone)
+        layer.unmerge()
+    layer.load_adapter(2, *dora[:2], 0.5)  # nothing is left of what slots held
+    layer.unload(0)
+    expected = F.linear(x[SLOTS == 2], layer.weight + 0.5 * dora[1] @ dora[0], layer.bias)
+    torch.testing.assert_close(layer(x, SLOTS)[SLOTS == 2], expected)
+    torch.testing.assert_close(layer(x, SLOTS)[SLOTS == 0], layer(x)[SLOTS == 0])
+
+
+def test_a_branch_with_scales():
+    layer, x = MultiLoRABranch(Foreign(K, N), L, R, scales=True, empty=True), torch.randn(len(SLOTS), K)
+    base, inner, outer = layer.base_layer, torch.randn(K), torch.randn(N)
+    layer.load_ia3(0, inner, True)
+    layer.load_ia3(2, outer, False)
+    layer.load_adapter(3, *(dora := (torch.randn(2, K), torch.randn(N, 2))), 0.5, torch.ones(N))
+    scale = 1 / (base.weight + 0.5 * dora[1] @ dora[0]).norm(dim=1)
+    expected = base(torch.where((SLOTS == 0)[:, None], x * inner, x)) * torch.where((SLOTS == 2)[:, None], outer, 1)
+    expected[4] = scale * (expected[4] + 0.5 * dora[1] @ dora[0] @ x[4] - base.bias) + base.bias
+    torch.testing.assert_close(layer(x, SLOTS), expected)
+    with pytest.raises(TypeError, match="merge: nothing can be merged into its base layer"):
+        layer.merge(0)
 
 
 # --- errors and representation ---
 
 
-def multi():
-    return MultiLoRALinear(K, N, L, R)
+def multi(scales=False):
+    return MultiLoRALinear(K, N, L, R, scales=scales)
+
+
+def magnified(layer, magnitude):
+    layer.load_adapter(0, torch.ones(2, K), torch.ones(N, 2), 1.0, magnitude)
+
+
+class Int8(nn.Linear):
+    def __init__(self):
+        super().__init__(K, N)
+        self.weight = nn.Parameter(torch.ones(N, K, dtype=torch.int8), requires_grad=False)
 
 
 BAD = [
@@ -445,6 +528,22 @@ BAD = [
     (lambda: multi().load_adapter(0, torch.ones(2, K).int(), torch.ones(N, 2), 1.0), TypeError, "lora_A is"),
     (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 2), None), TypeError, "scaling is None"),
     (lambda: multi().load_adapter(0, torch.ones(2, K), torch.ones(N, 2), math.inf), ValueError, "scaling is inf"),
+    (lambda: magnified(multi(), torch.ones(N)), ValueError, r"magnitude is .*scales=False.* made with scales=True"),
+    (lambda: magnified(multi(True), torch.ones(K)), ValueError, r"magnitude is .* of shape \[N\] = \[9\]"),
+    (lambda: magnified(multi(True), [1.0]), TypeError, r"magnitude is \[1.0\]"),
+    (
+        lambda: magnified(MultiLoRABranch(Int8(), 2, 2, scales=True), torch.ones(N)),
+        *(ValueError, "magnitude is .* must be None beside a layer that has no weight"),
+    ),
+    (lambda: multi().load_ia3(0, torch.ones(N), False), ValueError, r"ia3_l is .*scales=False.* made with scales=True"),
+    (lambda: multi(True).load_ia3(0, torch.ones(N), True), ValueError, r"ia3_l is .* of shape \[K\] = \[13\]"),
+    (lambda: multi(True).load_ia3(0, torch.ones(K), False), ValueError, r"ia3_l is .* of shape \[N\] = \[9\]"),
+    (lambda: multi(True).load_ia3(L, torch.ones(N), False), ValueError, f"slot is {L}"),
+    (lambda: multi(True)(torch.randn(3, K), torch.tensor([0, 1])), ValueError, r"slots is .* shape \[2\]"),
+    (lambda: multi(True)(torch.randn(2, K), torch.tensor([0, L])), ValueError, f"slots is between 0 and {L}"),
+    (lambda: multi(True)(torch.randn(2, K), torch.ones(2)), TypeError, "slots is .* an integer tensor"),
+    (lambda: multi(True)(torch.randn(2, K), [0, 1]), TypeError, r"slots is \[0, 1\].* a tensor of T integers"),
+    (lambda: multi(True)(torch.randn(2, K), ops.route([0], L)), ValueError, r"slots.order \[T\] is"),
     (lambda: multi().unload(-1), ValueError, "slot is -1"),
     (lambda: multi().unload(False), ValueError, "slot is False"),
     (lambda: multi().merge("a"), ValueError, r"slot is 'a' \(str\); it must be an integer"),
@@ -510,6 +609,7 @@ def test_representation():
     assert repr(make("multi_lora")) == (
         "MultiLoRALinear(in_features=13, out_features=9, bias=True, num_adapters=4, rank=6)"
     )
+    assert repr(make("scales")).endswith(", num_adapters=4, rank=6, scales=True)")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -518,5 +618,5 @@ def test_compiles_to_one_graph(kind):
     layer = make(kind)
     x = torch.randn(len(SLOTS), K)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    out = call(compiled, x) if kind != "multi_lora" else compiled(x, SLOTS)
+    out = compiled(x, SLOTS) if isinstance(layer, MultiLoRALinear) else compiled(x)
     torch.testing.assert_close(out, call(layer, x))

@@ -286,7 +286,8 @@ def test_compiles_as_one_graph_with_the_same_results(backend, dtype):
 
     eager = run(model)
     torch.compiler.reset()
-    for mine, theirs in zip(run(torch.compile(model, fullgraph=True)), eager):
+    compiler = "inductor" if dtype == torch.bfloat16 else "aot_eager"  # whose code takes long to compile
+    for mine, theirs in zip(run(torch.compile(model, fullgraph=True, backend=compiler)), eager):
         # A compiled graph rounds less often in between.
         assert (mine - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm()
 

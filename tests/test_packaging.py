@@ -26,7 +26,7 @@ def run(*command, **environment):
     """The output of a command; its errors too. Native libraries are required unless the environment says otherwise."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXXFLAGS")}
     env["PATH"] = f"{sysconfig.get_path('scripts')}:{env['PATH']}"  # ninja
-    env |= {"PYFASTPEFT_REQUIRE_NATIVE": "1", "CXXFLAGS": "-O1"} | environment
+    env |= {"PYFASTPEFT_REQUIRE_NATIVE": "1", "CXXFLAGS": "-O0"} | environment
     done = subprocess.run(list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout

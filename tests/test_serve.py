@@ -14,7 +14,7 @@ from tiny_models import COMMON, GROUPED, VOCABULARY, gpt2, llama, randomise, t5
 from torch import nn
 
 import pyfastpeft
-from pyfastpeft import AdaLoraConfig, DyLoraConfig, IA3Config, LoraConfig, ops
+from pyfastpeft import AdaLoraConfig, BitFitConfig, DyLoraConfig, IA3Config, LoraConfig, ops
 from pyfastpeft.layers import MultiLoRABranch, MultiLoRALinear
 from pyfastpeft.layers.multi_lora import Batch
 
@@ -47,6 +47,8 @@ def int8_llama():
 
 
 MAKE = {"llama": lambda: llama(pad_token_id=0), "gpt2": lambda: gpt2(pad_token_id=0), "t5": t5, "int8": int8_llama}
+MAKE |= {f"any {kind}": MAKE[kind] for kind in ("gpt2", "int8")}  # kinds of adapters
+MAKE["any llama"] = lambda: llama(pad_token_id=0, attention_bias=True, mlp_bias=True)
 MASKS = {"model.layers.0.self_attn.k_proj.lora_E": [False, True, True, False, True]}
 MASKS |= {"model.layers.1.mlp.up_proj.lora_E": [False] * 5}
 # Of different ranks, layers and scalings.
@@ -72,6 +74,23 @@ CONFIGS = {
         LoraConfig(r=3, target_modules="all-linear"),
         LoraConfig(r=2, lora_alpha=3, target_modules=["q", "v"], use_rslora=True),
         LoraConfig(r=4, target_modules=["wi", "EncDecAttention.k"], alpha_pattern={"wi": 9}),
+    ],
+    "any llama": [
+        LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True),
+        IA3Config(),
+        LoraConfig(r=2, target_modules=["v_proj", "up_proj"]),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, rank_pattern={"down_proj": 6}),
+    ],
+    "any gpt2": [
+        IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
+        LoraConfig(r=3, target_modules="all-linear", use_dora=True, use_rslora=True),
+        IA3Config(target_modules=r".*\.c_fc", feedforward_modules=[]),
+        DyLoraConfig(r=5, target_modules=["c_fc"]),
+    ],
+    "any int8": [
+        IA3Config(),
+        LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
+        LoraConfig(r=4, target_modules=["k_proj"], use_dora=True),
     ],
 }
 
@@ -109,6 +128,7 @@ class Case:
         self.alone = {slot: alone(self.base, directory) for slot, directory in enumerate([*self.directories, None])}
         self.alone[-1] = self.alone.pop(len(self.directories))
         self.model = copy.deepcopy(self.base)
+        options |= {"scales": kind.startswith("any")}
         self.served = pyfastpeft.serve(self.model, len(self.directories) + 1, 6, **options)
         for slot, directory in enumerate(self.directories):
             self.served.load_adapter(slot, directory)
@@ -163,7 +183,7 @@ def test_every_row_goes_through_its_adapter(case):
     assert case.served.loaded == {i: str(path) for i, path in enumerate(case.directories)}
 
 
-@every_kind
+@pytest.mark.parametrize("case", [kind for kind in MAKE if kind not in ("any gpt2", "any int8")], indirect=True)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generate(case, options):
     slots, lengths, ids = [1, -1, 0, 2], [5, 3, 6, 2], torch.zeros(4, 6, dtype=torch.int64)
@@ -180,6 +200,7 @@ def test_generate(case, options):
         assert torch.equal(rows[:, -new:], expected[:, -new:])
 
 
+@pytest.mark.parametrize("case", ["llama", "any llama"], indirect=True)
 def test_packed_tokens(case):
     slots, rows = [2, 0, -1], [tokens(1, length) for length in (4, 3, 5)]
     lengths = torch.tensor([row.shape[1] for row in rows])
@@ -258,6 +279,7 @@ def test_listed_slots_stay_on_the_host_until_rows_need_them():
     assert all(batch.routing(rows).order.is_meta for rows in (x[:, :1], x))
 
 
+@pytest.mark.parametrize("case", ["llama", "any llama"], indirect=True)
 def test_what_is_written_into_a_routing_holds_from_the_next_call_on(case):
     ids, routing = tokens(3, 1), ops.Routing(torch.arange(3), torch.full((6,), 3))
     with case.served.slots(routing):
@@ -267,7 +289,7 @@ def test_what_is_written_into_a_routing_holds_from_the_next_call_on(case):
             assert_rows(case, slots, ids, logits(case.model, ids))
 
 
-@pytest.mark.parametrize("case", ["llama", "int8"], indirect=True)
+@pytest.mark.parametrize("case", ["llama", "int8", "any llama"], indirect=True)
 def test_compiled_models_take_the_slots_of_every_call(case):
     ids, out = tokens(3, 7), []
     compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
@@ -526,7 +548,8 @@ def replaced(value):
         ({"r": 5}, {}, ValueError, "of rank 5 in .*q_proj.* of ranks up to 4"),
         ({"target_modules": ["k_proj"]}, {}, ValueError, "holding .*k_proj.lora_A.*, for which there are no slots"),
         ({"target_modules": ["embed_tokens"]}, {}, ValueError, "holding .*lora_embedding_A"),
-        (IA3Config(), {}, ValueError, "adapter_config.json is of peft_type 'IA3'"),
+        (IA3Config(), {}, ValueError, "adapter_config.json is of peft_type 'IA3'.* served with scales=True"),
+        (BitFitConfig(add_missing=True), {}, ValueError, "adapter_config.json is of peft_type 'BITFIT'"),
         ({}, {"fields": {"r": 3}}, ValueError, r"lora_A.weight of shape \[2, 32\]; it must be of shape \[3, 32\]"),
         ({}, {"fields": {"lora_bias": True}}, ValueError, "config is with {'lora_bias': True}"),
         ({}, {"fields": {"base_model_name_or_path": "other"}}, ValueError, "'other', for which the adapter was made"),
@@ -556,6 +579,22 @@ def test_a_refused_adapter_leaves_the_slot_as_it_was(tmp_path, config, change, e
         served.load_adapter(1, bad)
     assert all(torch.equal(now, before[key]) for key, now in served.model.state_dict().items())
     assert served.loaded == {1: str(good)}
+
+
+def test_dora_and_ia3_that_do_not_fit_leave_the_slot_as_it_was(tmp_path):
+    base = int8_llama()
+    served = pyfastpeft.serve(copy.deepcopy(base), 2, 4, scales=True)
+    plain = llama(pad_token_id=0)
+    dora = write(plain, LoraConfig(r=2, target_modules=["k_proj", "v_proj"], use_dora=True), tmp_path / "dora")
+    ia3 = write(base, IA3Config(), tmp_path / "ia3")
+    served.load_adapter(1, ia3)
+    before = copy.deepcopy(served.model.state_dict())
+    with pytest.raises(ValueError, match=r"of DoRA in 'model.layers.0.self_attn.v_proj', a quantised layer"):
+        served.load_adapter(1, dora)
+    edit(ia3, {"feedforward_modules": []})
+    with pytest.raises(ValueError, match=r"mlp.down_proj.ia3_l of shape \[1, 48\]; it must be of shape \[32, 1\]"):
+        served.load_adapter(1, ia3)
+    assert all(torch.equal(now, before[key]) for key, now in served.model.state_dict().items())
 
 
 def test_nothing_is_drawn_for_slots():

@@ -1,4 +1,4 @@
-"""Many LoRA adapters on one frozen layer, one for each token of a batch (Chen et al. 2023, Punica)."""
+"""Many adapters on one frozen layer, one for each token of a batch (Chen et al. 2023, Punica)."""
 
 import math
 from contextlib import contextmanager
@@ -8,19 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import Routing, checks, multi_lora, multi_lora_linear, route
+from ..ops import Routing, checks, dora_norm, multi_lora, multi_lora_linear, route
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
 from .frozen import FrozenLinear
 
+SCALES = "scale_in", "scale_out", "shift"  # buffers of layers whose slots can hold DoRA and IA3
+
 
 class AdapterSlots(nn.Module):
-    """L slots for LoRA adapters beside a base layer. A subclass sets in_features and out_features and calls `_hold`."""
+    """L slots for adapters beside a base layer. A subclass sets in_features and out_features, has weight and bias, and
+    calls `_hold`."""
 
     served: str | None = None
     merged = False
 
-    def _hold(self, num_adapters, rank, alpha, empty, device, dtype):
+    def _hold(self, num_adapters, rank, alpha, scales, empty, device, dtype):
         """The parameters of the slots. Raises ValueError or TypeError naming the argument that does not fit."""
         alpha = rank if alpha is None else alpha
         self.num_adapters, self.rank = num_adapters, rank
@@ -30,20 +33,46 @@ class AdapterSlots(nn.Module):
         scaling = torch.full((num_adapters,), alpha / rank, device=device, dtype=accumulation(dtype))
         self.register_buffer("scaling", scaling)
         self.register_buffer("ranks", torch.full((num_adapters,), rank, device=device))
+        # Of each slot and, last, of tokens of none.
+        sizes = {"scale_in": self.in_features, "scale_out": self.out_features, "shift": self.out_features}
+        for name in SCALES:
+            rows = torch.zeros(num_adapters + 1, sizes[name], device=device, dtype=scaling.dtype) if scales else None
+            self.register_buffer(name, rows if name != "shift" or self.bias is not None else None)
+        self._reset_scales(slice(None))
         if empty:
             for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
                 tensor.detach().zero_()
         else:
             self.reset_parameters()
 
+    @property
+    def scales(self) -> bool:
+        """Whether slots can hold DoRA and IA3 adapters."""
+        return self.scale_out is not None
+
+    @property
+    def norm_is_known(self) -> bool:
+        """Whether the base layer has a weight [N, K] of floats, as a DoRA adapter needs."""
+        weight, shape = self.weight, (self.out_features, self.in_features)
+        return type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.shape == shape
+
+    def _reset_scales(self, slots):
+        for name in SCALES:
+            rows = getattr(self, name)
+            rows is None or rows[slots].fill_(name != "shift")
+
     def reset_parameters(self) -> None:
         """Draw every lora_A anew and set every lora_B to zero: the layer computes what its base computes."""
         for lora_A in self.lora_A:
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        self._reset_scales(slice(None))
 
-    def load_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Put an adapter into a slot: lora_A [r', K] and lora_B [N, r'] with r' in [1, r], of any float dtype.
+    def load_adapter(
+        self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None
+    ) -> None:
+        """Put a LoRA adapter into a slot: lora_A [r', K] and lora_B [N, r'] with r' in [1, r], of any float dtype; with
+        magnitude [N] a DoRA adapter, whose norm is formed here.
 
         They are copied, in the dtype and to the device of the slots; what the slot held is gone. Other threads may call
         the layer meanwhile with other slots. Raises ValueError or TypeError naming the argument that does not fit,
@@ -53,8 +82,7 @@ class AdapterSlots(nn.Module):
         self._need_unmerged("load_adapter() needs")
         self._need_slot(op, slot)
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-            checks.floating(op, name, factor)
-            checks.need_value(not factor.is_meta, op, name, factor, "a tensor that has values")
+            _need_values(op, name, factor)
         rank, features = lora_A.shape if lora_A.dim() == 2 else (0, 0)
         fits = 1 <= rank <= self.rank and features == self.in_features
         checks.need_value(fits, op, "lora_A", lora_A, f"of shape [r', {self.in_features}] with r' in [1, {self.rank}]")
@@ -62,12 +90,32 @@ class AdapterSlots(nn.Module):
         checks.number(op, "scaling", scaling)
         # Copies, since they may be parts of this slot.
         lora_A, lora_B = (given.detach().to(self.lora_A, copy=True) for given in (lora_A, lora_B))
+        scale = None if magnitude is None else self._magnified(op, magnitude, lora_A, lora_B, float(scaling))
         with self._writing():
             self.unload(slot)
+            if scale is not None:
+                self.scale_out[slot] = scale
+                if self.shift is not None:  # scale_out * (… + bias) + shift = scale_out * … + bias
+                    self.shift[slot] = (1 - scale) * self.bias.detach()
             self.lora_A[slot, :rank] = lora_A
             self.lora_B[slot, :, :rank] = lora_B
             self.scaling[slot] = float(scaling)
             self.ranks[slot] = rank
+
+    def load_ia3(self, slot: int, ia3_l: Tensor, feedforward: bool) -> None:
+        """Put an IA3 adapter into a slot: ia3_l, of any float dtype, is [K] and scales the input if feedforward, else
+        [N] and scales the output. Otherwise as `load_adapter`."""
+        op = f"{type(self).__name__}.load_ia3"
+        self._need_unmerged("load_ia3() needs")
+        self._need_slot(op, slot)
+        self._need_scales(op, "ia3_l")
+        _need_values(op, "ia3_l", ia3_l)
+        scale = self.scale_in if feedforward else self.scale_out
+        checks.shape(op, "ia3_l", ia3_l, (scale.shape[1],), "[K]" if feedforward else "[N]")
+        ia3_l = ia3_l.detach().to(scale, copy=True)
+        with self._writing():
+            self.unload(slot)
+            scale[slot] = ia3_l
 
     def unload(self, slot: int) -> None:
         """Empty a slot: its tokens get the base alone, at no cost. Raises ValueError for a slot that is none,
@@ -77,12 +125,52 @@ class AdapterSlots(nn.Module):
         with self._writing():
             for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
                 tensor[slot] = 0
+            self._reset_scales(slot)
 
-    def _chosen(self, x, slots) -> Tensor | Routing | None:
-        """The slots of the tokens of x, None for the base alone: those given, else those of the thread's block."""
+    def _magnified(self, op, magnitude, lora_A, lora_B, scaling) -> Tensor:
+        """magnitude / ||weight + scaling * lora_B lora_A|| of every row."""
+        self._need_scales(op, "magnitude")
+        _need_values(op, "magnitude", magnitude)
+        checks.shape(op, "magnitude", magnitude, (self.out_features,), "[N]")
+        needed = "None beside a layer that has no weight [N, K] of floats, whose norm a magnitude needs"
+        checks.need_value(self.norm_is_known, op, "magnitude", magnitude, needed)
+        norm = dora_norm(self.weight.detach(), lora_A, lora_B, scaling)
+        return magnitude.detach().to(norm) / norm
+
+    def _need_scales(self, op, argument):
+        given = f"for a layer whose slots hold LoRA alone, {type(self).__name__}(scales=False)"
+        checks.need(self.scales, op, argument, given, "for one made with scales=True")
+
+    def _chosen(self, x, slots) -> tuple[Tensor | Routing | None, Tensor | None]:
+        """(slots, rows): the slots of the tokens of x, None for the base alone, are those given, else those of the
+        thread's block; where there are scales, rows [T] are those of the scales for each token."""
         if slots is None and self.served is not None:
             slots = _current(x, self.served, self.num_adapters)
-        return slots.flatten() if isinstance(slots, Tensor) else slots
+        if isinstance(slots, Tensor):
+            slots = slots.flatten()
+        return slots, None if slots is None or not self.scales else self._rows_of_scales(x, slots)
+
+    def _rows_of_scales(self, x, slots) -> Tensor:
+        """[T]: the slot of every token of x; -1 or L, the last row, for tokens of none."""
+        op, tokens = type(self).__name__, math.prod(x.shape[:-1])
+        needed = "a tensor of T integers or a Routing"
+        checks.need_value(isinstance(slots, (Tensor, Routing)), op, "slots", slots, needed, TypeError)
+        if isinstance(slots, Tensor):
+            checks.integral(op, "slots", slots)
+            checks.shape(op, "slots", slots, (tokens,), "[T]")
+            return torch.where((slots >= 0) & (slots < self.num_adapters), slots, -1)
+        order, segments = slots
+        checks.integers(op, "slots.order [T]", order, tokens, x)
+        found = torch.searchsorted(segments, torch.arange(tokens, device=order.device), right=True) - 1
+        return torch.empty_like(order).scatter(0, order, found)
+
+    def _scaled(self, tensor, rows, scale, shift=None) -> Tensor:
+        """tensor[t] * scale[a] + shift[a] with a = rows[t]; without rows, `tensor` itself."""
+        if rows is None:
+            return tensor
+        scale, flat = scale[rows], tensor.reshape(-1, tensor.shape[-1])
+        flat = flat * scale if shift is None else torch.addcmul(shift[rows], flat, scale)
+        return flat.to(tensor.dtype).view(tensor.shape)
 
     @contextmanager
     def _writing(self):
@@ -98,15 +186,19 @@ class AdapterSlots(nn.Module):
         """A subclass into whose base adapters can be merged overrides it."""
 
     def _apply(self, fn, recurse=True):
-        scaling = self.scaling
+        before = {name: getattr(self, name) for name in ("scaling", *SCALES)}
         super()._apply(fn, recurse)
-        if self.scaling.dtype != scaling.dtype:  # .bfloat16() and the like cast weights; scaling would lose digits
-            self.scaling = scaling.to(self.scaling.device)
+        for name, tensor in before.items():  # .bfloat16() and the like cast weights; these would lose digits
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
         return self
 
 
 class MultiLoRALinear(FrozenLinear, AdapterSlots):
     """y[t] = x[t] weight^T + bias + scaling[a] * x[t] lora_A[a]^T lora_B[a]^T with a = slots[t], or -1 for none.
+
+    With scales, for DoRA (Liu et al. 2024, equation 5) and IA3 (Liu et al. 2022, section 3.3): y[t] is that of
+    scale_in[a] * x[t], times scale_out[a], plus shift[a].
 
     Args:
         in_features, out_features, bias: K, N and whether the base has a bias, as in torch.nn.Linear.
@@ -114,11 +206,13 @@ class MultiLoRALinear(FrozenLinear, AdapterSlots):
         rank: r, the largest rank that a slot can hold.
         alpha: the scaling of a slot that has not been loaded is alpha / r. Default: r.
         device, dtype: of all parameters. adapter_dtype: of lora_A and lora_B, if another.
+        scales: whether slots can hold DoRA and IA3 adapters, too, for a pass over x and one over y.
 
     Attributes: weight [N, K]; bias [N] or None; lora_A [L, r, K], Kaiming-uniform (a = sqrt(5)); lora_B [L, N, r],
-    zero; scaling [L] and ranks [L], the true rank of every slot; served, the key of a model that `serve` put the layer
-    into, or None. All slots train. `from_linear` adapts an existing layer; with empty=True its slots hold nothing, as
-    after `unload`. Raises ValueError or TypeError naming the argument that does not fit.
+    zero; scaling [L] and ranks [L], the true rank of every slot; scale_in [L + 1, K], scale_out [L + 1, N] and shift
+    [L + 1, N], of the dtype of sums and with a last row for tokens of no slot, or None; served, the key of a model that
+    `serve` put the layer into, or None. All factors train. `from_linear` adapts an existing layer; with empty=True its
+    slots hold nothing, as after `unload`. Raises ValueError or TypeError naming the argument that does not fit.
     """
 
     def __init__(
@@ -132,13 +226,14 @@ class MultiLoRALinear(FrozenLinear, AdapterSlots):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        scales: bool = False,
     ):
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._adapt(linear, num_adapters, rank, alpha, adapter_dtype)
+        self._adapt(linear, num_adapters, rank, alpha, adapter_dtype, scales=scales)
 
-    def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None, empty=False):
+    def _adapt(self, linear, num_adapters, rank, alpha=None, adapter_dtype=None, empty=False, scales=False):
         _need_counts(type(self).__name__, num_adapters, rank, alpha)
-        self._hold(num_adapters, rank, alpha, empty, **self._take(linear, adapter_dtype))
+        self._hold(num_adapters, rank, alpha, scales, empty, **self._take(linear, adapter_dtype))
 
     def forward(self, x: Tensor, slots: Tensor | Routing | None = None) -> Tensor:
         """x [..., K] -> y [..., N].
@@ -148,24 +243,32 @@ class MultiLoRALinear(FrozenLinear, AdapterSlots):
         the block of the served model that the thread is in; outside of any, the base alone or, while an adapter is
         merged, that adapter for all tokens; then nothing else is allowed.
         """
-        slots = self._chosen(x, slots)
+        slots, rows = self._chosen(x, slots)
         if slots is None:
             return F.linear(x, self.weight, self.bias)
         self._need_unmerged("slots need")
         adapters = self.lora_A, self.lora_B, slots, self.scaling, self.ranks
-        return multi_lora_linear(x, self.weight, self.bias, *adapters)
+        y = multi_lora_linear(self._scaled(x, rows, self.scale_in), self.weight, self.bias, *adapters)
+        return self._scaled(y, rows, self.scale_out, self.shift)
 
     @torch.inference_mode(False)
     def merge(self, slot: int) -> None:
-        """weight + scaling[slot] * lora_B[slot] lora_A[slot], summed in float32 and rounded once, takes the weight's
-        place until `unmerge`; the original is kept. Raises RuntimeError if already merged."""
+        """weight + scaling[slot] * lora_B[slot] lora_A[slot], scaled as the slot says, summed in float32 and rounded
+        once, takes the weight's place (and a bias the bias') until `unmerge`; the original is kept. Raises RuntimeError
+        if already merged."""
         self._need_slot("MultiLoRALinear.merge", slot)
         rank = self.ranks[slot]
         weight, lora_A, lora_B = self._mergeable(self.lora_A[slot, :rank], self.lora_B[slot, :, :rank])
-        self._merge(weight + self.scaling[slot] * (lora_B @ lora_A))
+        weight, bias = weight + self.scaling[slot] * (lora_B @ lora_A), None
+        if self.scales:
+            weight = self.scale_out[slot][:, None] * weight * self.scale_in[slot]
+            if self.bias is not None:
+                bias = self.scale_out[slot] * self.bias.detach() + self.shift[slot]
+        self._merge(weight, bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_adapters={self.num_adapters}, rank={self.rank}"
+        scales = ", scales=True" if self.scales else ""
+        return f"{super().extra_repr()}, num_adapters={self.num_adapters}, rank={self.rank}{scales}"
 
 
 class MultiLoRABranch(AdapterSlots):
@@ -178,6 +281,7 @@ class MultiLoRABranch(AdapterSlots):
         dtype: of lora_A and lora_B. Default: that of the layer's weight, float32 for one that is not of floats.
         device: default: the weight's.
         empty: whether the slots hold nothing, as after `unload`.
+        scales: whether slots can hold IA3 adapters, too, and DoRA's beside a weight of floats.
 
     Attributes: base_layer; weight and bias, the base layer's; the others of `MultiLoRALinear`. Nothing can be merged.
     Raises ValueError or TypeError naming the argument that does not fit.
@@ -192,6 +296,7 @@ class MultiLoRABranch(AdapterSlots):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         empty: bool = False,
+        scales: bool = False,
     ):
         op = "MultiLoRABranch"
         sizes = [getattr(base_layer, name, None) for name in ("in_features", "out_features")]
@@ -207,9 +312,8 @@ class MultiLoRABranch(AdapterSlots):
         super().__init__()
         self.in_features, self.out_features = sizes
         self.base_layer = base_layer.requires_grad_(False)
-        self._hold(
-            num_adapters, rank, alpha, empty, getattr(weight, "device", None) if device is None else device, dtype
-        )
+        device = getattr(weight, "device", None) if device is None else device
+        self._hold(num_adapters, rank, alpha, scales, empty, device, dtype)
         self.train(base_layer.training)
 
     @property
@@ -222,16 +326,25 @@ class MultiLoRABranch(AdapterSlots):
 
     def forward(self, x: Tensor, slots: Tensor | Routing | None = None) -> Tensor:
         """x [..., K] -> y [..., N]; slots as in `MultiLoRALinear.forward`."""
-        y, slots = self.base_layer(x), self._chosen(x, slots)
+        slots, rows = self._chosen(x, slots)
+        if slots is not None:
+            x = self._scaled(x, rows, self.scale_in)
+        y = self.base_layer(x)
         if slots is None:
             return y
         kind = type(self.base_layer).__name__
         checks.need(isinstance(y, Tensor), kind, "its output", f"a {type(y).__name__}", "a tensor", TypeError)
         y = y.clone()  # it may keep its output for its backward pass, or return a view
-        return multi_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, slots, self.scaling, self.ranks)
+        y = multi_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, slots, self.scaling, self.ranks)
+        return self._scaled(y, rows, self.scale_out, self.shift)
+
+    def merge(self, slot: int) -> None:
+        """Raises TypeError: the base layer's weight may be of a kind that cannot be summed."""
+        needed = "nothing can be merged into its base layer; MultiLoRALinear can be merged"
+        raise TypeError(f"MultiLoRABranch.merge: {needed}")
 
     def extra_repr(self) -> str:
-        return f"num_adapters={self.num_adapters}, rank={self.rank}"
+        return f"num_adapters={self.num_adapters}, rank={self.rank}{', scales=True' if self.scales else ''}"
 
 
 def _need_counts(op, num_adapters, rank, alpha):
@@ -239,6 +352,11 @@ def _need_counts(op, num_adapters, rank, alpha):
     checks.count(op, "rank", rank)
     if alpha is not None:
         checks.number(op, "alpha", alpha)
+
+
+def _need_values(op, argument, tensor):
+    checks.floating(op, argument, tensor)
+    checks.need_value(not tensor.is_meta, op, argument, tensor, "a tensor that has values")
 
 
 # --- the batches of served models ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A model that serves many LoRA adapters at once: every row, or every token, of a batch goes through its own."""
+"""A model that serves many adapters at once: every row, or every token, of a batch goes through its own."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import is_conv1d, plain_path, submodule, uncompiled
 from ..layers.multi_lora import AdapterSlots, Batch, MultiLoRABranch, MultiLoRALinear, running
-from ..layers.parts import AdaLoRAPart, LoRAPart
+from ..layers.parts import AdaLoRAPart, DoRAPart, IA3Part, LoRAPart
 from ..ops import Routing
 from ..ops.checks import distributed, need, need_value, whole
 from ..ops.dispatch import FLOATS
@@ -28,9 +28,9 @@ from .checkpoint import (
     some,
     unknown_tensors,
 )
-from .configs import AdaLoraConfig, LoraConfig
+from .configs import AdaLoraConfig, Config, IA3Config, LoraConfig
 from .files import need_file, opened
-from .inject import rank_and_scaling, target_matrices
+from .inject import feedforward_targets, rank_and_scaling, target_matrices
 from .targets import ends, known_names, need_pattern, select
 
 # Modules whose linear layers see [T, B, K], as `module.class`.
@@ -49,6 +49,7 @@ def serve(
     target_modules: str | Sequence[str] | None = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
     adapter_dtype: torch.dtype | None = None,
+    scales: bool = False,
 ) -> "Served":
     """Put `MultiLoRALinear` layers with empty slots into the places of linear layers of `model`, in place; where these
     are quantised, or compute something of their own, `MultiLoRABranch` layers around them.
@@ -62,6 +63,8 @@ def serve(
             `LoraConfig`: all that any of the adapters has. "all-linear" leaves out the head.
         adapter_dtype: of the adapters. Default: that of each layer's weight, or, where that holds no floats, of the
             first parameter of the model that does; `adapt` and PEFT have float32 for 16-bit ones.
+        scales: whether slots hold DoRA and IA3 adapters, too, in batches of any kinds. Every slot then takes memory for
+            K + 2 N numbers of 32 bits more in each layer, and every batch a pass over the layer's input and output.
 
     Returns the handle by which adapters are loaded and batches told of them. Raises ValueError or TypeError naming what
     does not fit, with close names where a target is misspelt; the model is then as it was.
@@ -81,9 +84,8 @@ def serve(
         need(not why, op, "target_modules", f"meaning {path!r}, {why}", needed, TypeError)
     flags = {parameter: parameter.requires_grad for linear in linears.values() for parameter in linear.parameters()}
     try:
-        layers = {
-            path: _with_slots(plain, linear, num_adapters, rank, adapter_dtype) for path, linear in linears.items()
-        }
+        options = num_adapters, rank, adapter_dtype, scales
+        layers = {path: _with_slots(plain, linear, *options) for path, linear in linears.items()}
     except BaseException:
         _set_flags(flags)
         raise
@@ -96,11 +98,12 @@ def _plain(linear) -> bool:
     return ordinary and (type(linear) is nn.Linear or is_conv1d(type(linear)))
 
 
-def _with_slots(model, linear, num_adapters, rank, dtype) -> AdapterSlots:
+def _with_slots(model, linear, num_adapters, rank, dtype, scales) -> AdapterSlots:
+    options = {"empty": True, "scales": scales}
     if _plain(linear):
-        return MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=dtype, empty=True)
+        return MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=dtype, **options)
     floats = (tensor.dtype for tensor in (linear.weight, *model.parameters()) if tensor.dtype in FLOATS)
-    return MultiLoRABranch(linear, num_adapters, rank, dtype=dtype or next(floats, None), empty=True)
+    return MultiLoRABranch(linear, num_adapters, rank, dtype=dtype or next(floats, None), **options)
 
 
 def _unfit(model, path, linear) -> str:
@@ -182,20 +185,24 @@ class Served:
             yield
 
     def load_adapter(self, slot: int, directory: str | os.PathLike, check_base_model: bool = True) -> None:
-        """Put the LoRA, rsLoRA, AdaLoRA or DyLoRA adapter that PEFT or `save_adapter` wrote to `directory` into a slot;
-        what the slot held is gone. Other threads may run batches with other slots meanwhile.
+        """Put the LoRA, rsLoRA, AdaLoRA or DyLoRA adapter that PEFT or `save_adapter` wrote to `directory` into a slot,
+        with scales=True also DoRA or IA3; what the slot held is gone. Other threads may run batches with other slots
+        meanwhile.
 
         check_base_model: as in `pyfastpeft.load_adapter`. Raises FileNotFoundError or NotADirectoryError for missing
-        files and ValueError or TypeError, naming the file and the key or field, for what does not fit: DoRA, biases,
-        modules_to_save, tensors of layers that are not served, ranks above `rank`; the slot is then as it was.
+        files and ValueError or TypeError, naming the file and the key or field, for what does not fit: biases,
+        modules_to_save, tensors of layers that are not served, ranks above `rank`, DoRA on a quantised layer; the slot
+        is then as it was.
         """
         self._need_slot("load_adapter", slot)
-        factors = self._read(directory, check_base_model)
+        given = self._read(directory, check_base_model)
         for path, layer in self.layers.items():
-            if path in factors:
-                layer.load_adapter(slot, *factors[path])
-            else:
+            if path not in given:
                 layer.unload(slot)
+            elif "ia3_l" in given[path]:
+                layer.load_ia3(slot, **given[path])
+            else:
+                layer.load_adapter(slot, **given[path])
         self.loaded[slot] = os.fspath(directory)
 
     def unload(self, slot: int) -> None:
@@ -227,25 +234,18 @@ class Served:
         self.layers, self.loaded = {}, {}
         return self.model
 
-    def _read(self, directory, check_base_model) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """path -> lora_A [r, K], lora_B [N, r] and scaling of the adapter in `directory`, all checked."""
+    def _read(self, directory, check_base_model) -> dict[str, dict]:
+        """path -> what the layer there is to load of the adapter in `directory`, all checked."""
         op, config = "load_adapter", load_config(directory)
         empty = [path for path, layer in self.layers.items() if layer.lora_A.is_meta]
         need(not empty, op, "model", f"without memory for {some(empty)}, on the meta device", "one that has values")
-        known = isinstance(config, LoraConfig)
-        need(known, op, CONFIG_FILE, f"of peft_type {config.peft_type!r}", "of LORA, ADALORA or DYLORA, to be served")
-        for field in ("use_dora", "bias", "modules_to_save"):
-            value = getattr(config, field)
-            needed = "unset: of an adapter, low-rank factors alone are served"
-            need_value(not value or value == "none", op, f"{field} of {CONFIG_FILE}", value, needed)
+        suffixes = self._suffixes(op, config)
         for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(config, field) or ():
+            for pattern in getattr(config, field, None) or ():
                 need_pattern(op, field, pattern)
         if check_base_model:
             need_base(self.model, config)
-        allocated, source, factors = isinstance(config, AdaLoraConfig), need_file(directory, TENSORS_FILE), {}
-        suffixes = SUFFIXES[AdaLoRAPart if allocated else LoRAPart]
-        path_of = {layer: path for path, layer in self.layers.items()}
+        source, path_of = need_file(directory, TENSORS_FILE), {layer: path for path, layer in self.layers.items()}
         every = self.model.named_modules(remove_duplicate=False)
         modules = {plain_path(path): module for path, module in every}
         keys = {
@@ -264,19 +264,58 @@ class Served:
             missing = {key for path in held for key in held[path].values()} - given.keys()
             needed = f"a file with all tensors of the {config.peft_type} adapter that {CONFIG_FILE} tells of"
             need(not missing, op, str(source), f"without {some(missing)}", needed)
-            for path, named in held.items():
-                r, scaling = _allocated(path, config) if allocated else rank_and_scaling(path, config)[::2]
-                needed = f"of ranks up to {self.rank}, that of serve()"
-                need(r <= self.rank, op, str(source), f"of rank {r} in {path!r}", needed)
-                layer = self.layers[path]
-                shapes = {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r), "lora_E": (r, 1)}
-                for own, key in named.items():
+
+            def read(path, shapes):
+                for own, key in held[path].items():
                     need_stored(source, key, given[key], shapes[own])
-                stored = {own: file.get_tensor(key) for own, key in named.items()}
-                tensors = {own: tensor.to(accumulation(tensor.dtype)) for own, tensor in stored.items()}
-                if r:  # AdaLoRA may leave a layer none
-                    factors[path] = tensors["lora_A"] * tensors.get("lora_E", 1), tensors["lora_B"], scaling
-        return factors
+                stored = {own: file.get_tensor(key) for own, key in held[path].items()}
+                return {own: tensor.to(accumulation(tensor.dtype)) for own, tensor in stored.items()}
+
+            if isinstance(config, IA3Config):
+                return self._ia3(config, list(held), read)
+            return self._low_rank(config, list(held), read, source)
+
+    def _suffixes(self, op, config) -> dict[str, str]:
+        """A tensor's own name -> the end of its key in a file of such an adapter, if it can be served."""
+        known = isinstance(config, (LoraConfig, IA3Config))
+        needed = "of LORA, ADALORA, DYLORA or IA3, to be served"
+        need(known, op, CONFIG_FILE, f"of peft_type {config.peft_type!r}", needed)
+        for field in ("bias", "modules_to_save"):
+            value = getattr(config, field, None)
+            needed = "unset: of an adapter, what it does to single linear layers is served"
+            need_value(not value or value == "none", op, f"{field} of {CONFIG_FILE}", value, needed)
+        scales, dora = next(iter(self.layers.values())).scales, getattr(config, "use_dora", False)
+        needed = "unset, or the model served with scales=True"
+        need_value(scales or not dora, op, f"use_dora of {CONFIG_FILE}", dora, needed)
+        ia3, needed = isinstance(config, IA3Config), "of LoRA, or the model served with scales=True"
+        need(scales or not ia3, op, CONFIG_FILE, f"of peft_type {config.peft_type!r}", needed)
+        allocated = isinstance(config, AdaLoraConfig)
+        return SUFFIXES[IA3Part if ia3 else AdaLoRAPart if allocated else DoRAPart if dora else LoRAPart]
+
+    def _ia3(self, config, paths, read):
+        feedforward, given = feedforward_targets(self.model, config, paths), {}
+        for path in paths:
+            layer, scales_input = self.layers[path], path in feedforward
+            shape = (1, layer.in_features) if scales_input else (layer.out_features, 1)
+            given[path] = {"ia3_l": read(path, {"ia3_l": shape})["ia3_l"].flatten(), "feedforward": scales_input}
+        return given
+
+    def _low_rank(self, config, paths, read, source):
+        given, allocated = {}, isinstance(config, AdaLoraConfig)
+        for path in paths:
+            r, scaling = _allocated(path, config) if allocated else rank_and_scaling(path, config)[::2]
+            needed = f"of ranks up to {self.rank}, that of serve()"
+            need(r <= self.rank, "load_adapter", str(source), f"of rank {r} in {path!r}", needed)
+            layer = self.layers[path]
+            k, n = layer.in_features, layer.out_features
+            tensors = read(path, {"lora_A": (r, k), "lora_B": (n, r), "lora_E": (r, 1), "magnitude": (n,)})
+            fits = "magnitude" not in tensors or layer.norm_is_known
+            told = f"of DoRA in {path!r}, a quantised layer or one of its own kind"
+            need(fits, "load_adapter", str(source), told, "of other layers: the norm of this one is not known")
+            if r:  # AdaLoRA may leave a layer none
+                lora_A = tensors.pop("lora_A") * tensors.pop("lora_E", 1)
+                given[path] = tensors | {"lora_A": lora_A, "scaling": scaling}
+        return given
 
     def _need_served(self, op):
         need(bool(self.layers), op, "the model", "plain again, by remove()", "served", RuntimeError)
@@ -295,7 +334,7 @@ def _allocated(path, config) -> tuple[int, float]:
     return config.init_r if mask is None else sum(mask), config.lora_alpha / (config.init_r + 1e-5)
 
 
-def _meant(config, paths) -> list[str]:
+def _meant(config: Config, paths) -> list[str]:
     """Those of `paths`, of modules of any kind, that a stored config means."""
     if config.target_modules in (None, "all-linear"):
         return []
