@@ -58,7 +58,11 @@ def formula(layer):
         )
 
     def scaled(x, weight, bias, lora_A, lora_B):
-        scale_in, scale_out, shift = (t[SLOTS].to(x.dtype) for t in (layer.scale_in, layer.scale_out, layer.shift))
+        # The last row is that of slot -1.
+        scale_in, scale_out, shift = (
+            F.pad(rows, (0, 0, 0, 1), value=value)[SLOTS].to(x.dtype)
+            for rows, value in ((layer.scale_in, 1), (layer.scale_out, 1), (layer.shift, 0))
+        )
         x = x * scale_in
         y = unfused_multi_lora(F.linear(x, weight, bias), x, lora_A, lora_B, SLOTS, layer.scaling, layer.ranks)
         return y * scale_out + shift

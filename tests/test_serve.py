@@ -323,7 +323,7 @@ def test_a_model_whose_layers_are_compiled(case):
         assert_rows(case, slots, ids, logits(model, ids))
 
 
-def test_quantised_layers_are_called_as_they_are(tmp_path):
+def test_quantised_layers_are_called_as_they_are():
     model = int8_llama()
     modules, types = dict(model.named_modules()), {path: type(module) for path, module in model.named_modules()}
     flags = {path: p.requires_grad for path, p in model.named_parameters()}
@@ -436,6 +436,13 @@ def test_what_peft_stores_beside_an_adapter_of_the_head(tmp_path):
 # --- errors ---
 
 
+def another_linear():
+    class Linear(nn.Module):
+        pass
+
+    return nn.Sequential(Linear())
+
+
 def longformer():
     return tf.LongformerModel(tf.LongformerConfig(**COMMON, attention_window=4, max_position_embeddings=32))
 
@@ -465,6 +472,7 @@ def hooked():
         (lambda: nn.Sequential(nn.Linear(3, 3, device="meta")), {"target_modules": ".*"}, TypeError, "float32 on meta"),
         (hooked, {}, TypeError, "meaning 'model.layers.1.self_attn.q_proj', which has hooks"),
         (lambda: nn.Sequential(torch.compile(nn.Linear(3, 3))), {"target_modules": ["0"]}, TypeError, "compile wraps"),
+        (another_linear, {"target_modules": ["0"]}, TypeError, r"'0', a test_serve\.Linear"),
         (musicgen, {}, TypeError, "of a model whose generate, with guidance, has all rows of a batch a second time"),
         (lambda: pyfastpeft.adapt(llama(), LoraConfig()), {}, ValueError, "model is one that is adapted or served"),
         (lambda: pyfastpeft.serve(llama(), 1, 1).model, {}, ValueError, "model is one that is adapted or served"),

@@ -65,6 +65,8 @@ STABLE_TORCH_LIBRARY(pyfastpeft, m) {
       "multi_lora_call_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor slots, Tensor? segments,"
       " Tensor? scalings, float scaling, Tensor? ranks) -> bool");
   m.def(
+      "multi_scale_call(Tensor x, Tensor scale, Tensor? shift, Tensor slots, Tensor? segments) -> Tensor?");
+  m.def(
       "ia3_call(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, bool feedforward, bool keep_base)"
       " -> (Tensor?, Tensor?)");
   m.def(
@@ -110,6 +112,7 @@ void refuse_all(torch::stable::detail::StableLibrary& m) {
   m.impl("linear_gradient", TORCH_BOX((&refuse<O, T, T>)));
   m.impl("multi_lora_call", TORCH_BOX((&refuse<O, T, T, O, T, T, T, O, O, double, O>)));
   m.impl("multi_lora_call_", TORCH_BOX((&refuse<bool, T, T, T, T, T, O, O, double, O>)));
+  m.impl("multi_scale_call", TORCH_BOX((&refuse<O, T, T, O, T, O>)));
 }
 
 }  // namespace

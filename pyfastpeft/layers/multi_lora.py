@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import Routing, checks, dora_norm, multi_lora, multi_lora_linear, route
+from ..ops import Routing, checks, dora_norm, multi_lora, multi_lora_linear, multi_scale, route
 from ..ops.dispatch import FLOATS
 from ..ops.reference import accumulation
 from .frozen import FrozenLinear
@@ -33,10 +33,9 @@ class AdapterSlots(nn.Module):
         scaling = torch.full((num_adapters,), alpha / rank, device=device, dtype=accumulation(dtype))
         self.register_buffer("scaling", scaling)
         self.register_buffer("ranks", torch.full((num_adapters,), rank, device=device))
-        # Of each slot and, last, of tokens of none.
         sizes = {"scale_in": self.in_features, "scale_out": self.out_features, "shift": self.out_features}
         for name in SCALES:
-            rows = torch.zeros(num_adapters + 1, sizes[name], device=device, dtype=scaling.dtype) if scales else None
+            rows = torch.zeros(num_adapters, sizes[name], device=device, dtype=scaling.dtype) if scales else None
             self.register_buffer(name, rows if name != "shift" or self.bias is not None else None)
         self._reset_scales(slice(None))
         if empty:
@@ -141,36 +140,11 @@ class AdapterSlots(nn.Module):
         given = f"for a layer whose slots hold LoRA alone, {type(self).__name__}(scales=False)"
         checks.need(self.scales, op, argument, given, "for one made with scales=True")
 
-    def _chosen(self, x, slots) -> tuple[Tensor | Routing | None, Tensor | None]:
-        """(slots, rows): the slots of the tokens of x, None for the base alone, are those given, else those of the
-        thread's block; where there are scales, rows [T] are those of the scales for each token."""
+    def _chosen(self, x, slots) -> Tensor | Routing | None:
+        """The slots of the tokens of x, None for the base alone: those given, else those of the thread's block."""
         if slots is None and self.served is not None:
             slots = _current(x, self.served, self.num_adapters)
-        if isinstance(slots, Tensor):
-            slots = slots.flatten()
-        return slots, None if slots is None or not self.scales else self._rows_of_scales(x, slots)
-
-    def _rows_of_scales(self, x, slots) -> Tensor:
-        """[T]: the slot of every token of x; -1 or L, the last row, for tokens of none."""
-        op, tokens = type(self).__name__, math.prod(x.shape[:-1])
-        needed = "a tensor of T integers or a Routing"
-        checks.need_value(isinstance(slots, (Tensor, Routing)), op, "slots", slots, needed, TypeError)
-        if isinstance(slots, Tensor):
-            checks.integral(op, "slots", slots)
-            checks.shape(op, "slots", slots, (tokens,), "[T]")
-            return torch.where((slots >= 0) & (slots < self.num_adapters), slots, -1)
-        order, segments = slots
-        checks.integers(op, "slots.order [T]", order, tokens, x)
-        found = torch.searchsorted(segments, torch.arange(tokens, device=order.device), right=True) - 1
-        return torch.empty_like(order).scatter(0, order, found)
-
-    def _scaled(self, tensor, rows, scale, shift=None) -> Tensor:
-        """tensor[t] * scale[a] + shift[a] with a = rows[t]; without rows, `tensor` itself."""
-        if rows is None:
-            return tensor
-        scale, flat = scale[rows], tensor.reshape(-1, tensor.shape[-1])
-        flat = flat * scale if shift is None else torch.addcmul(shift[rows], flat, scale)
-        return flat.to(tensor.dtype).view(tensor.shape)
+        return slots.flatten() if isinstance(slots, Tensor) else slots
 
     @contextmanager
     def _writing(self):
@@ -209,10 +183,10 @@ class MultiLoRALinear(FrozenLinear, AdapterSlots):
         scales: whether slots can hold DoRA and IA3 adapters, too, for a pass over x and one over y.
 
     Attributes: weight [N, K]; bias [N] or None; lora_A [L, r, K], Kaiming-uniform (a = sqrt(5)); lora_B [L, N, r],
-    zero; scaling [L] and ranks [L], the true rank of every slot; scale_in [L + 1, K], scale_out [L + 1, N] and shift
-    [L + 1, N], of the dtype of sums and with a last row for tokens of no slot, or None; served, the key of a model that
-    `serve` put the layer into, or None. All factors train. `from_linear` adapts an existing layer; with empty=True its
-    slots hold nothing, as after `unload`. Raises ValueError or TypeError naming the argument that does not fit.
+    zero; scaling [L] and ranks [L], the true rank of every slot; scale_in [L, K], scale_out [L, N] and shift [L, N], of
+    the dtype of sums, or None; served, the key of a model that `serve` put the layer into, or None. All factors train.
+    `from_linear` adapts an existing layer; with empty=True its slots hold nothing, as after `unload`. Raises ValueError
+    or TypeError naming the argument that does not fit.
     """
 
     def __init__(
@@ -243,13 +217,13 @@ class MultiLoRALinear(FrozenLinear, AdapterSlots):
         the block of the served model that the thread is in; outside of any, the base alone or, while an adapter is
         merged, that adapter for all tokens; then nothing else is allowed.
         """
-        slots, rows = self._chosen(x, slots)
+        slots = self._chosen(x, slots)
         if slots is None:
             return F.linear(x, self.weight, self.bias)
         self._need_unmerged("slots need")
-        adapters = self.lora_A, self.lora_B, slots, self.scaling, self.ranks
-        y = multi_lora_linear(self._scaled(x, rows, self.scale_in), self.weight, self.bias, *adapters)
-        return self._scaled(y, rows, self.scale_out, self.shift)
+        x = multi_scale(x, self.scale_in, slots) if self.scales else x
+        y = multi_lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, slots, self.scaling, self.ranks)
+        return multi_scale(y, self.scale_out, slots, self.shift) if self.scales else y
 
     @torch.inference_mode(False)
     def merge(self, slot: int) -> None:
@@ -326,9 +300,9 @@ class MultiLoRABranch(AdapterSlots):
 
     def forward(self, x: Tensor, slots: Tensor | Routing | None = None) -> Tensor:
         """x [..., K] -> y [..., N]; slots as in `MultiLoRALinear.forward`."""
-        slots, rows = self._chosen(x, slots)
-        if slots is not None:
-            x = self._scaled(x, rows, self.scale_in)
+        slots = self._chosen(x, slots)
+        scales = self.scales and slots is not None
+        x = multi_scale(x, self.scale_in, slots) if scales else x
         y = self.base_layer(x)
         if slots is None:
             return y
@@ -336,7 +310,7 @@ class MultiLoRABranch(AdapterSlots):
         checks.need(isinstance(y, Tensor), kind, "its output", f"a {type(y).__name__}", "a tensor", TypeError)
         y = y.clone()  # it may keep its output for its backward pass, or return a view
         y = multi_lora(y, x.to(y.dtype), self.lora_A, self.lora_B, slots, self.scaling, self.ranks)
-        return self._scaled(y, rows, self.scale_out, self.shift)
+        return multi_scale(y, self.scale_out, slots, self.shift) if scales else y
 
     def merge(self, slot: int) -> None:
         """Raises TypeError: the base layer's weight may be of a kind that cannot be summed."""

@@ -212,7 +212,10 @@ def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[t
         for path, module in own_modules(model).items():
             others = [name for name in target if targets.matches(path, [name]) and not targets.any_of(layers, name)]
             needed = "of linear layers, Conv1D or embeddings that are called and not among modules_to_save"
-            given = f"holding {others}, which means {path!r}, a {type(module).__name__}"
+            kind = type(module)
+            like_torchs = getattr(nn, kind.__name__, kind) is not kind  # as torch.ao's Linear
+            called = f"{kind.__module__}.{kind.__name__}" if like_torchs else kind.__name__
+            given = f"holding {others}, which means {path!r}, a {called}"
             need(not others, op, "target_modules", given, needed, TypeError)
     options = exclude, config.layers_to_transform, config.layers_pattern
     return targets.select(op, "target_modules", list(layers), target, *options)

@@ -10,6 +10,7 @@ from .ia3 import ia3_linear
 from .lora import lora_delta_, lora_linear
 from .lora_group import lora_linear_group
 from .multi_lora import Routing, multi_lora, multi_lora_linear, route
+from .multi_scale import multi_scale
 
 backends.register_all()
 
@@ -26,6 +27,7 @@ __all__ = [
     "lora_linear_group",
     "multi_lora",
     "multi_lora_linear",
+    "multi_scale",
     "route",
     "use_backend",
 ]

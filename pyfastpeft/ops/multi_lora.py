@@ -58,7 +58,7 @@ def route(
             slots = slots.astype(np.int64)
         checks.need(slots.dtype.kind in "iu", op, "slots", f"of dtype {slots.dtype}", "of integers", TypeError)
         checks.need(slots.ndim == 1, op, "slots", f"of shape {list(slots.shape)}", "of shape [T]")
-        _check_range(op, slots, num_adapters)
+        check_range(op, slots, num_adapters)
         device, grouped = torch.device(device or "cpu"), host.group_tokens(slots, num_adapters)
         # CUDA has read ordinary memory when a copy returns: nothing waits for the device. A captured copy would read it
         # at every replay, and is left to fail.
@@ -72,14 +72,14 @@ def _grouped(op: str, slots: Tensor, num_adapters: int) -> Routing:
     checks.need_value(slots.dim() == 1, op, "slots", slots, "of shape [T]")
     slots = slots.to(torch.int64).contiguous()
     if checks.values_on(slots.device):
-        _check_range(op, slots, num_adapters)
+        check_range(op, slots, num_adapters)
     order = slots.new_empty(slots.shape[0], dtype=torch.int64)
     segments = slots.new_empty(num_adapters + 1, dtype=torch.int64)
     dispatch.run("group_tokens", slots, order, segments)
     return Routing(order, segments)
 
 
-def _check_range(op, slots, num_adapters):
+def check_range(op, slots, num_adapters):
     if slots.shape[0] == 0:
         return
     low, high = slots.aminmax() if isinstance(slots, Tensor) else (slots.min(), slots.max())

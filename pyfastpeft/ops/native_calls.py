@@ -19,10 +19,12 @@ over: its checks and messages, casts, copies and gradients. The result is the sa
     ia3_gradients(dy, x, weight, ia3_l, feedforward, base, need_x, need_l)    (dx, dia3_l) as wanted, or (None, None)
     multi_lora_call(x, weight, bias, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    y, or None
     multi_lora_call_(y, x, lora_A, lora_B, slots, segments, scalings, scaling, ranks)    whether it is done
+    multi_scale_call(x, scale, shift, slots, segments)               y, or None
 
-`multi_lora_call` and `multi_lora_call_` take a routing's order for `slots` where `segments` is given, and one number
-`scaling` where `scalings` is None. The native ops themselves decline under autocast, modes, transforms and traces,
-which have to see what the op consists of. All else that they cannot see is found by `mode` and `writable` beforehand.
+`multi_lora_call`, `multi_lora_call_` and `multi_scale_call` take a routing's order for `slots` where `segments` is
+given, and one number `scaling` where `scalings` is None. The native ops themselves decline under autocast, modes,
+transforms and traces, which have to see what the op consists of. All else that they cannot see is found by `mode` and
+`writable` beforehand.
 """
 
 import torch
@@ -47,13 +49,14 @@ if native.AVAILABLE:
     ia3_gradients = torch.ops.pyfastpeft.ia3_gradients.default
     multi_lora_call = torch.ops.pyfastpeft.multi_lora_call.default
     multi_lora_call_ = torch.ops.pyfastpeft.multi_lora_call_.default
+    multi_scale_call = torch.ops.pyfastpeft.multi_scale_call.default
 else:
 
     def _nothing(result):
         return lambda *_: result
 
     lora_call, multi_lora_call, lora_call_, multi_lora_call_ = map(_nothing, (None, None, False, False))
-    linear_call = linear_gradient = _nothing(None)
+    linear_call = linear_gradient = multi_scale_call = _nothing(None)
     lora_call_with_s, ia3_call, ia3_gradients, lora_gradients, dora_gradients, dora_call = (
         _nothing((None,) * parts) for parts in (2, 2, 2, 3, 4, 5)
     )

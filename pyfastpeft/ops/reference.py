@@ -345,6 +345,16 @@ def multi_lora_forward(x, weight, bias, lora_A, lora_B, scaling, ranks, order, s
     _write(multi_lora(x, base, lora_A, lora_B, scaling, ranks, order, segments), y, s)
 
 
+def multi_scale(x, scale, adapters, shift) -> Tensor:
+    """scale[a] * x[t] + shift[a] with a = adapters[t], which is any integer; x[t] where there is no such row."""
+    known = ((adapters >= 0) & (adapters < len(scale)))[:, None]
+    rows, place = x.reshape(-1, x.shape[-1]), adapters.clamp(0, len(scale) - 1)
+    wide = rows.to(accumulation(x.dtype)) * scale[place]
+    if shift is not None:
+        wide = wide + shift[place]
+    return torch.where(known, wide.to(x.dtype), rows).view(x.shape)
+
+
 def multi_lora_backward(
     dy, x, weight, lora_A, lora_B, scaling, ranks, order, segments, s, dx, dlora_A, dlora_B
 ) -> None:

@@ -7,6 +7,7 @@
 #include "group_tokens.h"
 #include "ops/cpu/adapted_linear.h"
 #include "ops/cpu/by_sums.h"
+#include "ops/cpu/scale.h"
 
 namespace pyfastpeft {
 
@@ -220,6 +221,56 @@ OptionalTensor multi_lora_call(const Tensor& x, const Tensor& weight, const Opti
   return y;
 }
 
+// y[t] = scale[a] * x[t] + shift[a] for the tokens t of adapter a, x[t] for others; or none.
+// x: [..., D];  scale, shift: [L, D];  slots: [T], or a routing's order;  segments: [L + 1];  y: [..., D]
+template <class C>
+OptionalTensor multi_scale_call(const Tensor& x, const Tensor& scale, const OptionalTensor& shift, const Tensor& slots,
+                                const OptionalTensor& segments) {
+  if (!on_cpu(x) || !on_cpu(scale) || (shift && !on_cpu(*shift))) return {};
+  Rows in = separate_rows(x);
+  if (!in || !sums_in<C>(in.dtype) || scale.dim() != 2 || scale.size(0) == 0) return {};
+  int64_t n = x.size(-1), tokens = x.numel() / n, count = scale.size(0);
+  for (const Tensor* table : {&scale, shift ? &*shift : &scale})
+    if (float_dtype(*table) != native<C> || !shaped(*table, {count, n})) return {};
+  if (!shaped(slots, ScalarType::Long, tokens) || (segments && !shaped(*segments, ScalarType::Long, count + 1))) return {};
+
+  const int64_t* owners = slots.const_data_ptr<int64_t>();
+  std::unique_ptr<int64_t[]> found;
+  if (segments) {
+    const int64_t *order = owners, *bounds = segments->const_data_ptr<int64_t>();
+    if (fault(order, tokens, bounds, count, nullptr, 0)) return {};
+    found.reset(new int64_t[tokens]);
+    std::fill_n(found.get(), tokens, -1);
+    for (int64_t a = 0; a < count; ++a)
+      for (int64_t i = bounds[a]; i < bounds[a + 1]; ++i) found[order[i]] = a;
+    owners = found.get();
+  } else if (std::any_of(owners, owners + tokens, [count](int64_t slot) { return slot < -1 || slot >= count; })) {
+    return {};
+  }
+
+  Tensor y = empty_rows(x, n);
+  Rows out = {in.dtype, static_cast<char*>(y.mutable_data_ptr()), n};
+  const C* scales = static_cast<const C*>(scale.const_data_ptr());
+  const C* shifts = shift ? static_cast<const C*>(shift->const_data_ptr()) : nullptr;
+  const auto& k = kernels<C>();
+  torch::stable::parallel_for(0, tokens, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
+    bool same = item_size(in.dtype) == sizeof(C);
+    std::unique_ptr<C[]> stage(new C[same ? 0 : n]);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t a = owners[t];
+      if (a < 0) {
+        std::memcpy(out.at(t), in.at(t), n * item_size(in.dtype));
+        continue;
+      }
+      C* row = same ? reinterpret_cast<C*>(out.at(t)) : stage.get();
+      k.multiply(row_of(in, t, n, stage.get()), scales + a * n, row, n);
+      if (shifts) k.add(row, shifts + a * n, n);
+      if (!same) k.narrow(out.dtype, row, out.at(t), n);
+    }
+  });
+  return y;
+}
+
 void group_tokens_cpu(const Tensor& slots, Tensor& order, Tensor& segments) {
   int64_t tokens = slots.numel(), bounds = segments.numel();
   STD_TORCH_CHECK(bounds >= 1, "segments must be of shape [L + 1]");
@@ -238,6 +289,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyfastpeft, CompositeExplicitAutograd, m) {
   m.impl("multi_lora_call", BOX_BY_SUMS(multi_lora_call));
   m.impl("multi_lora_call_", BOX_BY_SUMS(multi_lora_call_));
+  m.impl("multi_scale_call", BOX_BY_SUMS(multi_scale_call));
 }
 
 }  // namespace pyfastpeft
