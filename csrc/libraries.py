@@ -3,7 +3,7 @@ them in place, for which no setuptools is needed, with --missing those that are 
 
 CXX and CXXFLAGS mean what they always do; nvcc reads NVCC_APPEND_FLAGS instead of the latter. The CUDA kernels are
 built where nvcc is present and torch is one for CUDA; PYFASTPEFT_CUDA=1 or 0 decides instead, PYFASTPEFT_CUDA_ARCHS="80
-90a" for which GPUs. Files *_sm90.cu are for Hopper alone and need CUTLASS's headers (package nvidia-cutlass).
+90a" for which GPUs. gemm_sm90.cu is for Hopper alone and needs CUTLASS's headers (package nvidia-cutlass).
 """
 
 import ctypes

@@ -76,8 +76,8 @@ class Kernel(NamedTuple):
         return f"{self.name} {' '.join(types)} {blocks} {self.options} on {self.target.name}"
 
 
-def kernels_of(launch: Callable[[], None], target: Target) -> list[Kernel]:
-    """Every distinct kernel that `launch` would run on `target`."""
+def kernels_of(launch: Callable[[], None], target: Target) -> dict[str, Kernel]:
+    """Every distinct kernel that `launch` would run on `target`, by what tells it from others."""
     found = {}
 
     def take_down(*, key, fn, compile, **_):
@@ -93,7 +93,7 @@ def kernels_of(launch: Callable[[], None], target: Target) -> list[Kernel]:
         patch.setattr(triton.knobs.runtime, "jit_cache_hook", take_down)
         patch.setattr(torch.version, "hip", "7.0" if target.gpu.backend == "hip" else None)
         launch()
-    return list(found.values())
+    return found
 
 
 def by_warpgroups(kernel: Kernel) -> bool:

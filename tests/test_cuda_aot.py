@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import libraries  # noqa: E402
 
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/ops/cuda").glob("*.cu"))
-HOPPER = [source for source in SOURCES if source.endswith(libraries.HOPPER)]
+HOPPER = "csrc/ops/cuda/gemm_sm90.cu"
 # What the kernels that pass over activations or factors move 16 bytes at a time, where they have a parameter for that.
 WIDE = {
     "shrink_kernel": ("LDGSTS", "LDS"),
@@ -81,29 +80,30 @@ def kernels(library):
 
 @pytest.fixture(scope="module")
 def products():
-    """The kernels of the sources for Hopper alone."""
+    """The kernels of the source for Hopper alone."""
     if libraries.find_spec("cutlass_library") is None:
         pytest.skip("nvidia-cutlass is not installed here")
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PYFASTPEFT_CUDA", "1")
         try:
             command, _ = libraries._commands("_ops_cuda", ["g++"])
         except LookupError as why:
             pytest.skip(str(why))
-        return [kernels_of(path) for path in pool.map(lambda source: machine_code(source, command), HOPPER)]
+        return kernels_of(machine_code(command))
 
 
-def machine_code(source, command):
-    """The path of what a source becomes: the build's object, or the machine code in it, if they are not outdated."""
+def machine_code(command):
+    """The path of what the source for Hopper becomes: the build's object, or the machine code in it, if they are not
+    outdated."""
     folder = next(ROOT.glob("build/*/pyfastpeft._ops_cuda"), ROOT / "build/aot")
-    paths = [folder / Path(source).with_suffix(".o"), ROOT / "build/aot" / f"{Path(source).stem}.cubin"]
-    changed = max(path.stat().st_mtime for path in [ROOT / source, *ROOT.glob("csrc/ops/cuda/gemm*.h")])
+    paths = [folder / Path(HOPPER).with_suffix(".o"), ROOT / "build/aot/gemm_sm90.cubin"]
+    changed = max(path.stat().st_mtime for path in [ROOT / HOPPER, *ROOT.glob("csrc/ops/cuda/gemm*.h")])
     for path in paths:
         if path.exists() and path.stat().st_mtime > changed:
             return path
     paths[-1].parent.mkdir(parents=True, exist_ok=True)
-    options = [*libraries.gpus(source).split(), "-cubin", source, "-o", paths[-1]]
+    options = [*libraries.gpus(HOPPER).split(), "-cubin", HOPPER, "-o", paths[-1]]
     subprocess.run([*command, *options], check=True)
     return paths[-1]
 
@@ -165,10 +165,9 @@ def test_memory_is_moved_16_bytes_at_a_time(kernels, part):
 
 def test_products_on_hopper(products):
     assert len(products) == 4
-    for kernels in products:
-        (kernel,) = kernels
+    assert not spilling(products)
+    for kernel in products:
         assert kernel.gpu == "sm_90a"
-        assert not spilling(kernels)
         # Four products of 64 x 256 x 16 are a tile's depth, on entry, in the loop and in the tail, of which one or two
         # may do. Two operands of the base are loaded and two of the tail.
         assert len(kernel.of("HGMMA")) == 4 + 4 + (4 + 2 + 1), kernel.name

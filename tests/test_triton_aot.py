@@ -3,6 +3,7 @@
 import functools
 import os
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 
 import pytest
@@ -31,6 +32,7 @@ KERNELS = [
     "multi_lora",
     "multi_factor_gradient",
 ]
+SLOW = os.environ.get("PYFASTPEFT_SLOW") == "1"
 BY_DESCRIPTORS = {"concat_linear": ("sm_90", "sm_100")}  # kernel -> the targets that take it
 half, single, double = torch.bfloat16, torch.float32, torch.float64
 KINDS = {
@@ -132,19 +134,26 @@ def launch_decode(tokens, rank, dtype=half, k=8192, n=512, num_adapters=4):
         multi_lora.multi_lora_forward(x, None, None, *arguments, y, s)
 
 
-def launch_all():
+def launch_small():
+    """In tiles of fewer tokens."""
+    for (dtype, adapters), tokens in product(KINDS.values(), (16, 64)):
+        for rank in (16, 64):
+            launch_lora(tokens, rank, dtype, adapters)
+            launch_multi_lora(tokens, rank, dtype, adapters)
+        if dtype == adapters:
+            launch_ia3(tokens, dtype)
+
+
+def launch_large():
     for dtype, adapters in KINDS.values():
-        for tokens in (16, 64, 128):
-            for rank in (16, 64):
-                launch_lora(tokens, rank, dtype, adapters)
-                launch_multi_lora(tokens, rank, dtype, adapters)
-            # In the largest tiles of a kernel alone, since the others have registers to spare for these.
-            if tokens == 128:
-                launch_bottleneck(tokens, 64, dtype, adapters, "gelu")
-                launch_dora(tokens, 64, dtype, adapters)
-                launch_group(tokens, (32, 64, 8), dtype, adapters)
-            if dtype == adapters:
-                launch_ia3(tokens, dtype)
+        for rank in (16, 64):
+            launch_lora(128, rank, dtype, adapters)
+            launch_multi_lora(128, rank, dtype, adapters)
+        launch_bottleneck(128, 64, dtype, adapters, "gelu")
+        launch_dora(128, 64, dtype, adapters)
+        launch_group(128, (32, 64, 8), dtype, adapters)
+        if dtype == adapters:
+            launch_ia3(128, dtype)
     launch_lora(128, 20, half, half)  # rows of s and of the factors that are not aligned
     for rank in (16, 64):
         launch_concat(rank)
@@ -155,7 +164,10 @@ def launch_all():
     launch_ia3(128, torch.float16)
     launch_concat(64, torch.float16)
     launch_decode(16, 64, torch.float16)
-    # To Triton an argument of 1 is a constant; nothing is aligned here either.
+
+
+def launch_ones():
+    """To Triton an argument of 1 is a constant; nothing is aligned here either."""
     launch_lora(1, 1, half, half, k=1, n=1)
     launch_multi_lora(1, 1, half, half, k=1, n=1, num_adapters=1)
     launch_decode(1, 1, k=1, n=1, num_adapters=1)
@@ -167,8 +179,26 @@ def launch_all():
 
 @functools.cache
 def asked_for():
-    """Every kernel that the launchers ask for, on every target, in a fixed order."""
-    return [kernel for target in TARGETS.values() for kernel in kernels_of(launch_all, target)]
+    """Every kernel that the launchers ask for, on every target, in a fixed order. Without SLOW=1, in small tiles, which
+    have registers to spare, only the variant with most arguments, and constants on one target."""
+    found = []
+    for name, target in TARGETS.items():
+        small = kernels_of(launch_small, target)
+        ones = kernels_of(launch_ones, target) if SLOW or name == "sm_90" else {}
+        found += ((small if SLOW else fullest(small)) | kernels_of(launch_large, target) | ones).values()
+    return found
+
+
+def fullest(kernels):
+    """Of every kernel in every configuration the variant with most arguments that are not None."""
+    found = {}
+    for name, kernel in kernels.items():
+        blocks = {name: value for name, value in kernel.constants.items() if name.startswith("BLOCK")}
+        arguments = [kind for kind in kernel.source.signature.values() if kind != "constexpr"]
+        key = kernel.name, str(blocks), str(kernel.options), *sorted({kind for kind in arguments if kind[0] == "*"})
+        if key not in found or len(arguments) > found[key][0]:
+            found[key] = len(arguments), name
+    return {name: kernels[name] for _, name in found.values()}
 
 
 def compile_share(first, step):

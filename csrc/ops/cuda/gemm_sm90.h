@@ -1,4 +1,4 @@
-// The product of gemm.h on CUTLASS's Hopper collectives. Each file gemm_*_sm90.cu compiles one of the four kernels.
+// The product of gemm.h on CUTLASS's Hopper collectives. gemm_sm90.cu compiles the four kernels.
 #pragma once
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>

@@ -1,3 +1,0 @@
-#include "ops/cuda/gemm_sm90.h"
-
-template const char* pyfastpeft::hopper_gemm<false, true>(const Gemm&, cudaStream_t);
