@@ -347,6 +347,47 @@ def test_quantised_layers_are_called_as_they_are():
         assert logits(half, tokens(2, 4)).dtype == torch.bfloat16
 
 
+class PackedLinear(nn.Module):
+    """A linear layer of a library of its own: no nn.Linear, and without a weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("scales", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("packed", (linear.weight.detach() / self.scales).round().to(torch.int8))
+
+    def forward(self, x):
+        return F.linear(x, self.packed.to(x.dtype) * self.scales)
+
+
+def test_linear_layers_of_other_libraries(tmp_path):
+    torch.manual_seed(1)
+    base = llama(pad_token_id=0).eval()
+    randomise(base, 0.2)
+    model = copy.deepcopy(base)
+    for layer, twin in zip(model.model.layers, base.model.layers):
+        packed = layer.mlp.down_proj = PackedLinear(layer.mlp.down_proj)
+        twin.mlp.down_proj.weight.data = packed.packed * packed.scales
+    configs = LoraConfig(r=3, target_modules="all-linear"), IA3Config()
+    directories = [write(base, config, tmp_path / str(i)) for i, config in enumerate(configs)]
+    served, ids = pyfastpeft.serve(model, 2, 3, scales=True), tokens(3, 7)
+    assert len(served.layers) == 14
+    layer = served.layers["model.layers.1.mlp.down_proj"]
+    assert type(layer) is MultiLoRABranch
+    assert layer.lora_A.dtype == torch.float32
+    for slot, directory in enumerate(directories):
+        served.load_adapter(slot, directory)
+    with served.slots([1, -1, 0]):
+        out = logits(model, ids)
+    for slot, row, got in zip([1, -1, 0], ids, out):
+        alike = base if slot < 0 else alone(base, directories[slot])
+        torch.testing.assert_close(got, logits(alike, row[None])[0], rtol=1e-4, atol=1e-4)
+    served.remove()
+    assert type(model.model.layers[0].mlp.down_proj) is PackedLinear
+    with pytest.raises(TypeError, match=r"which holds a Tensor of torch\.float32 on meta"):
+        pyfastpeft.serve(nn.Sequential(PackedLinear(nn.Linear(3, 3)).to("meta")), 2, 2)
+
+
 def test_remove_gives_the_plain_model_back(tmp_path):
     model = gpt2()
     modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
@@ -469,7 +510,10 @@ def hooked():
         (llama, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype is torch.int8"),
         (lambda: "llama", {}, TypeError, "model is 'llama'"),
         (lambda: nn.Linear(3, 3), {"target_modules": ".*"}, TypeError, "the model itself"),
-        (lambda: nn.Sequential(nn.Linear(3, 3, device="meta")), {"target_modules": ".*"}, TypeError, "float32 on meta"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3, device="meta")),
+            {"target_modules": ".*"}, TypeError, "which holds a Parameter of torch.float32 on meta",
+        ),
         (hooked, {}, TypeError, "meaning 'model.layers.1.self_attn.q_proj', which has hooks"),
         (lambda: nn.Sequential(torch.compile(nn.Linear(3, 3))), {"target_modules": ["0"]}, TypeError, "compile wraps"),
         (another_linear, {"target_modules": ["0"]}, TypeError, r"'0', a test_serve\.Linear"),

@@ -37,8 +37,8 @@ class AdapterSlots(nn.Module):
         for name in SCALES:
             rows = torch.zeros(num_adapters, sizes[name], device=device, dtype=scaling.dtype) if scales else None
             self.register_buffer(name, rows if name != "shift" or self.bias is not None else None)
-        self._reset_scales(slice(None))
         if empty:
+            self._reset_scales(slice(None))
             for tensor in (self.lora_A, self.lora_B, self.scaling, self.ranks):
                 tensor.detach().zero_()
         else:
@@ -253,7 +253,7 @@ class MultiLoRABranch(AdapterSlots):
         base_layer: the layer, which is called as it is and frozen; in_features and out_features are its K and N.
         num_adapters, rank, alpha: as in `MultiLoRALinear`.
         dtype: of lora_A and lora_B. Default: that of the layer's weight, float32 for one that is not of floats.
-        device: default: the weight's.
+        device: default: that of the layer's tensors.
         empty: whether the slots hold nothing, as after `unload`.
         scales: whether slots can hold IA3 adapters, too, and DoRA's beside a weight of floats.
 
@@ -286,7 +286,8 @@ class MultiLoRABranch(AdapterSlots):
         super().__init__()
         self.in_features, self.out_features = sizes
         self.base_layer = base_layer.requires_grad_(False)
-        device = getattr(weight, "device", None) if device is None else device
+        if device is None:
+            device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), None)
         self._hold(num_adapters, rank, alpha, scales, empty, device, dtype)
         self.train(base_layer.training)
 

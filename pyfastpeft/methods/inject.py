@@ -138,10 +138,11 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in plain_modules(model).items() if module not in inside}
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """path -> module of the layers that can carry a matrix adapter."""
+def matrices(model: nn.Module, others: Callable[[nn.Module], bool] = lambda module: False) -> dict[str, nn.Module]:
+    """path -> module of the layers that can carry a matrix adapter, and of `others`."""
     modules, uncalled = own_modules(model), uncalled_layers(model)
     fits = {p: isinstance(m, AdaptedMatrix) or adapted_class(type(m)) is not None for p, m in modules.items()}
+    fits |= {path: True for path, module in modules.items() if others(module)}
     return {path: module for path, module in modules.items() if fits[path] and path not in uncalled}
 
 
@@ -192,11 +193,16 @@ def sizes(module) -> tuple[int, int]:
     return tuple(module.weight.shape)
 
 
-def target_matrices(model: nn.Module, config: TargetedConfig, usual: Callable[[targets.Family], str]) -> list[str]:
+def target_matrices(
+    model: nn.Module,
+    config: TargetedConfig,
+    usual: Callable[[targets.Family], str],
+    others: Callable[[nn.Module], bool] = lambda module: False,
+) -> list[str]:
     """The paths of the layers that a config means, without its modules_to_save; `usual` gives the pattern for a known
-    architecture."""
+    architecture. `others` tells which modules are meant besides those of `adapt`."""
     op, saved, target = type(config).__name__, saved_modules(model, config), config.target_modules
-    layers = {path: module for path, module in matrices(model).items() if path not in saved}
+    layers = {path: module for path, module in matrices(model, others).items() if path not in saved}
     exclude = _without_others(model, config, op, layers, saved)
     if target is None:
         target = usual(targets.family(model, op))

@@ -59,8 +59,9 @@ def serve(
             the served layers are frozen.
         num_adapters: L, the number of slots. rank: r, the largest rank that a slot can hold. Every slot takes memory
             for r (K + N) elements in each layer, whatever it holds.
-        target_modules, exclude_modules: which layers, nn.Linear, subclasses of it or transformers' Conv1D, as in
-            `LoraConfig`: all that any of the adapters has. "all-linear" leaves out the head.
+        target_modules, exclude_modules: which layers, as in `LoraConfig`: all that any of the adapters has, nn.Linear,
+            subclasses of it, transformers' Conv1D, and modules without children that are called some Linear and have
+            in_features and out_features, as GPTQ's, AWQ's and HQQ's. "all-linear" leaves out the head.
         adapter_dtype: of the adapters. Default: that of each layer's weight, or, where that holds no floats, of the
             first parameter of the model that does; `adapt` and PEFT have float32 for 16-bit ones.
         scales: whether slots hold DoRA and IA3 adapters, too, in batches of any kinds. Every slot then takes memory for
@@ -76,7 +77,7 @@ def serve(
     needed = "a plain one, as unload() and remove() leave it"
     need(not adapted, op, "model", "one that is adapted or served already", needed)
     config = LoraConfig(target_modules=target_modules, exclude_modules=exclude_modules)
-    found = target_matrices(plain, config, lambda family: ends(family.query, family.value))
+    found = target_matrices(plain, config, lambda family: ends(family.query, family.value), _foreign)
     linears = {path: submodule(plain, path) for path in found}
     for path, linear in linears.items():
         why = _unfit(plain, path, linear)
@@ -92,33 +93,43 @@ def serve(
     return Served(plain, linears, layers, flags)
 
 
+def _foreign(module) -> bool:
+    """Whether a module is a linear layer of a kind of its own, as quantised ones are in other libraries."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return "Linear" in type(module).__name__ and all(map(whole, sizes)) and not any(module.children())
+
+
 def _plain(linear) -> bool:
     """Whether a layer is nothing but the product by an ordinary weight of floats, which the kernels read."""
-    ordinary = type(linear.weight) is nn.Parameter and linear.weight.dtype in FLOATS
-    return ordinary and (type(linear) is nn.Linear or is_conv1d(type(linear)))
+    ordinary = type(linear) is nn.Linear or is_conv1d(type(linear))
+    return ordinary and type(linear.weight) is nn.Parameter and linear.weight.dtype in FLOATS
 
 
 def _with_slots(model, linear, num_adapters, rank, dtype, scales) -> AdapterSlots:
     options = {"empty": True, "scales": scales}
     if _plain(linear):
         return MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=dtype, **options)
-    floats = (tensor.dtype for tensor in (linear.weight, *model.parameters()) if tensor.dtype in FLOATS)
+    weight = getattr(linear, "weight", None)
+    some = [weight] if isinstance(weight, Tensor) else []
+    floats = (tensor.dtype for tensor in (*some, *model.parameters()) if tensor.dtype in FLOATS)
     return MultiLoRABranch(linear, num_adapters, rank, dtype=dtype or next(floats, None), **options)
 
 
 def _unfit(model, path, linear) -> str:
     """Why no layer with slots can take the place of a layer, or ""."""
-    weight, parent = linear.weight, submodule(model, path.rpartition(".")[0])
+    parent = submodule(model, path.rpartition(".")[0])
+    tensors = *linear.parameters(), *linear.buffers()
     owners = [type(submodule(model, path[: hit.start()])) for hit in re.finditer(r"^|\.", path)]
     hooks = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
     if linear is model:
         return "the model itself, for which there is MultiLoRALinear.from_linear"
     if model.get_submodule(path) is not linear:
         return "which torch.compile wraps by itself"
-    if not isinstance(linear, nn.Linear) and not is_conv1d(type(linear)):
+    if not (isinstance(linear, nn.Linear) or is_conv1d(type(linear)) or _foreign(linear)):
         return f"a {type(linear).__name__}"
-    if weight.is_meta or distributed(weight):
-        return f"whose weight is a {type(weight).__name__} of {weight.dtype} on {weight.device}"
+    for tensor in tensors:
+        if tensor.is_meta or distributed(tensor):
+            return f"which holds a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
     if hooks or "forward" in linear.__dict__:
         return "which has hooks or a forward of its own"
     if isinstance(parent, nn.TransformerEncoderLayer):
