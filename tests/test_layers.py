@@ -518,6 +518,8 @@ BAD = [
     (lambda: MultiLoRALinear(K, N, 2, 2, alpha=math.inf), ValueError, "alpha is inf .* a finite number"),
     (lambda: LoRALinear(K, N, 2, adapter_dtype=torch.int32), TypeError, r"adapter_dtype is torch.int32 \(dtype\)"),
     (lambda: IA3Linear(K, N, adapter_dtype="float32"), TypeError, r"adapter_dtype is 'float32' \(str\); .*float16"),
+    (lambda: LoRALinear(K, N, 2, adapter_dtype=torch.float64), TypeError, "adapter_dtype is torch.float64 .* no wider"),
+    (lambda: MultiLoRABranch(nn.Linear(K, N), 2, 2, dtype=torch.float64), TypeError, "dtype is torch.float64 .* wider"),
     (lambda: MultiLoRALinear(K, N, 0, 2), ValueError, "num_adapters is 0"),
     (lambda: MultiLoRALinear(K, N, "2", 2), ValueError, r"num_adapters is '2' \(str\)"),
     (lambda: MultiLoRALinear(K, N, 2, -1), ValueError, "rank is -1"),

@@ -99,6 +99,20 @@ def test_nan_and_infinity_stay_with_their_tokens():
         assert y.isfinite().all(1).tolist() == [True, False, True, False, True, True]
 
 
+def test_what_is_not_finite_in_a_slot_stays_out_of_the_gradients_of_others():
+    x, scale, shift = (torch.randn(*shape, requires_grad=True) for shape in ((4, 5), (2, 5), (2, 5)))
+    bad = scale.detach().clone()
+    bad[0] = torch.nan
+    bad.requires_grad_()
+    slots = torch.tensor([-1, 1, 1, -1])
+    for table in (scale, bad):
+        x.grad = None
+        ops.multi_scale(x, table, slots, shift).sum().backward()
+        assert torch.equal(x.grad[slots == 1], scale[1].detach().expand(2, 5))
+        assert (x.grad[slots == -1] == 1).all()
+        assert torch.equal(table.grad[0], torch.zeros(5))
+
+
 def test_gradients_of_gradients_and_one_graph():
     inputs, slots = operands(5, 4, 3, torch.float64)
     run = lambda x, scale, shift: ops.multi_scale(x, scale, slots, shift)  # noqa: E731
@@ -108,6 +122,10 @@ def test_gradients_of_gradients_and_one_graph():
     compiled = torch.compile(ops.multi_scale, fullgraph=True, backend="aot_eager")
     for routing in (slots, ops.route(slots, 3)):
         assert torch.equal(compiled(**inputs, slots=routing), ops.multi_scale(**inputs, slots=routing))
+
+
+def routing(*parts):
+    return ops.Routing(*map(torch.tensor, parts))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +147,18 @@ def test_gradients_of_gradients_and_one_graph():
         ({"slots": torch.tensor([0, -2, 0, 0])}, ValueError, "slots is between -2 and 0"),
         ({"slots": ops.route([0, 1], 3)}, ValueError, r"slots.order \[T\] is"),
         ({"slots": ops.route([0, 1, 1, 1], 2)}, ValueError, r"slots.segments \[L \+ 1\] is"),
+        ({"slots": routing([0, 0, 2, 1], [0, 1, 2, 4])}, ValueError, r"slots.order .* a permutation of the tokens"),
+        ({"slots": routing([0, 7, 2, 1], [0, 1, 2, 4])}, ValueError, r"slots.order .* a permutation of the tokens"),
+        (
+            {"slots": routing([0, 3, 2, 1], [0, 3, 2, 4])},
+            ValueError,
+            r"slots.segments .* is \[0, 3, 2, 4\].* \[0, 4\]",
+        ),
+        (
+            {"slots": routing([0, 3, 2, 1], [0, 1, 2, 5])},
+            ValueError,
+            r"slots.segments .* is \[0, 1, 2, 5\].* \[0, 4\]",
+        ),
     ],
 )
 def test_bad_input(changed, error, message):

@@ -460,6 +460,41 @@ def test_modules_in_several_places_are_served_once(tmp_path):
     assert model.one is model.other
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["k_proj", "down_proj", "fc2"], "feedforward_modules": ["down_proj", "fc2"]},
+        {"target_modules": ["k_proj", "down_proj"], "exclude_modules": ["down_proj"]},
+        {"target_modules": r".*k_proj"},
+        {"target_modules": r".*k_proj", "feedforward_modules": r".*down_proj"},
+        {"target_modules": r".*\.(k_proj|down_proj)", "feedforward_modules": r".*down_proj"},
+        {"target_modules": r".*\.(k_proj|down_proj)", "feedforward_modules": ["n_proj"]},
+        {"target_modules": r".*\.(o_proj|down_proj)", "feedforward_modules": ["down_proj", "_proj"]},
+    ],
+)
+def test_feedforward_modules_as_peft_reads_them(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    base, ids = llama().eval(), tokens(2, 7)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.IA3Config(**{"feedforward_modules": ["down_proj"]} | options)
+    )
+    randomise(theirs, 0.2)
+    base.load_state_dict(theirs.unload().state_dict())
+    theirs = peft.get_peft_model(copy.deepcopy(base), theirs.peft_config["default"]).eval()
+    for name, parameter in theirs.named_parameters():
+        if "ia3_l" in name:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    expected = logits(theirs, ids)
+    assert not torch.allclose(expected, logits(base, ids), atol=1e-3)
+    model = pyfastpeft.load_adapter(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    served = pyfastpeft.serve(base, 1, 1, scales=True)
+    served.load_adapter(0, tmp_path)
+    with served.slots([0, 0]):
+        torch.testing.assert_close(logits(base, ids), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_peft_stores_beside_an_adapter_of_the_head(tmp_path):
     peft = pytest.importorskip("peft")
     base, ids = llama(tie_word_embeddings=False).eval(), tokens(2, 7)
@@ -643,8 +678,9 @@ def test_dora_and_ia3_that_do_not_fit_leave_the_slot_as_it_was(tmp_path):
     before = copy.deepcopy(served.model.state_dict())
     with pytest.raises(ValueError, match=r"of DoRA in 'model.layers.0.self_attn.v_proj', a quantised layer"):
         served.load_adapter(1, dora)
-    edit(ia3, {"feedforward_modules": []})
-    with pytest.raises(ValueError, match=r"mlp.down_proj.ia3_l of shape \[1, 48\]; it must be of shape \[32, 1\]"):
+    key = "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
+    edit(ia3, tensors=lambda stored: stored | {key: torch.ones(48)})
+    with pytest.raises(ValueError, match=r"mlp.down_proj.ia3_l of shape \[48\]; it must be of shape \[32, 1\]"):
         served.load_adapter(1, ia3)
     assert all(torch.equal(now, before[key]) for key, now in served.model.state_dict().items())
 

@@ -30,6 +30,8 @@ class FrozenLinear(Mergeable, nn.Module):
         checks.floating(name, "linear.weight", linear.weight)
         dtype, needed = adapter_dtype or linear.weight.dtype, f"None or one of {', '.join(map(str, FLOATS))}"
         checks.need_value(dtype in FLOATS, name, "adapter_dtype", adapter_dtype, needed, TypeError)
+        fits, needed = dtype != torch.float64 or dtype == linear.weight.dtype, "no wider than float32 and the weight"
+        checks.need_value(fits, name, "adapter_dtype", adapter_dtype, needed, TypeError)
         linear.requires_grad_(False)
         self.weight, self.bias = _frozen(linear.weight.T) if transposed else linear.weight, linear.bias
         self.out_features, self.in_features = self.weight.shape

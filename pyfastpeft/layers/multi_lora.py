@@ -71,7 +71,7 @@ class AdapterSlots(nn.Module):
         self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None
     ) -> None:
         """Put a LoRA adapter into a slot: lora_A [r', K] and lora_B [N, r'] with r' in [1, r], of any float dtype; with
-        magnitude [N] a DoRA adapter, whose norm is formed here.
+        magnitude [N] a DoRA adapter, whose norm is formed here: load it anew where the base's weight has changed.
 
         They are copied, in the dtype and to the device of the slots; what the slot held is gone. Other threads may call
         the layer meanwhile with other slots. Raises ValueError or TypeError naming the argument that does not fit,
@@ -283,6 +283,8 @@ class MultiLoRABranch(AdapterSlots):
             dtype = weight.dtype if isinstance(weight, Tensor) and weight.dtype in FLOATS else torch.float32
         needed = f"None or one of {', '.join(map(str, FLOATS))}"
         checks.need_value(dtype in FLOATS, op, "dtype", dtype, needed, TypeError)
+        fits = dtype != torch.float64 or getattr(weight, "dtype", dtype) not in FLOATS or weight.dtype == dtype
+        checks.need_value(fits, op, "dtype", dtype, "no wider than float32 and the layer's weight", TypeError)
         super().__init__()
         self.in_features, self.out_features = sizes
         self.base_layer = base_layer.requires_grad_(False)

@@ -136,7 +136,7 @@ def _leave_out_unmatched(model, config, keys) -> None:
     uncalled = uncalled_layers(model)
     modules = [path for path in own_modules(model) if path and path not in uncalled]
     excluded = matrices(model) if isinstance(config, (LoraConfig, IA3Config)) else modules
-    places = dict.fromkeys(("target_modules", "feedforward_modules", "modules_to_save"), modules)
+    places = dict.fromkeys(("target_modules", "modules_to_save"), modules)
     for argument, paths in (places | {"exclude_modules": excluded}).items():
         given = getattr(config, argument, None)
         if given is not None and not isinstance(given, str):
@@ -150,6 +150,18 @@ def _leave_out_unmatched(model, config, keys) -> None:
                 need_pattern(type(config).__name__, argument, key)
             met = {k: v for k, v in patterns.items() if any(of_pattern(path, {k: True}, False) for path in layers)}
             setattr(config, argument, met)
+    if isinstance(config, IA3Config) and config.feedforward_modules:
+        layers = {key.removeprefix(key_base(config)).partition(".ia3_l")[0] for key in keys}
+        config.feedforward_modules = _feedforward_as_peft_reads_it(config.feedforward_modules, layers)
+
+
+def _feedforward_as_peft_reads_it(given: str | list[str], layers: set[str]) -> str | list[str]:
+    """feedforward_modules in which nothing is without meaning; to PEFT a name is any end of a path, from within a word,
+    too."""
+    if isinstance(given, str):
+        return given if any(matches(path, given) for path in layers) else []
+    meant, known = {path for path in layers if path.endswith(tuple(given))}, known_names(given, layers)
+    return known if meant == {path for path in layers if matches(path, known)} else sorted(meant)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

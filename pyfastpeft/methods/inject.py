@@ -334,24 +334,21 @@ def of_pattern(path: str, patterns: dict | None, default):
 
 
 def _ia3(model: nn.Module, config: IA3Config, name: str, autocast_adapter_dtype: bool) -> None:
+    op = "IA3Config"
     found = target_matrices(model, config, lambda f: targets.ends(f.key, f.value, f.feedforward_out))
-    feedforward = feedforward_targets(model, config, found)
+    if config.feedforward_modules is None:
+        usual = targets.known_family(model)
+        feedforward = {path for path in found if usual and targets.matches(path, targets.ends(usual.feedforward_out))}
+    elif config.feedforward_modules:
+        feedforward = set(targets.select(op, "feedforward_modules", found, config.feedforward_modules))
+    else:
+        feedforward = set()
     for path in found:
         module = submodule(model, path)
-        _need_linear(module, path, "IA3Config")
+        _need_linear(module, path, op)
         size = sizes(module)[0 if path in feedforward else 1]
         like = placed(module, module.weight, autocast_adapter_dtype)
         attach(model, path, name, IA3Part(size, path in feedforward, config.init_ia3_weights, **like))
-
-
-def feedforward_targets(model: nn.Module, config: IA3Config, found: list[str]) -> set[str]:
-    """Those of the layers `found` whose input IA3 scales, not the output."""
-    if config.feedforward_modules is None:
-        usual = targets.known_family(model)
-        return {path for path in found if usual and targets.matches(path, targets.ends(usual.feedforward_out))}
-    if not config.feedforward_modules:
-        return set()
-    return set(targets.select("IA3Config", "feedforward_modules", found, config.feedforward_modules))
 
 
 def _bottleneck(model: nn.Module, config: BottleneckConfig, name: str, autocast_adapter_dtype: bool) -> None:

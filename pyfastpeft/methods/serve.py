@@ -30,7 +30,7 @@ from .checkpoint import (
 )
 from .configs import AdaLoraConfig, Config, IA3Config, LoraConfig
 from .files import need_file, opened
-from .inject import feedforward_targets, rank_and_scaling, target_matrices
+from .inject import rank_and_scaling, target_matrices
 from .targets import ends, known_names, need_pattern, select
 
 # Modules whose linear layers see [T, B, K], as `module.class`.
@@ -65,7 +65,8 @@ def serve(
         adapter_dtype: of the adapters. Default: that of each layer's weight, or, where that holds no floats, of the
             first parameter of the model that does; `adapt` and PEFT have float32 for 16-bit ones.
         scales: whether slots hold DoRA and IA3 adapters, too, in batches of any kinds. Every slot then takes memory for
-            K + 2 N numbers of 32 bits more in each layer, and every batch a pass over the layer's input and output.
+            K + N, with a bias K + 2 N, numbers of the dtype of sums more in each layer, and every batch a pass over the
+            layer's input and output.
 
     Returns the handle by which adapters are loaded and batches told of them. Raises ValueError or TypeError naming what
     does not fit, with close names where a target is misspelt; the model is then as it was.
@@ -198,7 +199,7 @@ class Served:
     def load_adapter(self, slot: int, directory: str | os.PathLike, check_base_model: bool = True) -> None:
         """Put the LoRA, rsLoRA, AdaLoRA or DyLoRA adapter that PEFT or `save_adapter` wrote to `directory` into a slot,
         with scales=True also DoRA or IA3; what the slot held is gone. Other threads may run batches with other slots
-        meanwhile.
+        meanwhile. DoRA's norms are formed here: load it anew where the base's weights have changed.
 
         check_base_model: as in `pyfastpeft.load_adapter`. Raises FileNotFoundError or NotADirectoryError for missing
         files and ValueError or TypeError, naming the file and the key or field, for what does not fit: biases,
@@ -282,8 +283,11 @@ class Served:
                 stored = {own: file.get_tensor(key) for own, key in held[path].items()}
                 return {own: tensor.to(accumulation(tensor.dtype)) for own, tensor in stored.items()}
 
+            def shape_of(path, own):
+                return tuple(given[held[path][own]].get_shape())
+
             if isinstance(config, IA3Config):
-                return self._ia3(config, list(held), read)
+                return self._ia3(list(held), shape_of, read)
             return self._low_rank(config, list(held), read, source)
 
     def _suffixes(self, op, config) -> dict[str, str]:
@@ -303,12 +307,14 @@ class Served:
         allocated = isinstance(config, AdaLoraConfig)
         return SUFFIXES[IA3Part if ia3 else AdaLoRAPart if allocated else DoRAPart if dora else LoRAPart]
 
-    def _ia3(self, config, paths, read):
-        feedforward, given = feedforward_targets(self.model, config, paths), {}
+    def _ia3(self, paths, shape_of, read):
+        given = {}
         for path in paths:
-            layer, scales_input = self.layers[path], path in feedforward
-            shape = (1, layer.in_features) if scales_input else (layer.out_features, 1)
-            given[path] = {"ia3_l": read(path, {"ia3_l": shape})["ia3_l"].flatten(), "feedforward": scales_input}
+            layer = self.layers[path]
+            inner, outer = (1, layer.in_features), (layer.out_features, 1)
+            feedforward = shape_of(path, "ia3_l") == inner  # else PEFT has it the other way round
+            ia3_l = read(path, {"ia3_l": inner if feedforward else outer})["ia3_l"].flatten()
+            given[path] = {"ia3_l": ia3_l, "feedforward": feedforward}
         return given
 
     def _low_rank(self, config, paths, read, source):

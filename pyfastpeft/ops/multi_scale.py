@@ -54,6 +54,11 @@ def _adapters(op, x, slots, count) -> Tensor:
         checks.integers(op, "slots.order [T]", order, tokens, x)
         checks.integers(op, "slots.segments [L + 1]", segments, count + 1, x)
         place = torch.arange(tokens, device=x.device)
+        if checks.values_on(x.device):
+            once = torch.equal(order.sort().values, place)
+            checks.need_value(once, op, "slots.order [T]", order, "a permutation of the tokens")
+            inside = segments[0] >= 0 and segments[-1] <= tokens and bool((segments.diff() >= 0).all())
+            checks.need(inside, op, "slots.segments [L + 1]", f"{segments.tolist()}", f"ascending within [0, {tokens}]")
         return torch.empty_like(order).scatter(0, order, torch.searchsorted(segments, place, right=True) - 1)
     checks.need_value(isinstance(slots, Tensor), op, "slots", slots, "a tensor of T integers or a Routing", TypeError)
     checks.integral(op, "slots", slots)

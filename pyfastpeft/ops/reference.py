@@ -349,9 +349,9 @@ def multi_scale(x, scale, adapters, shift) -> Tensor:
     """scale[a] * x[t] + shift[a] with a = adapters[t], which is any integer; x[t] where there is no such row."""
     known = ((adapters >= 0) & (adapters < len(scale)))[:, None]
     rows, place = x.reshape(-1, x.shape[-1]), adapters.clamp(0, len(scale) - 1)
-    wide = rows.to(accumulation(x.dtype)) * scale[place]
+    wide = rows.to(accumulation(x.dtype)) * torch.where(known, scale[place], 1)  # or what is not finite gets through
     if shift is not None:
-        wide = wide + shift[place]
+        wide = wide + torch.where(known, shift[place], 0)
     return torch.where(known, wide.to(x.dtype), rows).view(x.shape)
 
 
