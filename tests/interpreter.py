@@ -1,7 +1,7 @@
 """Makes Triton's interpreter compute in bfloat16 as a GPU does. Loaded as a pytest plugin where TRITON_INTERPRET=1.
 
 Triton 3.6 keeps bfloat16 as uint16 and multiplies the bits as integers (triton #11585), truncates float32 to bfloat16,
-and turns arrays of one element into indices in a way that NumPy 2.4 refuses (triton #9171). It also takes half of its
+and turns arrays of one element into indices in a way that NumPy 2.4 refuses (triton #9171). It also takes much
 time for what it does again for every call and every tile, and for float64's small blocks, which get those of float32.
 """
 

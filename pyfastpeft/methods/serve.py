@@ -110,16 +110,14 @@ def _with_slots(model, linear, num_adapters, rank, dtype, scales) -> AdapterSlot
     options = {"empty": True, "scales": scales}
     if _plain(linear):
         return MultiLoRALinear.from_linear(linear, num_adapters, rank, adapter_dtype=dtype, **options)
-    weight = getattr(linear, "weight", None)
-    some = [weight] if isinstance(weight, Tensor) else []
-    floats = (tensor.dtype for tensor in (*some, *model.parameters()) if tensor.dtype in FLOATS)
+    tensors = getattr(linear, "weight", None), *model.parameters()
+    floats = (tensor.dtype for tensor in tensors if isinstance(tensor, Tensor) and tensor.dtype in FLOATS)
     return MultiLoRABranch(linear, num_adapters, rank, dtype=dtype or next(floats, None), **options)
 
 
 def _unfit(model, path, linear) -> str:
     """Why no layer with slots can take the place of a layer, or ""."""
     parent = submodule(model, path.rpartition(".")[0])
-    tensors = *linear.parameters(), *linear.buffers()
     owners = [type(submodule(model, path[: hit.start()])) for hit in re.finditer(r"^|\.", path)]
     hooks = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
     if linear is model:
@@ -128,7 +126,7 @@ def _unfit(model, path, linear) -> str:
         return "which torch.compile wraps by itself"
     if not (isinstance(linear, nn.Linear) or is_conv1d(type(linear)) or _foreign(linear)):
         return f"a {type(linear).__name__}"
-    for tensor in tensors:
+    for tensor in (*linear.parameters(), *linear.buffers()):
         if tensor.is_meta or distributed(tensor):
             return f"which holds a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
     if hooks or "forward" in linear.__dict__:
@@ -312,7 +310,7 @@ class Served:
         for path in paths:
             layer = self.layers[path]
             inner, outer = (1, layer.in_features), (layer.out_features, 1)
-            feedforward = shape_of(path, "ia3_l") == inner  # else PEFT has it the other way round
+            feedforward = shape_of(path, "ia3_l") == inner  # which tells it whatever the config names
             ia3_l = read(path, {"ia3_l": inner if feedforward else outer})["ia3_l"].flatten()
             given[path] = {"ia3_l": ia3_l, "feedforward": feedforward}
         return given
